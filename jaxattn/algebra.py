@@ -1,0 +1,355 @@
+"""`Mask`: a pure function of positions, its algebra, and the positions themselves.
+
+A mask answers one question for one query and one key: may they meet? Everything else in the
+library is derived from that answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .shapes import Array, ArrayLike, Bool, Int
+
+Scalar: TypeAlias = Any
+Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
+MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
+
+C = TypeVar("C", bound=type)
+
+
+def pytree(cls: C) -> C:
+    """A frozen dataclass as a pytree; fields with `metadata={"static": True}` are its structure."""
+    # eq=False: equality of arrays is elementwise, so a generated __eq__ could only mislead.
+    made = dataclass(frozen=True, eq=False, repr=False)(cls)
+    return jax.tree_util.register_dataclass(made)
+
+
+def static(**options: Any) -> Any:
+    """A dataclass field that is structure, not a leaf."""
+    return field(metadata={"static": True}, **options)
+
+
+@partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """The positions that masks, scores and dropout see; `None` means 0, 1, 2, ...
+
+    Attributes:
+      b: batch rows, int `[B]`.
+      h: query heads, int `[N]`.
+      q: queries, int `[T]` or `[B, T]`.
+      k: keys, int `[S]` or `[B, S]`.
+
+    Any of them may be traced. One mechanism says decoding (`q = length + arange(T)`), ragged
+    batches, ring buffers (`k` in storage order), chunked prefill, shards of a longer sequence and
+    bottom-right alignment (`q = arange(T) + S - T`).
+    """
+
+    b: Int[ArrayLike, "B"] | None = None
+    h: Int[ArrayLike, "N"] | None = None
+    q: Int[ArrayLike, "*B T"] | None = None
+    k: Int[ArrayLike, "*B S"] | None = None
+
+    def checked(self, B: int, N: int, T: int, S: int) -> Positions:
+        """The same positions with `q` as `[B|1, T]` and `k` as `[B|1, S]`, all int32.
+
+        Raises:
+          TypeError: for positions that are not integers.
+          ValueError: for positions whose shape does not fit.
+        """
+
+        def check(name: str, given: Any, *shapes: tuple[int, ...]) -> Array | None:
+            if given is None:
+                return None
+            array = jnp.asarray(given)
+            if not jnp.issubdtype(array.dtype, jnp.integer):
+                raise TypeError(
+                    f"positions.{name}: got dtype {array.dtype}, expected integers; positions are "
+                    "counted, not measured: use .astype(jnp.int32)"
+                )
+            if array.shape not in shapes:
+                expected = " or ".join(str(list(shape)) for shape in shapes)
+                raise ValueError(
+                    f"positions.{name}: got shape {list(array.shape)}, expected {expected}"
+                )
+            return array.astype(jnp.int32)
+
+        b, h = check("b", self.b, (B,)), check("h", self.h, (N,))
+        q, k = check("q", self.q, (T,), (B, T)), check("k", self.k, (S,), (B, S))
+        return Positions(
+            b,
+            h,
+            q if q is None or q.ndim == 2 else q[None],
+            k if k is None or k.ndim == 2 else k[None],
+        )
+
+    def filled(self, B: int, N: int, T: int, S: int) -> Positions:
+        """Checked positions, the missing ones counted from 0: `b [B]`, `h [N]`, `q`, `k [B|1, .]`."""
+        given = self.checked(B, N, T, S)
+
+        def count(array: Any, n: int) -> Array:
+            return jnp.arange(n, dtype=jnp.int32) if array is None else array
+
+        q, k = count(given.q, T), count(given.k, S)
+        return Positions(
+            count(given.b, B), count(given.h, N), q.reshape(-1, T), k.reshape(-1, S)
+        )
+
+
+def over_grid(fn: Callable[..., Any], positions: Positions) -> Any:
+    """`fn(b, h, q, k)` for every cell: results `[B, N, T, S, ...]` for filled `positions`."""
+    q, k = positions.q, positions.k
+    assert q is not None and k is not None
+    # An extent of 1 is left out of the batch's vmap: what does not vary is not computed again.
+    axes = [None if x.shape[0] == 1 else 0 for x in (q, k)]
+    q, k = (x[0] if axis is None else x for x, axis in zip((q, k), axes, strict=True))
+    over_k = jax.vmap(fn, (None, None, None, 0))
+    over_q = jax.vmap(over_k, (None, None, 0, None))
+    over_h = jax.vmap(over_q, (None, 0, None, None))
+    return jax.vmap(over_h, (0, None, *axes))(positions.b, positions.h, q, k)
+
+
+class Mask:
+    """Which query may see which key: a pure function of positions.
+
+    The one required method is `__call__(b, h, q, k) -> bool`, written for a single query and a
+    single key: `b` is the batch row, `h` the query head, `q` and `k` the positions of the query
+    and of the key, all scalar int32, possibly traced. True means *may attend*.
+
+    Masks compose with `&`, `|`, `~` and `^`, with each other and with any callable
+    `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape.
+
+    Example:
+      >>> from jaxattn import masks
+      >>> mask = masks.causal() & masks.sliding_window(1)
+      >>> mask.dense(3, 3)[0, 0].astype(int).tolist()
+      [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        raise TypeError(f"{type(self).__name__} is a Mask without __call__(b, h, q, k)")
+
+    def __and__(self, other: MaskLike) -> Mask:
+        return And(self, as_mask(other, "&"))
+
+    def __rand__(self, other: MaskLike) -> Mask:
+        return And(as_mask(other, "&"), self)
+
+    def __or__(self, other: MaskLike) -> Mask:
+        return Or(self, as_mask(other, "|"))
+
+    def __ror__(self, other: MaskLike) -> Mask:
+        return Or(as_mask(other, "|"), self)
+
+    def __xor__(self, other: MaskLike) -> Mask:
+        return Xor(self, as_mask(other, "^"))
+
+    def __rxor__(self, other: MaskLike) -> Mask:
+        return Xor(as_mask(other, "^"), self)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"a mask has no truth value: got {self!r} where Python wants a bool (`and`, `or`, "
+            "`not`, `if`); compose masks with `&`, `|`, `~` and `^`"
+        )
+
+    # NumPy would otherwise try to compose elementwise: `array & mask` must come here.
+    __array_ufunc__ = None
+
+    def dense(
+        self,
+        T: int,
+        S: int,
+        batch: int = 1,
+        heads: int = 1,
+        positions: Positions | None = None,
+    ) -> Bool[Array, "batch heads T S"]:
+        """The mask as an array, O(T * S): for looking at, and for libraries that want one.
+
+        Args:
+          T, S: numbers of queries and of keys.
+          batch, heads: numbers of batch rows and of query heads.
+          positions: the positions of each, where they are not 0, 1, 2, ...
+
+        Returns:
+          Booleans `[batch, heads, T, S]`, True where the query may see the key.
+        """
+        for name, size in {"T": T, "S": S, "batch": batch, "heads": heads}.items():
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
+                raise ValueError(f"Mask.dense({name}=): got {size!r}, expected an integer >= 0")
+        from .split import check_extents
+
+        given = positions or Positions()
+        check_extents(self, given, batch, heads, T, S)
+        return over_grid(self, given.filled(batch, heads, T, S))
+
+
+def as_mask(given: Any, where: str = "mask") -> Mask:
+    """A `Mask` from a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
+
+    Raises:
+      TypeError: for anything else, a float or integer array above all.
+    """
+    if isinstance(given, Mask):
+        return given
+    if isinstance(given, (bool, np.bool_)):
+        raise TypeError(f"{where}: got {given!r}; say masks.full() or masks.empty()")
+    if hasattr(given, "dtype") and hasattr(given, "shape"):
+        return dense(given)
+    if callable(given):
+        return Predicate(given, ())
+    raise TypeError(
+        f"{where}: got {type(given).__name__}, expected a Mask, a callable (b, h, q, k) -> bool, "
+        "or a boolean array [T, S] or [B|1, N|1, T|1, S|1]"
+    )
+
+
+def leaf_repr(leaf: Any) -> str:
+    """A leaf as it appears in the repr of a mask or a score: its value, or dtype and shape."""
+    if isinstance(leaf, (int, float)):
+        return repr(leaf)
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
+
+
+@pytree
+class Predicate(Mask):
+    """A mask from a function `fn(b, h, q, k, *args) -> bool` and its array arguments."""
+
+    fn: Callable[..., Any] = static()
+    args: tuple[Any, ...] = ()
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        result = self.fn(b, h, q, k, *self.args)
+        try:
+            answer = jnp.asarray(result)
+        except TypeError:
+            answer = None
+        if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
+            got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
+            raise TypeError(
+                f"{self!r}: for one query and one key it returned {got}, expected a single bool; "
+                "a mask says whether they may meet (numbers belong in jaxattn.scores)"
+            )
+        return answer
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.args)))
+        if getattr(self.fn, "__module__", "").startswith("jaxattn."):
+            return f"{name.lstrip('_')}({inner})"
+        return f"predicate({', '.join(filter(None, (name, inner)))})"
+
+
+def _dense(b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
+    if np.ndim(array) == 2:
+        return array[q, k]
+    # An extent of 1 says "the same for all": which axes those are is known from the shape.
+    index = (0 if n == 1 else at for n, at in zip(array.shape, (b, h, q, k), strict=True))
+    return array[tuple(index)]
+
+
+def dense(array: Bool[ArrayLike, "..."]) -> Mask:
+    """An array that is already there: `array[q, k]`, or `array[b, h, q, k]`.
+
+    Args:
+      array: booleans, exactly `[T, S]`, or `[B|1, N|1, T|1, S|1]`; True where the query may
+        attend to the key.
+
+    Raises:
+      TypeError: for an array that is not boolean: `from_array(array, convention)` reads the
+        conventions of other libraries, `jaxattn.scores.bias(array)` adds one to the logits.
+      ValueError: for any other rank.
+    """
+    values = array if isinstance(array, jax.Array) else jnp.asarray(array)
+    if values.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask: got an array of {values.dtype}, expected booleans (True: may attend); read it "
+            "with masks.from_array(array, convention), one of 'attend', 'ignore', 'additive', "
+            "'hf', 'keras', 'flax', or add it to the logits with scores.bias(array)"
+        )
+    if values.ndim not in (2, 4):
+        raise ValueError(
+            f"mask: got a boolean array of shape {list(values.shape)}, expected [T, S] or "
+            "[B|1, N|1, T|1, S|1]; for [B, S] padding use masks.key_padding(valid)"
+        )
+    return Predicate(_dense, (values,))
+
+
+@pytree
+class And(Mask):
+    """Both parts allow it."""
+
+    left: Mask
+    right: Mask
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        return self.left(b, h, q, k) & self.right(b, h, q, k)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+
+@pytree
+class Or(Mask):
+    """One part or the other allows it."""
+
+    left: Mask
+    right: Mask
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        return self.left(b, h, q, k) | self.right(b, h, q, k)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+
+@pytree
+class Xor(Mask):
+    """Exactly one of the two parts allows it."""
+
+    left: Mask
+    right: Mask
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        return self.left(b, h, q, k) ^ self.right(b, h, q, k)
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} ^ {self.right!r})"
+
+
+@pytree
+class Not(Mask):
+    """The part does not allow it."""
+
+    part: Mask
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        return ~self.part(b, h, q, k)
+
+    def __repr__(self) -> str:
+        return f"~{self.part!r}"
+
+
+@pytree
+class PerHead(Mask):
+    """Query head `h` uses `parts[h]`."""
+
+    parts: tuple[Mask, ...]
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        # A head beyond the list sees nothing: an or of "head h is mine and my part allows it".
+        cases = [(h == i) & part(b, h, q, k) for i, part in enumerate(self.parts)]
+        return reduce(jnp.logical_or, cases)
+
+    def __repr__(self) -> str:
+        return f"per_head([{', '.join(map(repr, self.parts))}])"

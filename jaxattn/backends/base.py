@@ -1,0 +1,132 @@
+"""What a backend is given, and what it promises.
+
+A backend is a module with two functions:
+
+- `refuse(call) -> str | None`: why it can't compute this call, or `None` if it can;
+- `run(call) -> (out, lse)`: the output `[B, T, N, Hv]` in the query's dtype and the natural-log
+  LSE `[B, T, N]` in the dtype of accumulation, without sinks.
+
+`dense` is the definition; every other backend computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from ..algebra import Mask, Positions, pytree, static
+from ..scores import Score
+from ..shapes import Array, Bool, Float, Int, UInt32
+
+
+@pytree
+class Dropout:
+    """Dropout on the weights: the rate, and a seed of two words."""
+
+    rate: Any
+    seed: UInt32[Array, "2"]
+
+
+@pytree
+class Call:
+    """One call of attention, checked: what every backend is given.
+
+    Positions are `None` where they are 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
+    where the rows share them.
+    """
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
+    mask: Mask | None
+    score: Score | None
+    scale: Any
+    positions: Positions
+    dropout: Dropout | None
+    precision: Any = static(default=None)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The extents of the call."""
+        B, T, N, H = self.query.shape
+        _, S, K, Hv = self.value.shape
+        return Sizes(B, T, S, N, K, H, Hv)
+
+
+class Sizes(NamedTuple):
+    """The extents of a call; see `jaxattn.shapes`."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    Hv: int
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype of logits, softmax, LSE and sums: float64 for float64, float32 for the others."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def sentinel(dtype: Any) -> float:
+    """A finite logit for cells that are masked: `exp` of it minus any visible logit is 0.
+
+    Half of the lowest number, so that subtracting a row's maximum can't overflow to -inf.
+    """
+    return float(jnp.finfo(dtype).min) / 2
+
+
+# --- dropout: a counter-based hash of (seed, b, h, q, k) -----------------------------------------
+
+
+def _mix(x: Array) -> Array:
+    """MurmurHash3's 32-bit finaliser (Appleby, public domain): every bit depends on every bit."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def row_keys(
+    seed: UInt32[Array, "2"], b: Int[Array, "..."], h: Int[Array, "..."], q: Int[Array, "..."]
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Two words for each row of weights, from the seed and absolute positions that broadcast.
+
+    Two, because one word of 32 bits would repeat shifted pieces of a row in others.
+    """
+    first, second = seed[0], seed[1] ^ jnp.uint32(0x9E3779B9)
+    for position in (b, h, q):
+        word = position.astype(jnp.uint32)
+        first = _mix(first * jnp.uint32(0x9E3779B1) + word)
+        second = _mix(second * jnp.uint32(0x85EBCA77) ^ word)
+    return first, second | jnp.uint32(1)
+
+
+def keeps(
+    keys: tuple[UInt32[Array, "..."], UInt32[Array, "..."]], k: Int[Array, "..."], rate: Any
+) -> Bool[Array, "..."]:
+    """Whether the weight of key position `k` in the rows of `keys` is kept: probability 1 - rate."""
+    first, second = keys
+    draw = _mix((k.astype(jnp.uint32) + first) * second)
+    # 24 bits, exact in float32: a rate of 0 keeps all, a rate of 1 nothing.
+    return (draw >> 8).astype(jnp.float32) >= jnp.asarray(rate, jnp.float32) * 2.0**24
+
+
+def kept_scale(rate: Any) -> Any:
+    """What kept weights are multiplied by: `1 / (1 - rate)`, and 0 for a rate of 1."""
+    rate = jnp.asarray(rate, jnp.float32)
+    return jnp.where(rate < 1, 1 / jnp.where(rate < 1, 1 - rate, 1), 0)
+
+
+__all__ = [
+    "Call",
+    "Dropout",
+    "Sizes",
+    "accumulator",
+    "keeps",
+    "kept_scale",
+    "row_keys",
+    "sentinel",
+]

@@ -1,0 +1,165 @@
+"""Functions with other people's signatures: the Transformer tutorial's, and `jax.nn`'s."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from . import masks, scores
+from .algebra import Mask, as_mask
+from .attention import attention, attention_weights
+from .shapes import Array, ArrayLike, Bool, Float, Int
+
+
+def scaled_dot_product_attention(
+    q: Float[ArrayLike, "*leading T d"],
+    k: Float[ArrayLike, "*leading S d"],
+    v: Float[ArrayLike, "*leading S dv"],
+    mask: Any = None,
+) -> tuple[Float[Array, "*leading T dv"], Float[Array, "*leading T S"]]:
+    """`softmax(q k^T / sqrt(d)) v` over the keys that the mask allows, and the weights.
+
+    The function of the tutorial "Transformer model for language understanding": lengths and
+    features are the last two axes (heads come before lengths, unlike in `jax.nn`), any axes lead.
+
+    Args:
+      q, k, v: queries `(..., T, d)`, keys `(..., S, d)`, values `(..., S, dv)`.
+      mask: a `Mask` or a callable (axis -3 is its `h` where there is one, earlier axes flatten to
+        its `b`), or booleans that broadcast to `(..., T, S)`. True means *may attend*; the
+        tutorial's own masks, 1 where a key is ignored, are
+        `masks.from_array(mask, "ignore")`.
+
+    Returns:
+      The output `(..., T, dv)` in q's dtype and the weights `(..., T, S)` in float32 (float64 for
+      float64). A query that may see nothing has output and weights 0.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxattn as ja
+      >>> k = jnp.array([[10., 0, 0], [0, 10, 0], [0, 0, 10], [0, 0, 10]])
+      >>> v = jnp.array([[1., 0], [10, 0], [100, 5], [1000, 6]])
+      >>> output, weights = ja.scaled_dot_product_attention(jnp.array([[0., 0, 10]]), k, v)
+      >>> output.tolist(), weights.tolist()
+      ([[550.0, 5.5]], [[0.0, 0.0, 0.5, 0.5]])
+    """
+    query, key, value = (jnp.asarray(x) for x in (q, k, v))
+    for name, array in (("q", query), ("k", key), ("v", value)):
+        if array.ndim < 2:
+            raise ValueError(f"{name}: got shape {list(array.shape)}, expected (..., length, d)")
+    lead = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    heads = lead[-1] if lead else 1
+
+    def layout(array: Array) -> Array:
+        """(..., T, d) as [B, T, N, d]."""
+        full = jnp.broadcast_to(array, (*lead, *array.shape[-2:]))
+        return jnp.moveaxis(full.reshape(-1, heads, *array.shape[-2:]), 1, 2)
+
+    T, S = query.shape[-2], key.shape[-2]
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
+        if mask.dtype == jnp.bool_:
+            try:
+                mask = jnp.broadcast_to(mask, (*lead, T, S)).reshape(-1, heads, T, S)
+            except ValueError as error:
+                raise ValueError(
+                    f"mask: got shape {list(mask.shape)}, expected one that broadcasts to "
+                    f"(..., T, S) = {[*lead, T, S]}"
+                ) from error
+        mask = as_mask(mask)
+    call = {"query": layout(query), "key": layout(key), "mask": mask}
+    weights = attention_weights(**call)
+    # The second result wants all weights anyway: the values are one product away.
+    output = attention(**call, value=layout(value), backend="dense")
+    output = jnp.moveaxis(output, 2, 1).reshape(*lead, T, -1)
+    return output, weights.reshape(*lead, T, S)
+
+
+def dot_product_attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    bias: ArrayLike | None = None,
+    mask: Bool[ArrayLike, "..."] | None = None,
+    *,
+    scale: Any = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[ArrayLike, "B"] | None = None,
+    key_value_seq_lengths: Int[ArrayLike, "B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Any:
+    """The twin of `jax.nn.dot_product_attention`: same signature, so that an import swap is enough.
+
+    Args and results are those of `jax.nn.dot_product_attention`. Wherever a query sees a key the
+    results are the same; this table says where they are not:
+
+    | | `jax.nn` | here |
+    |---|---|---|
+    | a query that sees no key | the mean of all values, or of all visible heads' | output 0, \
+LSE -inf, gradient 0 |
+    | NaN or inf in keys and values that nobody sees | NaN everywhere | not felt |
+    | float64 | softmax in float32 | softmax in float64 |
+    | gradient of the residual | stopped | flows |
+    | float32 products on GPU and TPU | the platform's default precision | true float32 |
+    | 16-bit weights | rounded to 16 bits before the sum over values | not rounded by the \
+definition |
+    | `value` | of the key's shape | may have a head dimension of its own |
+    | `mask` | anything that broadcasts | also a `Mask` or a callable `(b, h, q, k) -> bool` |
+    | lengths | int32 | any integers |
+    | `implementation` | `None`, "xla", "cudnn" | also the name of a backend; `None` and "xla" let \
+`backend="auto"` choose |
+
+    Raises:
+      TypeError, ValueError: for what does not fit, naming the argument.
+    """
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    shape = query.shape
+    query, key, value = (_at_least_4d(x) for x in (query, key, value))
+    B = key.shape[0]
+    parts: list[Mask] = []
+    if mask is not None:
+        is_array = hasattr(mask, "dtype") and hasattr(mask, "shape")
+        parts.append(as_mask(_at_least_4d(jnp.asarray(mask)) if is_array else mask))
+    if is_causal:
+        parts.append(masks.causal())
+    if local_window_size is not None:
+        window = local_window_size
+        left, right = (window, window) if isinstance(window, (int, np.integer)) else window
+        parts.append(masks.sliding_window(left, right))
+    for name, lengths, padding in (
+        ("query_seq_lengths", query_seq_lengths, masks.query_padding),
+        ("key_value_seq_lengths", key_value_seq_lengths, masks.key_padding),
+    ):
+        if lengths is not None:
+            counts = jnp.asarray(lengths)
+            if counts.shape != (B,):
+                raise ValueError(f"{name}: got shape {list(counts.shape)}, expected [B] = [{B}]")
+            parts.append(padding(lengths=jnp.maximum(counts, 0)))
+    score = None
+    if bias is not None:
+        # Not scores.bias(): here -inf in a bias is common, and the definition takes it.
+        array = _at_least_4d(jnp.asarray(bias))
+        array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+        score = scores.Scored(scores.add_array, (array,))
+    out = attention(
+        query,
+        key,
+        value,
+        mask=functools.reduce(operator.and_, parts) if parts else None,
+        score=score,
+        scale=scale,
+        backend="auto" if implementation in (None, "xla") else implementation,
+        return_lse=return_residual,
+    )
+    if return_residual:
+        out, lse = out
+        return out.reshape(*shape[:-1], -1), lse.astype(key.dtype).reshape(shape[:-1])
+    return out.reshape(*shape[:-1], -1)
+
+
+def _at_least_4d(array: Array) -> Array:
+    """Missing leading axes of extent 1, as `jax.nn.dot_product_attention` adds them."""
+    return jnp.expand_dims(array, tuple(range(4 - array.ndim)))

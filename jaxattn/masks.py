@@ -1,0 +1,599 @@
+"""Masks: the constructors, each one line of maths.
+
+Every constructor returns a `Mask`, a pure function of positions that composes with `&`, `|`, `~`
+and `^`. Its arguments are leaves: they may be traced, and new values reuse the compiled program.
+Where an argument may differ by batch row or by head its shape says so (`[B]`, `[N]`, `[B, T]`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .algebra import Mask, PerHead, Positions, Predicate, as_mask, dense
+from .conventions import Convention, kept
+from .shapes import Array, ArrayLike, Bool, Int, Num
+
+__all__ = [
+    "Mask",
+    "Positions",
+    "block_diffusion",
+    "block_sparse",
+    "causal",
+    "chunked",
+    "dense",
+    "dilated",
+    "empty",
+    "from_array",
+    "full",
+    "global_tokens",
+    "key_padding",
+    "neighborhood",
+    "per_head",
+    "predicate",
+    "prefix_lm",
+    "query_padding",
+    "random_blocks",
+    "segments",
+    "shared_prefix",
+    "sliding_window",
+    "tree",
+]
+
+
+# --- checks of arguments, and how an argument is read -------------------------------------------
+
+
+def _integers(
+    given: Any, name: str, shapes: Sequence[str], minimum: int | None = None
+) -> Any:
+    """An integer argument: Python ints stay as they are, everything else becomes a jax array.
+
+    `shapes` says what each allowed rank means, as in `("[]", "[B]")`.
+    """
+    if isinstance(given, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {given!r}, expected integers {' or '.join(shapes)}")
+    if isinstance(given, (int, np.integer)):
+        array: Any = int(given)
+    else:
+        array = jnp.asarray(given)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{name}: got dtype {array.dtype}, expected integers {' or '.join(shapes)}"
+            )
+    ranks = [0 if shape == "[]" else shape.count(",") + 1 for shape in shapes]
+    if np.ndim(array) not in ranks:
+        raise ValueError(
+            f"{name}: got shape {list(np.shape(array))}, expected {' or '.join(shapes)}"
+        )
+    if minimum is not None and not isinstance(array, jax.core.Tracer):
+        # A tracer's value is unknown: there the check is the caller's.
+        least = int(np.min(array, initial=minimum))
+        if least < minimum:
+            raise ValueError(f"{name}: got {least}, expected at least {minimum}")
+    return array
+
+
+def _booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
+    array = jnp.asarray(given)
+    if array.dtype != jnp.bool_:
+        raise TypeError(
+            f"{name}: got dtype {array.dtype}, expected booleans, True where it is real; "
+            "masks.from_array(array, convention) reads other conventions"
+        )
+    if array.ndim not in [shape.count(",") + 1 for shape in shapes]:
+        raise ValueError(
+            f"{name}: got shape {list(array.shape)}, expected {' or '.join(shapes)}"
+        )
+    return array
+
+
+def _at(array: Any, *index: Any) -> Any:
+    """`array[index]` with as many trailing indices as the array has axes: `[]`, `[T]`, `[B, T]`."""
+    rank = np.ndim(array)
+    return array[index[len(index) - rank :]] if rank else array
+
+
+# --- nothing and everything ------------------------------------------------------------------
+
+
+def _full(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return jnp.asarray(True)
+
+
+def full() -> Mask:
+    """Every query sees every key: `True`."""
+    return Predicate(_full)
+
+
+def _empty(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return jnp.asarray(False)
+
+
+def empty() -> Mask:
+    """No query sees any key: `False`. Attention under it is 0, and its LSE is -inf."""
+    return Predicate(_empty)
+
+
+# --- order and distance ----------------------------------------------------------------------
+
+
+def _causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return q >= k
+
+
+def _causal_offset(b: Any, h: Any, q: Any, k: Any, offset: Any) -> Any:
+    return q + _at(offset, b) >= k
+
+
+def causal(offset: Int[ArrayLike, "*B"] | int = 0) -> Mask:
+    """A query sees itself and what came before: `q + offset >= k`.
+
+    Args:
+      offset: int or `[B]`; how many keys come before the first query. With the default the first
+        query meets the first key (top-left, as in `jax.nn`), also where T != S; `S - T` aligns
+        the last query with the last key (bottom-right). `positions=` says the same for every mask
+        of a call at once.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762.
+    """
+    if isinstance(offset, int) and not isinstance(offset, bool) and offset == 0:
+        return Predicate(_causal)
+    return Predicate(_causal_offset, (_integers(offset, "causal(offset)", ("[]", "[B]")),))
+
+
+def _sliding_window(b: Any, h: Any, q: Any, k: Any, left: Any, right: Any) -> Any:
+    return (q - k <= _at(left, h)) & (k - q <= _at(right, h))
+
+
+def sliding_window(
+    left: Int[ArrayLike, "*N"] | int, right: Int[ArrayLike, "*N"] | int = 0
+) -> Mask:
+    """A query sees `left` keys before itself, itself, and `right` after: `-right <= q - k <= left`.
+
+    Args:
+      left: int or, one a head, `[N]`; at least 0.
+      right: the same; 0 (the default) sees no future.
+
+    Sources: Longformer, arXiv 2004.05150; Mistral 7B, arXiv 2310.06825 (its window of W tokens
+    counts the query itself: `left = W - 1`).
+    """
+    allowed = ("[]", "[N]")
+    return Predicate(
+        _sliding_window,
+        (
+            _integers(left, "sliding_window(left)", allowed, 0),
+            _integers(right, "sliding_window(right)", allowed, 0),
+        ),
+    )
+
+
+def _prefix_lm(b: Any, h: Any, q: Any, k: Any, lengths: Any) -> Any:
+    return (k < _at(lengths, b)) | (q >= k)
+
+
+def prefix_lm(lengths: Int[ArrayLike, "*B"] | int) -> Mask:
+    """Everyone sees the prefix, the rest is causal: `(k < lengths[b]) | (q >= k)`.
+
+    Args:
+      lengths: int or `[B]`, the number of prefix tokens, at least 0.
+
+    Sources: T5, arXiv 1910.10683, section 3.2.1; UniLM, arXiv 1905.03197.
+    """
+    return Predicate(_prefix_lm, (_integers(lengths, "prefix_lm(lengths)", ("[]", "[B]"), 0),))
+
+
+def _chunked(b: Any, h: Any, q: Any, k: Any, size: Any) -> Any:
+    return q // size == k // size
+
+
+def chunked(size: Int[ArrayLike, ""] | int) -> Mask:
+    """Positions are cut in chunks, each sees its own: `q // size == k // size`.
+
+    With `& causal()` this is the local attention of Llama 4; alone, the blockwise attention of
+    arXiv 1911.02972.
+    """
+    return Predicate(_chunked, (_integers(size, "chunked(size)", ("[]",), 1),))
+
+
+def _dilated(b: Any, h: Any, q: Any, k: Any, rate: Any) -> Any:
+    return (q - k) % rate == 0
+
+
+def dilated(rate: Int[ArrayLike, ""] | int) -> Mask:
+    """Every `rate`-th key, counted from the query: `(q - k) % rate == 0`.
+
+    With `& causal()`, the strided head of the Sparse Transformer (arXiv 1904.10509); with
+    `& sliding_window(rate * w, rate * w)`, Longformer's dilated window (arXiv 2004.05150).
+    """
+    return Predicate(_dilated, (_integers(rate, "dilated(rate)", ("[]",), 1),))
+
+
+# --- documents, padding, prompts ---------------------------------------------------------------
+
+
+def _segments(b: Any, h: Any, q: Any, k: Any, q_ids: Any, k_ids: Any) -> Any:
+    return _at(q_ids, b, q) == _at(k_ids, b, k)
+
+
+def segments(q_ids: Int[ArrayLike, "*B T"], k_ids: Int[ArrayLike, "*B S"] | None = None) -> Mask:
+    """Packed documents see only themselves: `q_ids[b, q] == k_ids[b, k]`.
+
+    Args:
+      q_ids: segment ids of the queries, integers `[T]` or `[B, T]`, in any order.
+      k_ids: segment ids of the keys, `[S]` or `[B, S]`; by default those of the queries.
+
+    Padding is a segment like any other here: `& key_padding(...)` keeps it from being seen.
+    Source: packing, Krell et al., arXiv 2107.02027; T5, arXiv 1910.10683.
+    """
+    rows, columns = ("[T]", "[B, T]"), ("[S]", "[B, S]")
+    queries = _integers(q_ids, "segments(q_ids)", rows)
+    keys = queries if k_ids is None else _integers(k_ids, "segments(k_ids)", columns)
+    return Predicate(_segments, (queries, keys))
+
+
+def _key_valid(b: Any, h: Any, q: Any, k: Any, valid: Any) -> Any:
+    return _at(valid, b, k)
+
+
+def _key_length(b: Any, h: Any, q: Any, k: Any, lengths: Any) -> Any:
+    return k < _at(lengths, b)
+
+
+def key_padding(
+    valid: Bool[ArrayLike, "*B S"] | None = None,
+    *,
+    lengths: Int[ArrayLike, "*B"] | int | None = None,
+) -> Mask:
+    """Padding keys are seen by nobody: `valid[b, k]`, or `k < lengths[b]`.
+
+    Args:
+      valid: booleans `[S]` or `[B, S]`, True where the key is a real token (on the left, on the
+        right, anywhere).
+      lengths: instead, how many real tokens come before the padding, int or `[B]`.
+
+    For tokens padded on the left, `~key_padding(lengths=pads)` with the numbers of pads says it.
+    """
+    return _padding("key_padding", "S", _key_valid, _key_length, valid, lengths)
+
+
+def _query_valid(b: Any, h: Any, q: Any, k: Any, valid: Any) -> Any:
+    return _at(valid, b, q)
+
+
+def _query_length(b: Any, h: Any, q: Any, k: Any, lengths: Any) -> Any:
+    return q < _at(lengths, b)
+
+
+def query_padding(
+    valid: Bool[ArrayLike, "*B T"] | None = None,
+    *,
+    lengths: Int[ArrayLike, "*B"] | int | None = None,
+) -> Mask:
+    """Padding queries see nothing: `valid[b, q]`, or `q < lengths[b]`.
+
+    Their output is then 0, their LSE -inf, their gradient 0, and their rows cost nothing.
+
+    Args:
+      valid: booleans `[T]` or `[B, T]`, True where the query is a real token.
+      lengths: instead, how many real tokens come before the padding, int or `[B]`.
+    """
+    return _padding("query_padding", "T", _query_valid, _query_length, valid, lengths)
+
+
+def _padding(
+    name: str,
+    axis: str,
+    by_valid: Callable[..., Any],
+    by_length: Callable[..., Any],
+    valid: Any,
+    lengths: Any,
+) -> Mask:
+    if (valid is None) == (lengths is None):
+        got = "neither" if valid is None else "both"
+        raise ValueError(f"{name}: got {got} of `valid` and `lengths`, expected one of them")
+    if valid is not None:
+        shapes = (f"[{axis}]", f"[B, {axis}]")
+        return Predicate(by_valid, (_booleans(valid, f"{name}(valid)", shapes),))
+    counts = _integers(lengths, f"{name}(lengths)", ("[]", "[B]"), 0)
+    return Predicate(by_length, (counts,))
+
+
+def _shared_prefix(b: Any, h: Any, q: Any, k: Any, length: Any, ids: Any) -> Any:
+    return (k < _at(length, b)) | (_at(ids, b, q) == _at(ids, b, k))
+
+
+def shared_prefix(length: Int[ArrayLike, "*B"] | int, ids: Int[ArrayLike, "*B T"]) -> Mask:
+    """Several continuations of one prompt: `(k < length[b]) | (ids[b, q] == ids[b, k])`.
+
+    Args:
+      length: number of prompt tokens, int or `[B]`.
+      ids: which continuation each position belongs to, integers `[T]` or `[B, T]`; the prompt
+        needs an id of its own.
+
+    Compose with `& causal()` to train on or to score many answers to a prompt that is computed
+    once. Source: Hydragen, arXiv 2402.05099.
+    """
+    return Predicate(
+        _shared_prefix,
+        (
+            _integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
+            _integers(ids, "shared_prefix(ids)", ("[T]", "[B, T]")),
+        ),
+    )
+
+
+# --- global tokens, grids, blocks, trees -------------------------------------------------------
+
+
+def _first_tokens(b: Any, h: Any, q: Any, k: Any, n: Any) -> Any:
+    return (q < _at(n, b)) | (k < _at(n, b))
+
+
+def _flagged_tokens(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
+    return _at(flags, b, q) | _at(flags, b, k)
+
+
+def global_tokens(tokens: Bool[ArrayLike, "*B T"] | Int[ArrayLike, "*B"] | int) -> Mask:
+    """Global tokens see all and are seen by all: `(q < n[b]) | (k < n[b])`, or `g[b, q] | g[b, k]`.
+
+    Args:
+      tokens: an int or ints `[B]`, the first `n` tokens; or booleans `[T]` or `[B, T]`, True at
+        global tokens.
+
+    `global_tokens(n) | sliding_window(w, w)` is Longformer (arXiv 2004.05150) and, with
+    `| random_blocks(...)`, BigBird (arXiv 2007.14062);
+    `(global_tokens(4) | sliding_window(w)) & causal()` keeps the attention sinks of StreamingLLM
+    (arXiv 2309.17453).
+    """
+    if not isinstance(tokens, int) and jnp.asarray(tokens).dtype == jnp.bool_:
+        flags = _booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
+        return Predicate(_flagged_tokens, (flags,))
+    return Predicate(_first_tokens, (_integers(tokens, "global_tokens(n)", ("[]", "[B]"), 0),))
+
+
+def _neighborhood(b: Any, h: Any, q: Any, k: Any, shape: Any, radius: Any) -> Any:
+    near, stride = True, 1
+    for extent, reach in zip(reversed(shape), reversed(radius), strict=True):
+        at, seen = q // stride % extent, k // stride % extent
+        near &= jnp.abs(jnp.clip(at, reach, extent - 1 - reach) - seen) <= reach
+        stride = stride * extent
+    return near
+
+
+def neighborhood(shape: Sequence[int], radius: int | Sequence[int]) -> Mask:
+    """Tokens of a grid see the nearest `2 * radius + 1` along every axis.
+
+    With x the coordinates of a position in a row-major grid:
+    `|clip(x_q, radius, shape - 1 - radius) - x_k| <= radius` on every axis, so that a token at the
+    border sees as many neighbours as one in the middle.
+
+    Args:
+      shape: extents of the grid, as in `(height, width)`.
+      radius: one for all axes, or one an axis; `2 * radius + 1` fits in the extent.
+
+    Source: Neighborhood Attention (NATTEN), arXiv 2204.07143.
+    """
+    extents = tuple(int(extent) for extent in shape)
+    reach = (radius,) * len(extents) if np.ndim(radius) == 0 else tuple(radius)  # type: ignore[arg-type]
+    if len(reach) != len(extents) or not extents:
+        raise ValueError(
+            f"neighborhood(radius): got {radius!r}, expected one integer or one for each axis of "
+            f"shape {extents}"
+        )
+    for extent, r in zip(extents, reach, strict=True):
+        if r < 0 or 2 * r + 1 > extent:
+            raise ValueError(
+                f"neighborhood(radius): got {r} for an axis of extent {extent}, expected "
+                f"0 <= radius and 2 * radius + 1 <= extent"
+            )
+    return Predicate(_neighborhood, (extents, reach))
+
+
+def _block_sparse(b: Any, h: Any, q: Any, k: Any, table: Any, block: Any) -> Any:
+    return _at(table, b, h, q // block, k // block)
+
+
+def block_sparse(table: Bool[ArrayLike, "*BN Q K"], block: Int[ArrayLike, ""] | int) -> Mask:
+    """A table of blocks: `table[b, h, q // block, k // block]`.
+
+    Args:
+      table: booleans `[Q, K]`, `[N, Q, K]` or `[B, N, Q, K]`; block (i, j) covers queries
+        `i * block` to `(i + 1) * block - 1` and the keys likewise.
+      block: tokens in a block, at least 1.
+
+    Positions beyond the table use its last row or column (JAX's indexing).
+    Source: Sparse Transformer, arXiv 1904.10509; BigBird, arXiv 2007.14062.
+    """
+    allowed = ("[Q, K]", "[N, Q, K]", "[B, N, Q, K]")
+    return Predicate(
+        _block_sparse,
+        (
+            _booleans(table, "block_sparse(table)", allowed),
+            _integers(block, "block_sparse(block)", ("[]",), 1),
+        ),
+    )
+
+
+def random_blocks(
+    key: Array, count: int, block: int, q_len: int, k_len: int | None = None
+) -> Mask:
+    """Every block of queries sees `count` random blocks of keys: `table[q // block, k // block]`.
+
+    Args:
+      key: a jax random key; the same key gives the same mask.
+      count: blocks seen by each block of queries, drawn without replacement.
+      block: tokens in a block.
+      q_len, k_len: numbers of queries and of keys the table has to cover (`k_len` is `q_len` by
+        default).
+
+    Source: BigBird, arXiv 2007.14062, section 2.
+    """
+    k_len = q_len if k_len is None else k_len
+    for name, size in {"count": count, "block": block, "q_len": q_len, "k_len": k_len}.items():
+        _integers(size, f"random_blocks({name})", ("[]",), 1)
+    table = (-(-q_len // block), -(-k_len // block))
+    if count > table[1]:
+        raise ValueError(
+            f"random_blocks(count): got {count}, expected at most {table[1]}, the number of blocks "
+            f"of {block} in {k_len} keys"
+        )
+    rank = jax.random.uniform(key, table).argsort(axis=-1).argsort(axis=-1)
+    return block_sparse(rank < count, block)
+
+
+def _tree(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any) -> Any:
+    return (_at(enter, b, k) <= _at(enter, b, q)) & (_at(enter, b, q) < _at(leave, b, k))
+
+
+def tree(parents: Int[ArrayLike, "*B T"]) -> Mask:
+    """A node sees itself and its ancestors: `enter[k] <= enter[q] < leave[k]`.
+
+    `enter` and `leave` number the nodes in depth-first order, so that the descendants of a node
+    are the interval between them.
+
+    Args:
+      parents: integers `[T]` or `[B, T]`, the parent of every node, -1 for a root; parents come
+        before their children.
+
+    Verifies a tree of drafted tokens in one pass. Sources: SpecInfer, arXiv 2305.09781; Medusa,
+    arXiv 2401.10774.
+    """
+    array = _integers(parents, "tree(parents)", ("[T]", "[B, T]"), -1)
+    if not isinstance(array, jax.core.Tracer) and (array >= np.arange(array.shape[-1])).any():
+        raise ValueError(
+            "tree(parents): got a node before its parent, expected parents[i] < i; sort the nodes"
+        )
+    number = _depth_first if array.ndim == 1 else jax.vmap(_depth_first)
+    return Predicate(_tree, number(array))
+
+
+def _depth_first(parents: Array) -> tuple[Array, Array]:
+    """Entering and leaving times of every node, for parents that come before their children."""
+    n = parents.shape[0]
+    # Roots hang on a node n of their own.
+    above = jnp.where(parents < 0, n, parents)
+
+    def add(i: Any, sizes: Array) -> Array:
+        node = n - 1 - i
+        return sizes.at[above[node]].add(sizes[node])
+
+    sizes = jax.lax.fori_loop(0, n, add, jnp.ones(n + 1, jnp.int32))
+
+    def place(node: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        enter, free = state
+        at = free[above[node]]
+        free = free.at[above[node]].add(sizes[node]).at[node].set(at + 1)
+        return enter.at[node].set(at), free
+
+    enter, _ = jax.lax.fori_loop(
+        0, n, place, (jnp.zeros(n, jnp.int32), jnp.zeros(n + 1, jnp.int32))
+    )
+    return enter, enter + sizes[:n]
+
+
+def _block_diffusion(b: Any, h: Any, q: Any, k: Any, length: Any, block: Any) -> Any:
+    q_clean, k_clean = q >= length, k >= length
+    q_block = jnp.where(q_clean, q - length, q) // block
+    k_block = jnp.where(k_clean, k - length, k) // block
+    within = (q_block == k_block) & (q_clean == k_clean)
+    before = (q_block > k_block) & k_clean
+    return within | before
+
+
+def block_diffusion(length: Int[ArrayLike, ""] | int, block: Int[ArrayLike, ""] | int) -> Mask:
+    """Training mask of block diffusion: `length` noisy tokens, then the same tokens clean.
+
+    With `blk` the block of a token within its half:
+    `(blk_q == blk_k and same half) or (blk_q > blk_k and k is clean)`: a noisy block sees itself
+    and the clean blocks before it; a clean block sees itself and the clean blocks before it.
+
+    Args:
+      length: tokens in each half; T = S = 2 * length.
+      block: tokens in a block.
+
+    Source: Block Diffusion, arXiv 2503.09573, section 3.2 and appendix B.6.
+    """
+    return Predicate(
+        _block_diffusion,
+        (
+            _integers(length, "block_diffusion(length)", ("[]",), 1),
+            _integers(block, "block_diffusion(block)", ("[]",), 1),
+        ),
+    )
+
+
+# --- by head, by array, by function --------------------------------------------------------------
+
+
+def per_head(parts: Sequence[Any]) -> Mask:
+    """Head `h` uses `parts[h]`: masks or callables, one for every query head."""
+    if not isinstance(parts, Sequence) or not parts:
+        raise ValueError(f"per_head(masks): got {parts!r}, expected a list of masks, one a head")
+    return PerHead(tuple(as_mask(p, f"per_head(masks[{i}])") for i, p in enumerate(parts)))
+
+
+def predicate(fn: Callable[..., Any], *args: Any) -> Mask:
+    """Any function of positions: `fn(b, h, q, k, *args) -> bool`, for one query and one key.
+
+    Args:
+      fn: a pure function; FlexAttention's `mask_mod` signature, with `q`, `k` for `q_idx`,
+        `kv_idx`.
+      *args: arrays it reads, passed after the positions. They are leaves of the mask; arrays that
+        the function closes over become leaves when it is traced.
+
+    An axis read at a bare `b`, `h`, `q` or `k` must have that extent; computed indices follow
+    JAX's rules (out of range is clamped).
+    """
+    if not callable(fn):
+        raise TypeError(f"predicate(fn): got {type(fn).__name__}, expected fn(b, h, q, k, *args)")
+    return Predicate(fn, args)
+
+
+def from_array(array: Num[ArrayLike, "..."], convention: Convention) -> Mask:
+    """A mask from an array of another library's convention.
+
+    Args:
+      array: the array. Rank 4 is `[B|1, N|1, T|1, S|1]`, rank 3 is `[B|1, T|1, S|1]`, and what
+        rank 2 means is the convention's:
+
+        | convention | keeps | removes | dtype | rank 2 | used by |
+        |---|---|---|---|---|---|
+        | `"attend"` | True, 1 | False, 0 | bool, integer | `[T, S]` | `jax.nn`, torch SDPA |
+        | `"ignore"` | False, 0 | True, 1 | bool, int, float | `[T, S]`, or `[B, S]` as said below \
+| the Transformer tutorial, torch `key_padding_mask`, `attn_mask` |
+        | `"additive"` | 0 | -1e4 or less | float | `[T, S]` | torch float masks, T5, Hugging Face \
+inside |
+        | `"hf"` | 1 | 0 | int, bool, float | `[B, S]` | Hugging Face `attention_mask` |
+        | `"keras"` | True, 1 | False, 0 | bool, integer | `[B, S]` | Keras `mask`, `padding_mask` |
+        | `"flax"` | not 0 | 0 | bool, int, float | `[T, S]` | `flax.linen.make_attention_mask` |
+
+        Padding `[B, S]` in the "ignore" convention is told from `[T, S]` by giving it rank 4, as
+        the tutorial does: `padding[:, None, None, :]`.
+      convention: one of the six names.
+
+    Returns:
+      The mask that keeps exactly the cells that the array keeps.
+
+    Raises:
+      TypeError: for a dtype that the convention does not have.
+      ValueError: for values that it does not have (a float array of only 0 and 1 is no additive
+        mask; an additive array with values that neither keep nor remove is a bias and belongs in
+        `jaxattn.scores.bias`), for an unknown convention, and for a rank without a meaning. Values
+        are checked where they are known, that is, outside `jit`.
+    """
+    keep = kept(array, convention)
+    if keep.ndim == 4:
+        return dense(keep)
+    if keep.ndim == 3:
+        return dense(keep[:, None])
+    if keep.ndim == 2:
+        return key_padding(keep) if convention in ("hf", "keras") else dense(keep)
+    raise ValueError(
+        f"from_array(array): got shape {list(keep.shape)}, expected rank 2, 3 or 4: [T, S] or "
+        "[B, S], [B|1, T|1, S|1], [B|1, N|1, T|1, S|1]"
+    )

@@ -1,0 +1,298 @@
+"""Scores: what changes the logits of visible cells, and learns.
+
+A score is a function of one logit and its positions, `score(logit, b, h, q, k) -> logit`, applied
+to `scale * query . key` before the mask removes what may not be seen. Its parameters are leaves:
+they may be traced, new values reuse the compiled program, and gradients flow to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .algebra import Scalar, leaf_repr, pytree, static
+from .shapes import Array, ArrayLike, Float
+
+__all__ = [
+    "Score",
+    "alibi",
+    "alibi_slopes",
+    "bias",
+    "chain",
+    "relative_bias",
+    "score",
+    "soft_cap",
+    "temperature",
+]
+
+
+class Score:
+    """A function of one logit and its positions.
+
+    The one required method is `__call__(logit, b, h, q, k)`, written for a single cell: the logit
+    a float32 (or float64) scalar, the positions int32 scalars.
+
+    Scores see 0 in place of the logits of cells that the mask removes. They have to be finite
+    there, in value and in gradient, at every pair of positions.
+    """
+
+    def __call__(
+        self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
+    ) -> Float[Array, ""]:
+        raise TypeError(f"{type(self).__name__} is a Score without __call__(logit, b, h, q, k)")
+
+
+@pytree
+class Scored(Score):
+    """A score from a function `fn(logit, b, h, q, k, *params)` and its parameters."""
+
+    fn: Callable[..., Any] = static()
+    params: tuple[Any, ...] = ()
+
+    def __call__(
+        self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
+    ) -> Float[Array, ""]:
+        result = self.fn(logit, b, h, q, k, *self.params)
+        answer = jnp.asarray(result)
+        if answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+            raise TypeError(
+                f"{self!r}: for one logit it returned {answer.dtype}{list(answer.shape)}, expected "
+                "a single float; a condition belongs in jaxattn.masks"
+            )
+        return answer.astype(logit.dtype)
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.params)))
+        if getattr(self.fn, "__module__", "").startswith("jaxattn."):
+            return f"{name.lstrip('_')}({inner})"
+        return f"score({', '.join(filter(None, (name, inner)))})"
+
+
+@pytree
+class Chain(Score):
+    """Scores one after the other, in the order written."""
+
+    parts: tuple[Score, ...]
+
+    def __call__(
+        self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
+    ) -> Float[Array, ""]:
+        for part in self.parts:
+            logit = part(logit, b, h, q, k)
+        return logit
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.parts))})"
+
+
+def as_score(given: Any, where: str = "score") -> Score:
+    """A `Score` from a score or from a callable `(logit, b, h, q, k) -> logit`.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if isinstance(given, Score):
+        return given
+    if callable(given) and not hasattr(given, "dtype"):
+        return Scored(given, ())
+    raise TypeError(
+        f"{where}: got {type(given).__name__}, expected a Score or a callable "
+        "(logit, b, h, q, k) -> logit; an array is added to the logits by scores.bias(array)"
+    )
+
+
+def _parameter(given: Any, name: str, ranks: dict[int, str]) -> Any:
+    """A float parameter: Python numbers stay as they are, everything else becomes a jax array."""
+    array = float(given) if isinstance(given, (int, float)) else jnp.asarray(given)
+    expected = " or ".join(ranks.values())
+    if not isinstance(array, float) and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected floats {expected}")
+    if np.ndim(array) not in ranks:
+        raise ValueError(f"{name}: got shape {list(np.shape(array))}, expected {expected}")
+    return array
+
+
+def _per_head(parameter: Any, h: Any, dtype: Any) -> Any:
+    return jnp.asarray(parameter[h] if np.ndim(parameter) else parameter, dtype)
+
+
+def _alibi(logit: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any) -> Any:
+    return logit - _per_head(slopes, h, logit.dtype) * jnp.abs(q - k).astype(logit.dtype)
+
+
+def alibi(slopes: Float[ArrayLike, "N"] | float) -> Score:
+    """Attention with linear biases: `logit - slopes[h] * |q - k|`.
+
+    Args:
+      slopes: one a head, `[N]`, or one for all; `alibi_slopes(N)` are the paper's.
+
+    Source: ALiBi, arXiv 2108.12409.
+    """
+    return Scored(_alibi, (_parameter(slopes, "alibi(slopes)", {0: "[]", 1: "[N]"}),))
+
+
+def alibi_slopes(heads: int) -> Float[Array, "heads"]:
+    """The slopes of ALiBi: `2 ** (-8 i / n)` for i = 1..n where n heads are a power of two.
+
+    For other numbers, the slopes of the largest power of two below, then every other one of the
+    next. Source: arXiv 2108.12409, section 3.
+    """
+    if heads < 1:
+        raise ValueError(f"alibi_slopes(heads): got {heads}, expected at least 1")
+    below = 2 ** (heads.bit_length() - 1)
+
+    def slopes(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
+
+    return jnp.asarray(slopes(below) + slopes(2 * below)[::2][: heads - below], jnp.float32)
+
+
+def _soft_cap(logit: Any, b: Any, h: Any, q: Any, k: Any, cap: Any) -> Any:
+    cap = _per_head(cap, h, logit.dtype)
+    return cap * jnp.tanh(logit / cap)
+
+
+def soft_cap(cap: Float[ArrayLike, "*N"] | float) -> Score:
+    """Logits kept within (-cap, cap): `cap * tanh(logit / cap)`.
+
+    Args:
+      cap: a positive float, or one a head, `[N]`.
+
+    Source: Gemma 2, arXiv 2408.00118, section 2.
+    """
+    parameter = _parameter(cap, "soft_cap(cap)", {0: "[]", 1: "[N]"})
+    _positive(parameter, "soft_cap(cap)")
+    return Scored(_soft_cap, (parameter,))
+
+
+def _positive(parameter: Any, name: str) -> None:
+    # A tracer's value is unknown: there the check is the caller's.
+    if not isinstance(parameter, jax.core.Tracer) and not np.all(np.asarray(parameter) > 0):
+        raise ValueError(f"{name}: got {parameter}, expected a number above 0")
+
+
+def _temperature(logit: Any, b: Any, h: Any, q: Any, k: Any, temperature: Any) -> Any:
+    return logit / _per_head(temperature, h, logit.dtype)
+
+
+def temperature(temperature: Float[ArrayLike, "*N"] | float) -> Score:
+    """Softmax temperature: `logit / temperature`.
+
+    Args:
+      temperature: a positive float, or one a head, `[N]`; above 1 flattens the weights.
+    """
+    parameter = _parameter(temperature, "temperature(temperature)", {0: "[]", 1: "[N]"})
+    _positive(parameter, "temperature(temperature)")
+    return Scored(_temperature, (parameter,))
+
+
+def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool) -> Any:
+    """T5's bucket of `distance = k - q`."""
+    offset: Any = 0
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    # The logarithm's branch is taken for larger distances only; max() keeps it finite elsewhere.
+    ratio = jnp.maximum(distance, 1).astype(jnp.float32) / exact
+    growth = jnp.log(ratio) / jnp.log(max_distance / exact) * (buckets - exact)
+    far = jnp.minimum(exact + growth.astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far)
+
+
+def _relative_bias_both(
+    logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
+) -> Any:
+    return logit + table[h, _bucket(k - q, table.shape[1], max_distance, True)].astype(logit.dtype)
+
+
+def _relative_bias_past(
+    logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
+) -> Any:
+    return logit + table[h, _bucket(k - q, table.shape[1], max_distance, False)].astype(logit.dtype)
+
+
+def relative_bias(
+    table: Float[ArrayLike, "N buckets"], *, max_distance: int = 128, bidirectional: bool = True
+) -> Score:
+    """T5's learned bias by bucketed distance: `logit + table[h, bucket(k - q)]`.
+
+    Half of the buckets (of each direction) are single distances, the other half grow
+    logarithmically up to `max_distance`; all beyond share the last.
+
+    Args:
+      table: `[N, buckets]`; T5 learns 32 buckets. (T5's checkpoints hold it as `[buckets, N]`.)
+      max_distance: where the last bucket begins.
+      bidirectional: as in T5's encoder, half of the buckets are for keys after the query; False,
+        as in its decoder, spends all on keys before it.
+
+    Source: T5, arXiv 1910.10683, section 2.1.
+    """
+    array = _parameter(table, "relative_bias(table)", {2: "[N, buckets]"})
+    least = 4 if bidirectional else 2
+    if array.shape[1] < least or (bidirectional and array.shape[1] % 2):
+        raise ValueError(
+            f"relative_bias(table): got {array.shape[1]} buckets, expected at least {least}"
+            + (" and an even number" if bidirectional else "")
+        )
+    exact = array.shape[1] // (4 if bidirectional else 2)
+    if max_distance <= exact:
+        raise ValueError(
+            f"relative_bias(max_distance): got {max_distance}, expected more than {exact}, the "
+            "distances that have a bucket each"
+        )
+    fn = _relative_bias_both if bidirectional else _relative_bias_past
+    return Scored(fn, (array, float(max_distance)))
+
+
+def add_array(logit: Any, b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
+    """`logit + array[q, k]`, or `logit + array[b, h, q, k]`."""
+    if np.ndim(array) == 2:
+        return logit + array[q, k].astype(logit.dtype)
+    # An extent of 1 says "the same for all": which axes those are is known from the shape.
+    index = (0 if n == 1 else at for n, at in zip(array.shape, (b, h, q, k), strict=True))
+    return logit + array[tuple(index)].astype(logit.dtype)
+
+
+def bias(array: Float[ArrayLike, "..."]) -> Score:
+    """An array added to the logits: `logit + array[b, h, q, k]`.
+
+    Args:
+      array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. What
+        removes cells is a mask, not a bias.
+    """
+    if not isinstance(array, jax.core.Tracer) and np.isneginf(np.asarray(array)).any():
+        raise ValueError(
+            "bias(array): got -inf, expected finite floats; what removes cells is a mask: "
+            "masks.from_array(array, 'additive')"
+        )
+    allowed = {2: "[T, S]", 4: "[B|1, N|1, T|1, S|1]"}
+    return Scored(add_array, (_parameter(array, "bias(array)", allowed),))
+
+
+def chain(*parts: Any) -> Score:
+    """Scores one after the other, in the order written: `chain(f, g)` is `g(f(logit))`."""
+    if not parts:
+        raise ValueError("chain(): got no scores, expected at least one")
+    return Chain(tuple(as_score(part, f"chain(scores[{i}])") for i, part in enumerate(parts)))
+
+
+def score(fn: Callable[..., Any], *params: Any) -> Score:
+    """Any function of a logit and its positions: `fn(logit, b, h, q, k, *params) -> logit`.
+
+    Args:
+      fn: a pure function for one cell; FlexAttention's `score_mod` signature.
+      *params: arrays it reads, passed after the positions. They are leaves, and learn; so do
+        float arrays that the function closes over.
+    """
+    if not callable(fn):
+        raise TypeError(f"score(fn): got {type(fn).__name__}, expected fn(logit, b, h, q, k, ...)")
+    return Scored(fn, params)

@@ -1,0 +1,31 @@
+"""What every test runs under: strict promotion, checked shapes, several devices."""
+
+import os
+
+# Before jax is imported: tests of sharding want devices to shard over.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook("jaxattn", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "default", max_examples=25, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("deep", max_examples=1250, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def own_errors():
+    """Wrong calls meet the library's own checks, not those of the test-only type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
