@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from typing import Any, TypeAlias, TypeVar
+from functools import reduce
+from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,7 @@ Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
 MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
 
-C = TypeVar("C", bound=type)
-
-
-def pytree(cls: C) -> C:
-    """A frozen dataclass as a pytree; fields with `metadata={"static": True}` are its structure."""
-    # eq=False: equality of arrays is elementwise, so a generated __eq__ could only mislead.
-    made = dataclass(frozen=True, eq=False, repr=False)(cls)
-    return jax.tree_util.register_dataclass(made)
+C = TypeVar("C")
 
 
 def static(**options: Any) -> Any:
@@ -36,7 +29,24 @@ def static(**options: Any) -> Any:
     return field(metadata={"static": True}, **options)
 
 
-@partial(jax.tree_util.register_dataclass)
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, field))
+def pytree(cls: type[C]) -> type[C]:
+    """A frozen dataclass as a pytree; fields made by `static` are its structure."""
+    # eq=False: equality of arrays is elementwise, so a generated __eq__ could only mislead.
+    made = dataclass(frozen=True, eq=False, repr=False)(cls)
+    return jax.tree_util.register_dataclass(made)
+
+
+class Filled(NamedTuple):
+    """Positions of everything, int32: `b [B]`, `h [N]`, `q [B|1, T]`, `k [B|1, S]`."""
+
+    b: Array
+    h: Array
+    q: Array
+    k: Array
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Positions:
     """The positions that masks, scores and dropout see; `None` means 0, 1, 2, ...
@@ -54,8 +64,8 @@ class Positions:
 
     b: Int[ArrayLike, "B"] | None = None
     h: Int[ArrayLike, "N"] | None = None
-    q: Int[ArrayLike, "*B T"] | None = None
-    k: Int[ArrayLike, "*B S"] | None = None
+    q: Int[ArrayLike, "*Bq T"] | None = None
+    k: Int[ArrayLike, "*Bk S"] | None = None
 
     def checked(self, B: int, N: int, T: int, S: int) -> Positions:
         """The same positions with `q` as `[B|1, T]` and `k` as `[B|1, S]`, all int32.
@@ -90,23 +100,21 @@ class Positions:
             k if k is None or k.ndim == 2 else k[None],
         )
 
-    def filled(self, B: int, N: int, T: int, S: int) -> Positions:
-        """Checked positions, the missing ones counted from 0: `b [B]`, `h [N]`, `q`, `k [B|1, .]`."""
+    def filled(self, B: int, N: int, T: int, S: int) -> Filled:
+        """Checked positions, the missing ones counted from 0."""
         given = self.checked(B, N, T, S)
 
         def count(array: Any, n: int) -> Array:
             return jnp.arange(n, dtype=jnp.int32) if array is None else array
 
-        q, k = count(given.q, T), count(given.k, S)
-        return Positions(
-            count(given.b, B), count(given.h, N), q.reshape(-1, T), k.reshape(-1, S)
-        )
+        # Rows of their own, or one for all; not reshape(-1, T), which T = 0 leaves undecided.
+        q, k = (jnp.atleast_2d(count(x, n)) for x, n in ((given.q, T), (given.k, S)))
+        return Filled(count(given.b, B), count(given.h, N), q, k)
 
 
-def over_grid(fn: Callable[..., Any], positions: Positions) -> Any:
-    """`fn(b, h, q, k)` for every cell: results `[B, N, T, S, ...]` for filled `positions`."""
+def over_grid(fn: Callable[..., Any], positions: Filled) -> Any:
+    """`fn(b, h, q, k)` for every cell: results `[B, N, T, S, ...]`."""
     q, k = positions.q, positions.k
-    assert q is not None and k is not None
     # An extent of 1 is left out of the batch's vmap: what does not vary is not computed again.
     axes = [None if x.shape[0] == 1 else 0 for x in (q, k)]
     q, k = (x[0] if axis is None else x for x, axis in zip((q, k), axes, strict=True))
@@ -212,6 +220,16 @@ def as_mask(given: Any, where: str = "mask") -> Mask:
         f"{where}: got {type(given).__name__}, expected a Mask, a callable (b, h, q, k) -> bool, "
         "or a boolean array [T, S] or [B|1, N|1, T|1, S|1]"
     )
+
+
+def known(given: Any) -> np.ndarray | None:
+    """The values of an argument where they can be looked at; `None` for a tracer's.
+
+    Under `jit` the check of a value is the caller's, as it is for arrays spread over several hosts.
+    """
+    if isinstance(given, jax.core.Tracer) or not getattr(given, "is_fully_addressable", True):
+        return None
+    return np.asarray(given)
 
 
 def leaf_repr(leaf: Any) -> str:

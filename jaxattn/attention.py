@@ -116,10 +116,24 @@ def attention_weights(
 
 @partial(jax.jit, static_argnums=2)
 def _run(call: Call, sinks: Array | None, backend: str) -> tuple[Array, Array]:
-    out, lse = BACKENDS[backend].run(call)
+    out, lse = _over_mesh(BACKENDS[backend].run, call)
     if sinks is not None:
         out = (out.astype(lse.dtype) * _share(lse, sinks)).astype(out.dtype)
     return out, lse
+
+
+def _over_mesh(run: Any, call: Call) -> Any:
+    """`run(call)`; on a mesh of explicit axes, with the shardings of the results said here.
+
+    Inside, the axes are automatic: XLA or the backend partitions the work by batch and by head.
+    """
+    sharding = jax.typeof(call.query).sharding
+    mesh = sharding.mesh
+    if mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return run(call)
+    b, t, n, _ = (*sharding.spec, *(None,) * (4 - len(sharding.spec)))
+    P = jax.sharding.PartitionSpec
+    return jax.sharding.auto_axes(run, out_sharding=(P(b, t, n), P(b, t, n)))(call)
 
 
 @jax.jit
@@ -254,7 +268,8 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
     if hasattr(given, "shape") and hasattr(given, "dtype"):
         mask, shape = as_mask(given), tuple(given.shape)
         full = (T, S) if len(shape) == 2 else (B, N, T, S)
-        allowed = all(n == e or (len(shape) == 4 and n == 1) for n, e in zip(shape, full, strict=True))
+        broadcasts = len(shape) == 4
+        allowed = all(n == e or (broadcasts and n == 1) for n, e in zip(shape, full, strict=True))
         if not allowed:
             expected = f"[T, S] = [{T}, {S}]" if len(shape) == 2 else (
                 f"[{B}|1, {N}|1, {T}|1, {S}|1]"
@@ -288,7 +303,7 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
             f"dropout_seed: got None with dropout_rate={rate}, expected a uint32 or a "
             "jax.random.key; for no dropout say dropout_rate=0.0"
         )
-    if hasattr(seed, "dtype") and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         if seed.shape != ():
             raise ValueError(f"dropout_seed: got keys of shape {list(seed.shape)}, expected one")
         words = jax.random.key_data(seed).reshape(-1, 2)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .algebra import known
 from .shapes import Array, Bool
 
 Convention = Literal["attend", "ignore", "additive", "hf", "keras", "flax"]
@@ -26,12 +26,18 @@ def kept(array: Any, convention: str) -> Bool[Array, "..."]:
         )
     values = jnp.asarray(array)
     _check_dtype(values, convention)
-    if not isinstance(values, jax.core.Tracer):
-        _check_values(np.asarray(values), convention)
+    numbers = known(values)
+    if numbers is not None:
+        _check_values(numbers, convention)
     if convention == "additive":
         # Written so that a NaN removes: nothing unknown is let through.
-        return values > _REMOVES
+        return values > _removes(values.dtype)
     return values == 0 if convention == "ignore" else values != 0
+
+
+def _removes(dtype: Any) -> float:
+    """-1e4 as that dtype rounds it: bfloat16 has -9984 instead."""
+    return float(np.asarray(_REMOVES, dtype))
 
 
 def _check_dtype(values: Array, convention: str) -> None:
@@ -72,7 +78,7 @@ def _check_values(values: Any, convention: str) -> None:
             "expected 0 where a key is kept and -inf (or -1e9) where it is removed; say 'attend' "
             "after .astype(bool) if 1 keeps, 'ignore' if 1 removes"
         )
-    odd = ~((numbers == 0.0) | (numbers <= _REMOVES))
+    odd = ~((numbers == 0.0) | (numbers <= _removes(values.dtype)))
     if odd.any():
         raise ValueError(
             f"from_array(array): got the value {numbers[odd].flat[0]} with convention 'additive', "

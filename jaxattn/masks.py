@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, PerHead, Positions, Predicate, as_mask, dense
+from .algebra import Mask, PerHead, Positions, Predicate, as_mask, dense, known
 from .conventions import Convention, kept
-from .shapes import Array, ArrayLike, Bool, Int, Num
+from .shapes import Array, ArrayLike, Bool, Int, Shaped
 
 __all__ = [
     "Mask",
@@ -49,11 +49,12 @@ __all__ = [
 
 
 def _integers(
-    given: Any, name: str, shapes: Sequence[str], minimum: int | None = None
+    given: Any, name: str, shapes: Sequence[str], minimum: int | None = None, *, ids: bool = False
 ) -> Any:
     """An integer argument: Python ints stay as they are, everything else becomes a jax array.
 
-    `shapes` says what each allowed rank means, as in `("[]", "[B]")`.
+    `shapes` says what each allowed rank means, as in `("[]", "[B]")`. Numbers that meet positions
+    become int32; ids, which meet only each other, stay as wide as they are.
     """
     if isinstance(given, (bool, np.bool_)):
         raise TypeError(f"{name}: got {given!r}, expected integers {' or '.join(shapes)}")
@@ -65,14 +66,17 @@ def _integers(
             raise TypeError(
                 f"{name}: got dtype {array.dtype}, expected integers {' or '.join(shapes)}"
             )
+        if not ids:
+            # Compared with int32 positions, under strict dtype promotion too.
+            array = array.astype(jnp.int32)
     ranks = [0 if shape == "[]" else shape.count(",") + 1 for shape in shapes]
     if np.ndim(array) not in ranks:
         raise ValueError(
             f"{name}: got shape {list(np.shape(array))}, expected {' or '.join(shapes)}"
         )
-    if minimum is not None and not isinstance(array, jax.core.Tracer):
-        # A tracer's value is unknown: there the check is the caller's.
-        least = int(np.min(array, initial=minimum))
+    values = known(array)
+    if minimum is not None and values is not None:
+        least = int(values.min(initial=minimum))
         if least < minimum:
             raise ValueError(f"{name}: got {least}, expected at least {minimum}")
     return array
@@ -151,7 +155,7 @@ def _sliding_window(b: Any, h: Any, q: Any, k: Any, left: Any, right: Any) -> An
 
 
 def sliding_window(
-    left: Int[ArrayLike, "*N"] | int, right: Int[ArrayLike, "*N"] | int = 0
+    left: Int[ArrayLike, "*Nl"] | int, right: Int[ArrayLike, "*Nr"] | int = 0
 ) -> Mask:
     """A query sees `left` keys before itself, itself, and `right` after: `-right <= q - k <= left`.
 
@@ -220,7 +224,9 @@ def _segments(b: Any, h: Any, q: Any, k: Any, q_ids: Any, k_ids: Any) -> Any:
     return _at(q_ids, b, q) == _at(k_ids, b, k)
 
 
-def segments(q_ids: Int[ArrayLike, "*B T"], k_ids: Int[ArrayLike, "*B S"] | None = None) -> Mask:
+def segments(
+    q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | None = None
+) -> Mask:
     """Packed documents see only themselves: `q_ids[b, q] == k_ids[b, k]`.
 
     Args:
@@ -231,8 +237,8 @@ def segments(q_ids: Int[ArrayLike, "*B T"], k_ids: Int[ArrayLike, "*B S"] | None
     Source: packing, Krell et al., arXiv 2107.02027; T5, arXiv 1910.10683.
     """
     rows, columns = ("[T]", "[B, T]"), ("[S]", "[B, S]")
-    queries = _integers(q_ids, "segments(q_ids)", rows)
-    keys = queries if k_ids is None else _integers(k_ids, "segments(k_ids)", columns)
+    queries = _integers(q_ids, "segments(q_ids)", rows, ids=True)
+    keys = queries if k_ids is None else _integers(k_ids, "segments(k_ids)", columns, ids=True)
     return Predicate(_segments, (queries, keys))
 
 
@@ -307,7 +313,7 @@ def _shared_prefix(b: Any, h: Any, q: Any, k: Any, length: Any, ids: Any) -> Any
     return (k < _at(length, b)) | (_at(ids, b, q) == _at(ids, b, k))
 
 
-def shared_prefix(length: Int[ArrayLike, "*B"] | int, ids: Int[ArrayLike, "*B T"]) -> Mask:
+def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T"]) -> Mask:
     """Several continuations of one prompt: `(k < length[b]) | (ids[b, q] == ids[b, k])`.
 
     Args:
@@ -322,7 +328,7 @@ def shared_prefix(length: Int[ArrayLike, "*B"] | int, ids: Int[ArrayLike, "*B T"
         _shared_prefix,
         (
             _integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
-            _integers(ids, "shared_prefix(ids)", ("[T]", "[B, T]")),
+            _integers(ids, "shared_prefix(ids)", ("[T]", "[B, T]"), ids=True),
         ),
     )
 
@@ -379,7 +385,7 @@ def neighborhood(shape: Sequence[int], radius: int | Sequence[int]) -> Mask:
     Source: Neighborhood Attention (NATTEN), arXiv 2204.07143.
     """
     extents = tuple(int(extent) for extent in shape)
-    reach = (radius,) * len(extents) if np.ndim(radius) == 0 else tuple(radius)  # type: ignore[arg-type]
+    reach = (radius,) * len(extents) if isinstance(radius, int) else tuple(radius)
     if len(reach) != len(extents) or not extents:
         raise ValueError(
             f"neighborhood(radius): got {radius!r}, expected one integer or one for each axis of "
@@ -464,7 +470,8 @@ def tree(parents: Int[ArrayLike, "*B T"]) -> Mask:
     arXiv 2401.10774.
     """
     array = _integers(parents, "tree(parents)", ("[T]", "[B, T]"), -1)
-    if not isinstance(array, jax.core.Tracer) and (array >= np.arange(array.shape[-1])).any():
+    known = not isinstance(array, jax.core.Tracer)
+    if known and (np.asarray(array) >= np.arange(array.shape[-1])).any():
         raise ValueError(
             "tree(parents): got a node before its parent, expected parents[i] < i; sort the nodes"
         )
@@ -554,7 +561,7 @@ def predicate(fn: Callable[..., Any], *args: Any) -> Mask:
     return Predicate(fn, args)
 
 
-def from_array(array: Num[ArrayLike, "..."], convention: Convention) -> Mask:
+def from_array(array: Shaped[ArrayLike, "..."], convention: Convention) -> Mask:
     """A mask from an array of another library's convention.
 
     Args:

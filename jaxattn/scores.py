@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Scalar, leaf_repr, pytree, static
+from .algebra import Scalar, known, leaf_repr, pytree, static
 from .shapes import Array, ArrayLike, Float
 
 __all__ = [
@@ -171,8 +171,8 @@ def soft_cap(cap: Float[ArrayLike, "*N"] | float) -> Score:
 
 
 def _positive(parameter: Any, name: str) -> None:
-    # A tracer's value is unknown: there the check is the caller's.
-    if not isinstance(parameter, jax.core.Tracer) and not np.all(np.asarray(parameter) > 0):
+    values = known(parameter)
+    if values is not None and not (values > 0).all():
         raise ValueError(f"{name}: got {parameter}, expected a number above 0")
 
 
@@ -269,7 +269,8 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
       array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. What
         removes cells is a mask, not a bias.
     """
-    if not isinstance(array, jax.core.Tracer) and np.isneginf(np.asarray(array)).any():
+    values = known(array)
+    if values is not None and (values == -np.inf).any():
         raise ValueError(
             "bias(array): got -inf, expected finite floats; what removes cells is a mask: "
             "masks.from_array(array, 'additive')"

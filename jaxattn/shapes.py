@@ -16,7 +16,9 @@ import numpy as np
 from jax import Array
 
 if TYPE_CHECKING or importlib.util.find_spec("jaxtyping"):
-    from jaxtyping import Bool, Float, Int, Num, Shaped, UInt32
+    # `Int` of the signatures is any integer, unsigned ones included.
+    from jaxtyping import Bool, Float, Shaped, UInt32
+    from jaxtyping import Integer as Int
 else:
 
     class _Plain:
@@ -25,9 +27,9 @@ else:
         def __class_getitem__(cls, item: Any) -> Any:
             return Any
 
-    Bool = Float = Int = Num = Shaped = UInt32 = _Plain
+    Bool = Float = Int = Shaped = UInt32 = _Plain
 
 ArrayLike = Array | np.ndarray
 IntLike = int | np.integer | Array | np.ndarray
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "IntLike", "Num", "Shaped", "UInt32"]
+__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "IntLike", "Shaped", "UInt32"]

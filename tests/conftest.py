@@ -29,3 +29,26 @@ def own_errors():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+class Compilations:
+    """How many programs XLA compiled since `reset()`."""
+
+    count = 0
+
+    def reset(self) -> None:
+        self.count = 0
+
+    def heard(self, event: str, *_: object, **__: object) -> None:
+        self.count += event.endswith("backend_compile_duration")
+
+
+_compilations = Compilations()
+jax.monitoring.register_event_duration_secs_listener(_compilations.heard)
+
+
+@pytest.fixture
+def compilations() -> Compilations:
+    """The counter of compilations, at 0."""
+    _compilations.reset()
+    return _compilations

@@ -1,0 +1,666 @@
+"""The loops of the tiled backend: flash-style attention over a list of active tiles, in plain XLA.
+
+Arrays come with heads split into K key heads of G query heads each. A *step* computes one tile of
+queries and keys for a few batch rows and key heads at once, as many as keep it in cache. States say
+which tiles are computed, and which need no mask; where they are EMPTY nothing is done.
+
+    forward   s = q k'          p = 2^(s - m)     l, acc rescaled, acc += p v
+    backward  s' = k q'         p' = 2^(s' - lse)
+              dv += p' do       dp' = v do'       ds' = p' (dp' - delta)
+              dk += ds' q       dq' += k' ds'
+
+The backward works on transposed tiles because no product then has a transposed left factor, which
+XLA multiplies at half speed on CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..program import Program
+from ..shapes import Array, Float, Int, Shaped
+from ..split import Kind, pointwise
+from . import base
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+# Heads times cells of one step: large enough that starting its dozen operations is cheap, small
+# enough that logits and weights stay in the caches (2 x 2 MB in float32 for a group of tiles).
+_STEP_CELLS = 128 * 1024
+
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+
+
+class Residue(NamedTuple):
+    """A residue of a mask or score, and how its operands are cut into tiles."""
+
+    program: Program
+    kinds: tuple[Kind, ...]
+
+
+class Plan(NamedTuple):
+    """What is the same for all values: hashable, the key of a compiled loop."""
+
+    mask: Residue | None
+    score: Residue | None
+    dropout: bool
+    precision: Any
+    tile: tuple[int, int]
+
+
+class Inputs(NamedTuple):
+    """What the loops work on; extents of operands are 1 where they don't depend on b or h.
+
+    Attributes:
+      query: `[B, T, K, G, H]`.
+      key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
+      states: int8 `[B|1, K|1, G|1, nq, nk]`, or None: everything is FULL.
+      scale: `[B|1]`.
+      mask, score: operands of the residues, `[B|1, K|1, G|1, ...]`.
+      dropout: nothing, or row keys twice `[B, K, G, T]`, key positions `[B|1, 1, 1, S]`, rate `[B|1]`.
+    """
+
+    query: Float[Array, "B T K G H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
+    states: Int[Array, "..."] | None
+    scale: Float[Array, "..."]
+    mask: tuple[Shaped[Array, "..."], ...]
+    score: tuple[Shaped[Array, "..."], ...]
+    dropout: tuple[Shaped[Array, "..."], ...]
+
+
+# --- 2^x ------------------------------------------------------------------------------------------
+
+# 2^r on [-1/2, 1/2], the largest relative error 2e-7 (a least-squares fit, reweighted to be
+# minimax, with the constant term fixed to 1).
+_EXP2 = (1.3391353e-3, 9.6703054e-3, 5.5503300e-2, 2.4022214e-1, 6.9314720e-1, 1.0)
+
+
+def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`2 ** x` for x <= 0: in float32 half the time of XLA's, to 3e-7; exactly 0 below -127."""
+    if x.dtype != jnp.float32:
+        return jnp.exp2(x)
+    x = jnp.maximum(x, jnp.float32(-127))
+    # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    shifted = x + jnp.float32(12582912)
+    rest = x - (shifted - jnp.float32(12582912))
+    power = jnp.full_like(x, _EXP2[0])
+    for c in _EXP2[1:]:
+        power = power * rest + jnp.float32(c)
+    exponent = lax.bitcast_convert_type(shifted, jnp.int32) << 23
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(power, jnp.int32) + exponent, x.dtype)
+
+
+# --- tiles ----------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """The extents of a problem and of its steps."""
+
+    B: int
+    T: int
+    S: int
+    K: int
+    G: int
+    H: int
+    Hv: int
+    # Extents rounded up to whole tiles.
+    Tp: int
+    Sp: int
+    # Batch rows and key heads that one step computes together.
+    cb: int
+    ck: int
+
+
+class Tile(NamedTuple):
+    """Where a step is, and its size: starts are traced, sizes static."""
+
+    b: Any
+    h: Any
+    i: Any
+    j: Any
+    tq: int
+    tk: int
+
+
+class Work(NamedTuple):
+    """A list of tiles of one size: `tiles[n]` says row of states, i, j."""
+
+    tiles: Int[Array, "n"]
+    count: Int[Array, ""]
+    extents: tuple[int, int, int, int]
+    tq: int
+    tk: int
+    masked: bool
+
+
+def tile_size(T: int, S: int, heads: int) -> tuple[int, int]:
+    """Queries and keys of a tile, for so many heads in a step; the canonical map is of these.
+
+    Small tiles cover windows and documents tightly; few heads want larger ones, or starting the
+    operations of a step costs more than they do.
+    """
+    side = 128 if heads >= 6 else 256
+    tq = _even(T, side)
+    # Few queries (decoding): the same number of cells, in a longer row.
+    return tq, _even(S, min(1024, max(side, side * side // max(tq, 16))))
+
+
+def _even(length: int, most: int) -> int:
+    """A tile length at most `most` that divides `length` with little left over."""
+    if length <= most:
+        return max(length, 1)
+    count = -(-length // most)
+    return min(most, -(-length // count // 8) * 8 if length % count == 0 else -(-length // (count * 8)) * 8)
+
+
+def _fit(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)
+
+
+def _shape(plan: Plan, x: Inputs) -> Shape:
+    B, T, K, G, H = x.query.shape
+    _, S, _, Hv = x.value.shape
+    tq, tk = plan.tile
+    by_b, by_h = (False, False) if x.states is None else (
+        x.states.shape[0] != 1, max(x.states.shape[1:3]) != 1
+    )
+    room = max(1, 2 * _STEP_CELLS // max(1, G * tq * tk))
+    ck = 1 if by_h else _fit(K, room)
+    cb = 1 if by_b or ck != K else _fit(B, room // ck)
+    Tp, Sp = -(-T // tq) * tq, -(-S // tk) * tk
+    return Shape(B, T, S, K, G, H, Hv, Tp, Sp, cb, ck)
+
+
+def _work(plan: Plan, z: Shape, states: Array | None) -> list[Work]:
+    """The lists: groups of 2 x 2 that are all FULL, or all active; and the other active tiles."""
+    tq, tk = plan.tile
+    nq, nk = z.Tp // tq, z.Sp // tk
+    if states is None:
+        states = jnp.full((1, 1, 1, nq, nk), FULL, jnp.int8)
+    ragged = np.zeros((nq, nk), bool)
+    ragged[nq - 1 :] |= z.Tp != z.T
+    ragged[:, nk - 1 :] |= z.Sp != z.S
+    states = jnp.where(ragged[None, None, None], jnp.minimum(states, jnp.int8(PARTIAL)), states)
+    # The query heads of one key head are computed together.
+    some, all_ = (states != EMPTY).any(2), (states == FULL).all(2)
+    gq, gk = min(nq, 2), min(nk, 2)
+    lists = []
+
+    def listed(flags: Array, size: tuple[int, int], masked: bool) -> None:
+        flat = flags.reshape(-1)
+        at = jnp.where(flat, jnp.cumsum(flat.astype(jnp.int32)) - 1, flat.size)
+        ids = jnp.arange(flat.size, dtype=jnp.int32)
+        tiles = jnp.zeros_like(ids).at[at].set(ids, mode="drop", unique_indices=False)
+        lists.append(Work(tiles, flat.sum(dtype=jnp.int32), flags.shape, *size, masked))
+
+    def grouped(flags: Array) -> Array:
+        wide = jnp.pad(flags, ((0, 0), (0, 0), (0, -nq % gq), (0, -nk % gk)))
+        eb, eh, n, m = wide.shape
+        return wide.reshape(eb, eh, n // gq, gq, m // gk, gk).all((3, 5))
+
+    big_full, big_some = grouped(all_), grouped(some)
+    listed(big_full, (gq * tq, gk * tk), masked=False)
+    listed(big_some & ~big_full, (gq * tq, gk * tk), masked=True)
+    if gq * gk > 1:
+        covered = jnp.repeat(jnp.repeat(big_some, gq, 2), gk, 3)[:, :, :nq, :nk]
+        listed(some & ~covered, (tq, tk), masked=True)
+    return lists
+
+
+def _loop(z: Shape, work: list[Work], step: Callable[..., Any], carry: Any) -> Any:
+    """Runs `step(tile, masked, carry)` over all lists, for all batch rows and heads."""
+    for w in work:
+        eb, eh, nq, nk = w.extents
+        rb = z.B // z.cb if eb == 1 else 1
+        rh = z.K // z.ck if eh == 1 else 1
+        if 0 in w.extents:
+            continue
+
+        def body(n: Any, carry: Any, w: Work = w, rh: int = rh) -> Any:
+            eb, eh, nq, nk = w.extents
+            count = jnp.maximum(w.count, 1)
+            at = w.tiles[n % count]
+            rep = n // count
+            rep_b, rep_h = rep // rh, rep % rh
+            j, at = at % nk, at // nk
+            i, at = at % nq, at // nq
+            b = at // eh if eb != 1 else rep_b * z.cb
+            h = at % eh if eh != 1 else rep_h * z.ck
+            return step(Tile(b, h, i * w.tq, j * w.tk, w.tq, w.tk), w.masked, carry)
+
+        carry = lax.fori_loop(0, w.count * (rb * rh), body, carry)
+    return carry
+
+
+def _cut(z: Shape, kind: str, array: Array, at: Tile, groups: int = 1) -> tuple[Any, Any]:
+    """Starts and sizes of the part of an operand that a tile needs."""
+    eb, ek, eg = array.shape[:3]
+    grouped = groups > 1 and eb == groups
+    # Gradients of a shared operand are kept apart for each group of batch rows.
+    b = at.b // (z.B // groups) if grouped else at.b if eb != 1 else 0
+    starts = [b, at.h if ek != 1 else 0, 0]
+    sizes = [1 if eb == 1 or grouped else z.cb, z.ck if ek != 1 else 1, eg]
+    match kind:
+        case "row":
+            starts, sizes = [*starts, at.i], [*sizes, at.tq]
+        case "column":
+            starts, sizes = [*starts, at.j], [*sizes, at.tk]
+        case "grid":
+            starts, sizes = [*starts, at.i, at.j], [*sizes, at.tq, at.tk]
+        case "diagonal":
+            starts, sizes = [*starts, z.Sp - at.tk + at.i - at.j], [*sizes, at.tq + at.tk - 1]
+    more = array.ndim - len(starts)
+    return [*starts, *[0] * more], [*sizes, *array.shape[len(sizes) :]]
+
+
+def _slice(z: Shape, kind: str, array: Array, at: Tile, groups: int = 1) -> Array:
+    starts, sizes = _cut(z, kind, array, at, groups)
+    return lax.dynamic_slice(array, starts, sizes)
+
+
+def _add(z: Shape, kind: str, array: Array, part: Array, at: Tile, groups: int = 1) -> Array:
+    starts, sizes = _cut(z, kind, array, at, groups)
+    old = lax.dynamic_slice(array, starts, sizes)
+    return lax.dynamic_update_slice(array, old + part.astype(array.dtype), starts)
+
+
+def _spread(z: Shape, kind: str, part: Array, at: Tile, transposed: bool) -> Array:
+    """A part as a tile, `[cb*ck|1, G|1, tq|1, tk|1, ...]`, or `[cb*ck|1, tk|1, G|1, tq|1, ...]`."""
+    cb, ck, eg, *rest = part.shape
+    if (cb, ck) not in ((1, 1), (z.cb, z.ck)):
+        part = jnp.broadcast_to(part, (z.cb, z.ck, *part.shape[2:]))
+        cb, ck = z.cb, z.ck
+    part = part.reshape(cb * ck, eg, *rest)
+    match kind:
+        case "row":
+            part = jnp.expand_dims(part, 3)
+        case "column":
+            part = jnp.expand_dims(part, 2)
+        case "head":
+            part = jnp.expand_dims(part, (2, 3))
+        case "diagonal":
+            if transposed:
+                part = jnp.moveaxis(_skew(part, at.tk, at.tq), 1, 2)
+                return part
+            part = _skew(jnp.flip(part, -1), at.tq, at.tk)
+    return jnp.moveaxis(part, 3, 1) if transposed else part
+
+
+def _skew(line: Array, rows: int, columns: int) -> Array:
+    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather would cost ten times."""
+    lead = line.shape[:-1]
+    period = rows + columns
+    gap = jnp.zeros((*lead, 1), line.dtype)
+    cycle = jnp.concatenate([line[..., rows - 1 :], gap, line[..., : rows - 1]], -1)
+    flat = jnp.broadcast_to(cycle[..., None, :], (*lead, rows, period)).reshape(*lead, -1)
+    return flat[..., : rows * (period - 1)].reshape(*lead, rows, period - 1)[..., :columns]
+
+
+def _residue(
+    z: Shape, residue: Residue, parts: Any, at: Tile, transposed: bool, *logits: Array
+) -> Array:
+    tiles = [
+        _spread(z, kind, part, at, transposed)
+        for kind, part in zip(residue.kinds, parts, strict=True)
+    ]
+    program = residue.program
+    ranks = [len(program.types[ref].shape) for ref in program.inputs]
+    return pointwise(program, [*logits, *tiles], ranks)
+
+
+def _visible(plan: Plan, z: Shape, x: Inputs, at: Tile, transposed: bool) -> Array:
+    """The mask on a tile, `[cb*ck|1, G|1, tq, tk]` or transposed, False beyond the edges."""
+    q = at.i + jnp.arange(at.tq, dtype=jnp.int32)
+    k = at.j + jnp.arange(at.tk, dtype=jnp.int32)
+    shapes = ((1, 1, 1, at.tq), (1, at.tk, 1, 1)) if transposed else (
+        (1, 1, at.tq, 1), (1, 1, 1, at.tk)
+    )
+    shown = (q < z.T).reshape(shapes[0]) & (k < z.S).reshape(shapes[1])
+    if plan.mask is not None:
+        parts = [_slice(z, c, a, at) for c, a in zip(plan.mask.kinds, x.mask, strict=True)]
+        shown = shown & _residue(z, plan.mask, parts, at, transposed)
+    return shown
+
+
+def _kept(plan: Plan, z: Shape, x: Inputs, at: Tile, transposed: bool, like: Array) -> Array:
+    """The factors of dropout on a tile: 0, or 1 / (1 - rate)."""
+    kinds = ("row", "row", "column", "head")
+    first, second, k, rate = (
+        _spread(z, kind, _slice(z, kind, array, at), at, transposed)
+        for kind, array in zip(kinds, x.dropout, strict=True)
+    )
+    keep = base.keeps((first, second), k, rate)
+    return jnp.where(keep, base.kept_scale(rate).astype(like.dtype), jnp.zeros((), like.dtype))
+
+
+def _padded(array: Array, axis: int, length: int, mode: str = "constant") -> Array:
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, length - array.shape[axis])
+    return array if widths[axis][1] == 0 else jnp.pad(array, widths, mode=mode)
+
+
+def _pad_operand(z: Shape, kind: str, array: Array) -> Array:
+    """An operand up to whole tiles; edges repeat values that are there, which scores can take."""
+    match kind:
+        case "row":
+            return _padded(array, 3, z.Tp, "edge")
+        case "column":
+            return _padded(array, 3, z.Sp, "edge")
+        case "grid":
+            return _padded(_padded(array, 3, z.Tp, "edge"), 4, z.Sp, "edge")
+        case "diagonal":
+            widths = [(0, 0)] * 3 + [(z.Sp - z.S, z.Tp - z.T)]
+            return jnp.pad(array, widths, mode="edge") if max(widths[3]) else array
+    return array
+
+
+def _pad_inputs(plan: Plan, z: Shape, x: Inputs) -> Inputs:
+    def padded(residue: Residue | None, arrays: Any) -> Any:
+        kinds = () if residue is None else residue.kinds
+        return tuple(_pad_operand(z, c, a) for c, a in zip(kinds, arrays, strict=True))
+
+    dropout = x.dropout
+    if dropout:
+        first, second, k, rate = dropout
+        dropout = (
+            _padded(first, 3, z.Tp),
+            _padded(second, 3, z.Tp),
+            _padded(k, 3, z.Sp),
+            rate.reshape(-1, 1, 1),
+        )
+    return x._replace(
+        mask=padded(plan.mask, x.mask), score=padded(plan.score, x.score), dropout=dropout
+    )
+
+
+def _like(reference: Array, shape: tuple[int, ...], dtype: Any, fill: float = 0) -> Array:
+    """A constant that varies over the same mesh axes as `reference`, as a loop's carry must."""
+    full = jnp.full(shape, fill, dtype)
+    axes = tuple(getattr(jax.typeof(reference), "vma", ()))
+    return lax.pcast(full, axes, to="varying") if axes else full
+
+
+def _dot(plan: Plan, dtype: Any) -> Callable[..., Any]:
+    precision = lax.Precision.HIGHEST if plan.precision is None else plan.precision
+
+    def dot(a: Array, b: Array, ca: int, cb: int) -> Array:
+        """Products of stacks of matrices, contracting axis `ca` of one with `cb` of the other."""
+        dims = (((ca,), (cb,)), ((0,), (0,)))
+        return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+
+    return dot
+
+
+def _score(
+    plan: Plan, z: Shape, parts: Any, at: Tile, transposed: bool, logits: Array
+) -> Array:
+    assert plan.score is not None
+    return jnp.broadcast_to(
+        _residue(z, plan.score, parts, at, transposed, logits), logits.shape
+    ).astype(logits.dtype)
+
+
+def _scale(z: Shape, x: Inputs, at: Tile) -> Array:
+    """The scale of a step: a scalar, or `[cb*ck, 1, 1]`."""
+    if x.scale.shape[0] == 1:
+        return x.scale[0]
+    part = lax.dynamic_slice(x.scale, [at.b], [z.cb])
+    return jnp.repeat(part, z.ck)[:, None, None]
+
+
+def _times(a: Array, b: Array) -> Array:
+    """`a * b` for a scalar or an array of the same rank."""
+    return a * (b if b.ndim else b.astype(a.dtype))
+
+
+# --- forward --------------------------------------------------------------------------------------
+
+
+def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
+    """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
+    z = _shape(plan, x)
+    dtype = base.accumulator(x.query.dtype)
+    low = base.sentinel(dtype)
+    dot = _dot(plan, dtype)
+    work = _work(plan, z, x.states)
+    x = _pad_inputs(plan, z, x)
+    q = _padded(x.query.transpose(0, 2, 3, 1, 4), 3, z.Tp)
+    k = _padded(x.key.transpose(0, 2, 1, 3), 2, z.Sp)
+    v = _padded(x.value.transpose(0, 2, 1, 3), 2, z.Sp)
+    units = z.cb * z.ck
+
+    def step(at: Tile, masked: bool, carry: Any) -> Any:
+        acc, ml = carry
+        rows = z.G * at.tq
+        grid = (units, z.G, at.tq, at.tk)
+        qt = lax.dynamic_slice(q, [at.b, at.h, 0, at.i, 0], [z.cb, z.ck, z.G, at.tq, z.H])
+        kt = lax.dynamic_slice(k, [at.b, at.h, at.j, 0], [z.cb, z.ck, at.tk, z.H])
+        vt = lax.dynamic_slice(v, [at.b, at.h, at.j, 0], [z.cb, z.ck, at.tk, z.Hv])
+        vt = vt.reshape(units, at.tk, z.Hv)
+        s = dot(qt.reshape(units, rows, z.H), kt.reshape(units, at.tk, z.H), 2, 2)
+        c = _scale(z, x, at)
+        if masked:
+            shown = _visible(plan, z, x, at, transposed=False)
+            felt = shown.any((1, 2))[..., None]
+            vt = jnp.where(felt, vt, jnp.zeros((), vt.dtype))
+        if plan.score is not None:
+            s = _times(s, c).reshape(grid)
+            if masked:
+                s = jnp.where(shown, s, jnp.zeros((), dtype))
+            parts = [_slice(z, n, a, at) for n, a in zip(plan.score.kinds, x.score, strict=True)]
+            s = _score(plan, z, parts, at, False, s)
+            c = jnp.ones((), dtype)
+        if masked:
+            s = jnp.where(shown, s.reshape(grid), jnp.asarray(low, dtype))
+        s = s.reshape(units, rows, at.tk)
+        c = c * LOG2E
+
+        state = [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, 2, z.G, at.tq]
+        old = lax.dynamic_slice(ml, *state).reshape(units, 2, rows)
+        m, l = old[:, 0], old[:, 1]
+        # A negative scale turns the order around.
+        top = _times(s, c).max(2) if c.ndim or plan.score is None else s.max(2) * c
+        top = jnp.maximum(m, top)
+        p = exp2(_times(s, c) - top[..., None])
+        if masked:
+            p = jnp.where(shown, p.reshape(grid), jnp.zeros((), dtype)).reshape(s.shape)
+        fade = exp2(m - top)
+        l = l * fade + p.sum(2)
+        if plan.dropout:
+            keep = _kept(plan, z, x, at, False, p)
+            p = (p.reshape(grid) * keep).reshape(s.shape)
+        here = [at.b, at.h, 0, at.i, 0], [z.cb, z.ck, z.G, at.tq, z.Hv]
+        part = lax.dynamic_slice(acc, *here).reshape(units, rows, z.Hv)
+        part = part * fade[..., None] + dot(p.astype(vt.dtype), vt, 2, 1)
+        acc = lax.dynamic_update_slice(acc, part.reshape(here[1]), here[0])
+        new = jnp.stack([top, l], 1).reshape(state[1])
+        return acc, lax.dynamic_update_slice(ml, new, state[0])
+
+    acc = _like(q, (z.B, z.K, z.G, z.Tp, z.Hv), dtype)
+    # One array of m and l: two would be copied in every step.
+    m = _like(q, (z.B, z.K, 1, z.G, z.Tp), dtype, low)
+    ml = jnp.concatenate([m, jnp.zeros_like(m)], 2)
+    acc, ml = _loop(z, work, step, (acc, ml))
+    acc, m, l = acc[..., : z.T, :], ml[:, :, 0, :, : z.T], ml[:, :, 1, :, : z.T]
+    seen = l != 0
+    total = jnp.where(seen, l, jnp.ones((), dtype))
+    out = jnp.where(seen[..., None], acc / total[..., None], jnp.zeros((), dtype))
+    lse = jnp.where(seen, (m + jnp.log2(total)) * LN2, -jnp.inf)
+    return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+class Gradients(NamedTuple):
+    """Cotangents: of query, key, value, scale `[groups or B]`, and of the score's operands."""
+
+    query: Array
+    key: Array
+    value: Array
+    scale: Array
+    score: tuple[Array | None, ...]
+
+
+def backward(
+    plan: Plan,
+    groups: int,
+    x: Inputs,
+    out: Float[Array, "B T K G Hv"],
+    lse: Float[Array, "B T K G"],
+    d_out: Float[Array, "B T K G Hv"],
+    d_lse: Float[Array, "B T K G"],
+) -> Gradients:
+    """Cotangents of the inputs, in one pass.
+
+    Operands that the batch rows share get one gradient for each of `groups` equal groups of rows.
+    """
+    z = _shape(plan, x)
+    if groups > 1:
+        z = z._replace(cb=1)
+    dtype = base.accumulator(x.query.dtype)
+    dot = _dot(plan, dtype)
+    work = _work(plan, z, x.states)
+    whole, x = x, _pad_inputs(plan, z, x)
+    units = z.cb * z.ck
+    zero = jnp.zeros((), dtype)
+
+    # Rows that see nothing take no part, whatever they hold and whatever cotangent they get.
+    seen = (lse != -jnp.inf)[..., None]
+    query = jnp.where(seen, x.query, jnp.zeros((), x.query.dtype))
+    d_out = jnp.where(seen, d_out, jnp.zeros((), d_out.dtype))
+    delta = (d_out.astype(dtype) * jnp.where(seen, out, jnp.zeros((), out.dtype)).astype(dtype)).sum(-1)
+    delta = delta - jnp.where(seen[..., 0], d_lse, zero)
+    lse2 = jnp.where(seen[..., 0], lse, zero) * LOG2E
+    q = _padded(query.transpose(0, 2, 3, 1, 4), 3, z.Tp)
+    do = _padded(d_out.transpose(0, 2, 3, 1, 4), 3, z.Tp)
+    k = _padded(x.key.transpose(0, 2, 1, 3), 2, z.Sp)
+    kt_all = _padded(x.key.transpose(0, 2, 3, 1), 3, z.Sp)
+    v = _padded(x.value.transpose(0, 2, 1, 3), 2, z.Sp)
+    ld = jnp.stack([_padded(a.transpose(0, 2, 3, 1), 3, z.Tp) for a in (lse2, delta)], 2)
+    learned = [
+        n for n, a in enumerate(x.score) if jnp.issubdtype(a.dtype, jnp.floating)
+    ]
+
+    def step(at: Tile, masked: bool, carry: Any) -> Any:
+        dq, dk, dv, ds_parts = carry
+        rows = z.G * at.tq
+        grid = (units, at.tk, z.G, at.tq)
+        row = [at.b, at.h, 0, at.i, 0]
+        column = [at.b, at.h, at.j, 0]
+        qt = lax.dynamic_slice(q, row, [z.cb, z.ck, z.G, at.tq, z.H]).reshape(units, rows, z.H)
+        dot_ = lax.dynamic_slice(do, row, [z.cb, z.ck, z.G, at.tq, z.Hv]).reshape(units, rows, z.Hv)
+        kt = lax.dynamic_slice(k, column, [z.cb, z.ck, at.tk, z.H]).reshape(units, at.tk, z.H)
+        vt = lax.dynamic_slice(v, column, [z.cb, z.ck, at.tk, z.Hv]).reshape(units, at.tk, z.Hv)
+        ktt = lax.dynamic_slice(
+            kt_all, [at.b, at.h, 0, at.j], [z.cb, z.ck, z.H, at.tk]
+        ).reshape(units, z.H, at.tk)
+        both = lax.dynamic_slice(ld, [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, 2, z.G, at.tq])
+        both = both.reshape(units, 2, 1, rows)
+        if masked:
+            shown = _visible(plan, z, x, at, transposed=True)
+            felt = shown.any((2, 3))
+            nothing = jnp.zeros((), kt.dtype)
+            kt, vt = (jnp.where(felt[..., None], a, nothing) for a in (kt, vt))
+            ktt = jnp.where(felt[:, None, :], ktt, nothing)
+        s = dot(kt, qt, 2, 2)
+        c = _scale(z, x, at)
+        exponent = _times(s, c * LOG2E)
+        if plan.score is not None:
+            logits = _times(s, c).reshape(grid)
+            if masked:
+                logits = jnp.where(shown, logits, zero)
+            parts = [_slice(z, n, a, at) for n, a in zip(plan.score.kinds, x.score, strict=True)]
+
+            def scored(logits: Array, learnt: list[Array]) -> Array:
+                given = list(parts)
+                for n, part in zip(learned, learnt, strict=True):
+                    given[n] = part
+                return _score(plan, z, given, at, True, logits)
+
+            scores, pull = jax.vjp(scored, logits, [parts[n] for n in learned])
+            exponent = scores.reshape(s.shape) * LOG2E
+        if masked:
+            # Before the exponential: what is masked could overflow, and the product below is NaN.
+            exponent = jnp.where(shown, exponent.reshape(grid), -jnp.inf).reshape(s.shape)
+        p = exp2(exponent - both[:, 0])
+        dp = dot(vt, dot_, 2, 2)
+        kept = p
+        if plan.dropout:
+            keep = _kept(plan, z, x, at, True, p)
+            kept = (p.reshape(grid) * keep).reshape(s.shape)
+            dp = (dp.reshape(grid) * keep).reshape(s.shape)
+        dv_part = dot(kept.astype(dot_.dtype), dot_, 2, 1)
+        ds = p * (dp - both[:, 1])
+        if plan.score is not None:
+            d_logits, d_parts = pull(ds.reshape(grid))
+            if masked:
+                d_logits = jnp.where(shown, d_logits, zero)
+            ds = d_logits.reshape(s.shape)
+            ds_parts = tuple(
+                _add(z, plan.score.kinds[n], total, part, at, groups)
+                for n, total, part in zip(learned, ds_parts, d_parts, strict=True)
+            )
+        if x.scale.shape[0] != 1:
+            # dq is kept without the scale, which is a batch row's: here only dk needs it.
+            dk_part = _times(dot(ds.astype(qt.dtype), qt, 2, 1), c)
+        else:
+            dk_part = dot(ds.astype(qt.dtype), qt, 2, 1)
+        dq_part = dot(ktt, ds.astype(ktt.dtype), 2, 1)
+        dq = _accumulate(dq, dq_part, [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, z.H, z.G, at.tq])
+        dk = _accumulate(dk, dk_part, column, [z.cb, z.ck, at.tk, z.H])
+        dv = _accumulate(dv, dv_part, column, [z.cb, z.ck, at.tk, z.Hv])
+        return dq, dk, dv, ds_parts
+
+    start = (
+        _like(q, (z.B, z.K, z.H, z.G, z.Tp), dtype),
+        _like(q, (z.B, z.K, z.Sp, z.H), dtype),
+        _like(q, (z.B, z.K, z.Sp, z.Hv), dtype),
+        tuple(
+            _like(
+                q,
+                (groups if x.score[n].shape[0] == 1 else z.B, *x.score[n].shape[1:]),
+                base.accumulator(x.score[n].dtype),
+            )
+            for n in learned
+        ),
+    )
+    dq, dk, dv, parts = _loop(z, work, step, start)
+    dq = dq[..., : z.T].transpose(0, 4, 1, 3, 2)
+    d_scale = (query.astype(dtype) * dq).sum((1, 2, 3, 4))
+    if x.scale.shape[0] == 1:
+        d_scale = d_scale.reshape(groups, -1).sum(1)
+    over_b = x.scale.reshape(-1, 1, 1, 1)
+    if x.scale.shape[0] == 1:
+        dk = dk * over_b
+    score: list[Array | None] = [None] * len(x.score)
+    for n, part in zip(learned, parts, strict=True):
+        assert plan.score is not None
+        shape = whole.score[n].shape[3:]
+        if plan.score.kinds[n] == "diagonal":
+            part = part[..., z.Sp - z.S :]
+        score[n] = part[(..., *(slice(0, length) for length in shape))].astype(
+            whole.score[n].dtype
+        )
+    return Gradients(
+        (dq * over_b[..., None]).astype(x.query.dtype),
+        dk[:, :, : z.S].transpose(0, 2, 1, 3).astype(x.key.dtype),
+        dv[:, :, : z.S].transpose(0, 2, 1, 3).astype(x.value.dtype),
+        d_scale,
+        tuple(score),
+    )
+
+
+def _accumulate(total: Array, part: Array, starts: Any, sizes: Any) -> Array:
+    old = lax.dynamic_slice(total, starts, sizes)
+    return lax.dynamic_update_slice(total, old + part.reshape(sizes), starts)
