@@ -4,18 +4,24 @@ from . import masks, nn, scores, testing
 from .algebra import Mask, Positions
 from .attention import attention, attention_weights
 from .compat import dot_product_attention, scaled_dot_product_attention
+from .explain import Explanation, explain
 from .scores import Score
+from .tiles import TileMap, tile_map
 
 __all__ = [
+    "Explanation",
     "Mask",
     "Positions",
     "Score",
+    "TileMap",
     "attention",
     "attention_weights",
     "dot_product_attention",
+    "explain",
     "masks",
     "nn",
     "scaled_dot_product_attention",
     "scores",
     "testing",
+    "tile_map",
 ]

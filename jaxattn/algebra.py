@@ -92,7 +92,9 @@ class Positions:
             return array.astype(jnp.int32)
 
         b, h = check("b", self.b, (B,)), check("h", self.h, (N,))
-        q, k = check("q", self.q, (T,), (B, T)), check("k", self.k, (S,), (B, S))
+        # One row for all, as `checked` itself leaves it, is checked again unchanged.
+        q = check("q", self.q, (T,), (B, T), (1, T))
+        k = check("k", self.k, (S,), (B, S), (1, S))
         return Positions(
             b,
             h,
@@ -261,6 +263,8 @@ class Predicate(Mask):
         return answer
 
     def __repr__(self) -> str:
+        if isinstance(traced := getattr(self.fn, "name", None), str):
+            return traced
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.args)))
         if getattr(self.fn, "__module__", "").startswith("jaxattn."):

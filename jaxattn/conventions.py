@@ -32,7 +32,8 @@ def kept(array: Any, convention: str) -> Bool[Array, "..."]:
     if convention == "additive":
         # Written so that a NaN removes: nothing unknown is let through.
         return values > _removes(values.dtype)
-    return values == 0 if convention == "ignore" else values != 0
+    nonzero = values if values.dtype == jnp.bool_ else values != 0
+    return ~nonzero if convention == "ignore" else nonzero
 
 
 def _removes(dtype: Any) -> float:

@@ -66,6 +66,8 @@ class Scored(Score):
         return answer.astype(logit.dtype)
 
     def __repr__(self) -> str:
+        if isinstance(traced := getattr(self.fn, "name", None), str):
+            return traced
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.params)))
         if getattr(self.fn, "__module__", "").startswith("jaxattn."):
@@ -125,7 +127,7 @@ def _alibi(logit: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any) -> Any:
     return logit - _per_head(slopes, h, logit.dtype) * jnp.abs(q - k).astype(logit.dtype)
 
 
-def alibi(slopes: Float[ArrayLike, "N"] | float) -> Score:
+def alibi(slopes: Float[ArrayLike, "*N"] | float) -> Score:
     """Attention with linear biases: `logit - slopes[h] * |q - k|`.
 
     Args:

@@ -14,24 +14,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
-from types import FunctionType
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .algebra import Mask, Positions, Predicate, pytree, static
-from .program import Const, Program, Ref, Step, Type, has_body, needed, run, trace
-from .reads import Extent, Read, Recogniser
-from .scores import Score, Scored
+from .algebra import Mask, Positions, pytree, static
+from .hoist import arguments, constant, hoist, struct
+from .program import Const, Program, Ref, Step, Type, has_body, needed, run
+from .reads import Extent, Recogniser
+from .scores import Score
 from .shapes import Array, Bool, Shaped
 
 Kind: TypeAlias = Literal["row", "column", "head", "grid", "diagonal"]
-M = TypeVar("M", Mask, Score)
 
 # Dependence is a set of positions, as bits.
 B, H, Q, K, LOGIT = 1, 2, 4, 8, 16
@@ -43,65 +42,6 @@ _CHEAP = frozenset(
     "not or reshape select_n shift_left shift_right_arithmetic shift_right_logical sign squeeze "
     "stop_gradient sub xor".split()
 )
-
-
-# --- hoist: functions that compare by what they compute ---------------------------------------
-
-
-def hoist(given: M) -> M:
-    """The same mask or score, its functions all the library's own or `Program`s.
-
-    A user's function is traced, and compared by what it computes: the same lambda written anew
-    is compiled once. The arrays it closes over, tracers included, become leaves; in a mask they
-    carry no gradient.
-    """
-    if _settled(given):
-        return given
-    leaves, tree = jax.tree.flatten(given)
-    own = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    positions = _arguments(jnp.float32 if isinstance(given, Score) else None)
-
-    def call(*args: Any) -> Any:
-        filled = dict(enumerate(leaves)) | dict(zip(own, args[len(positions) :], strict=True))
-        return jax.tree.unflatten(tree, filled.values())(*args[: len(positions)])
-
-    arrays = [leaves[i] for i in own]
-    program, captured = trace(call, (*positions, *map(_struct, arrays)), repr(given))
-    if isinstance(given, Score):
-        return Scored(program, (*arrays, *captured))
-    return Predicate(program, tuple(map(_constant, (*arrays, *captured))))
-
-
-def _settled(part: Any) -> bool:
-    """Whether every function in a mask or score compares by what it computes."""
-    if isinstance(part, (Mask, Score)):
-        ours = type(part).__module__.startswith("jaxattn.")
-        return ours and all(_settled(getattr(part, f.name)) for f in fields(part))  # type: ignore[arg-type]
-    if isinstance(part, tuple):
-        return all(map(_settled, part))
-    if isinstance(part, FunctionType):
-        return part.__module__.startswith("jaxattn.") and "<" not in part.__qualname__
-    return isinstance(part, Program) or not callable(part)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float))
-
-
-def _arguments(logit: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-    positions = (jax.ShapeDtypeStruct((), jnp.int32),) * 4
-    return positions if logit is None else (jax.ShapeDtypeStruct((), logit), *positions)
-
-
-def _struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a leaf, without where it lies: a trace serves every sharding."""
-    aval = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-
-
-def _constant(array: Any) -> Any:
-    inexact = hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.inexact)
-    return lax.stop_gradient(array) if inexact else array
 
 
 # --- the split ------------------------------------------------------------------------------------
@@ -225,7 +165,7 @@ class Split:
             )
         sizes = {"b": B, "h": N, "q": T, "k": S}
         _check_extents(plan, sizes)
-        leaves = self.leaves if self.scores else tuple(map(_constant, self.leaves))
+        leaves = self.leaves if self.scores else tuple(map(constant, self.leaves))
         values = dict(zip(plan.leaves, map(_typed, leaves, plan.leaves, [plan] * len(leaves))))
         values = run(plan.free, values | plan.captured)
         sources = _position_arrays(plan, positions, sizes)
@@ -271,7 +211,7 @@ def split(
     if scores:
         dtype = np.dtype(np.float32 if isinstance(logit, bool) else logit)
     leaves, tree = jax.tree.flatten(given)
-    structs = tuple(map(_struct, leaves))
+    structs = tuple(map(struct, leaves))
     key = tuple((s.shape, s.dtype, s.weak_type) for s in structs)
     x64 = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
     plan = _plan(tree, key, dtype, _counted(positions or Positions()), x64)
@@ -305,23 +245,23 @@ def _plan(
     tree: Any, leaves: tuple[Any, ...], logit: Any, counted: tuple[bool, ...], x64: bool
 ) -> _Plan:
     structs = [jax.ShapeDtypeStruct(s, d, weak_type=w) for s, d, w in leaves]
-    arguments = _arguments(logit)
+    lead = arguments(logit)
     given = jax.tree.unflatten(tree, structs)
 
     def call(*args: Any) -> Any:
-        return jax.tree.unflatten(tree, args[len(arguments) :])(*args[: len(arguments)])
+        return jax.tree.unflatten(tree, args[len(lead) :])(*args[: len(lead)])
 
-    jaxpr = jax.make_jaxpr(call)(*arguments, *structs)
+    jaxpr = jax.make_jaxpr(call)(*lead, *structs)
     code = Recogniser()
     inputs = [code.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
-    logits, positions = inputs[: len(arguments) - 4], inputs[len(arguments) - 4 :][:4]
+    logits, positions = inputs[: len(lead) - 4], inputs[len(lead) - 4 : len(lead)]
     code.bare.update(
         (ref, letter)
         for ref, letter, yes in zip(positions, "bhqk", counted, strict=True)
         if yes
     )
     (out,) = code.inline(jaxpr, inputs)
-    own = inputs[len(arguments) :]
+    own = inputs[len(lead) :]
     return _Planner(code, positions, logits, counted).plan(out, own, _labels(given))
 
 

@@ -221,9 +221,18 @@ def _states(
     tile: tuple[int, int],
     exact: bool,
 ) -> Int[Array, "B N nq nk"]:
-    operands = parts.operands(positions, *sizes)
     find = streamed if exact else intervals.states
-    return find(parts, operands, *tile, *sizes[2:])
+
+    def run(parts: Split, positions: Positions) -> Any:
+        return find(parts, parts.operands(positions, *sizes), *tile, *sizes[2:])
+
+    for leaf in jax.tree.leaves((parts, positions)):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
+            # Inside, the axes are automatic: XLA partitions the work as it likes.
+            run = jax.sharding.auto_axes(run, out_sharding=jax.sharding.PartitionSpec())
+            break
+    return run(parts, positions)
 
 
 def streamed(

@@ -1,5 +1,6 @@
 """What every test runs under: strict promotion, checked shapes, several devices."""
 
+import inspect
 import os
 
 # Before jax is imported: tests of sharding want devices to shard over.
@@ -11,7 +12,13 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook("jaxattn", "beartype.beartype")
+jaxtyping.install_import_hook("jaxattn", "typechecker.check")
+
+import jaxattn  # noqa: E402
+
+# Pytrees are also built of what is no array: partition specs, axes of vmap, None.
+for _tree in (jaxattn.Positions, jaxattn.backends.base.Call, jaxattn.backends.base.Dropout):
+    _tree.__init__ = inspect.unwrap(_tree.__init__)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

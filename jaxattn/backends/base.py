@@ -1,8 +1,9 @@
 """What a backend is given, and what it promises.
 
-A backend is a module with two functions:
+A backend is a module with three functions:
 
 - `refuse(call) -> str | None`: why it can't compute this call, or `None` if it can;
+- `footprint(call) -> int`: the bytes that a forward pass holds beside inputs and output;
 - `run(call) -> (out, lse)`: the output `[B, T, N, Hv]` in the query's dtype and the natural-log
   LSE `[B, T, N]` in the dtype of accumulation, without sinks.
 
@@ -42,6 +43,7 @@ class Call:
     mask: Mask | None
     score: Score | None
     scale: Any
+    sinks: Float[Array, "N"] | None
     positions: Positions
     dropout: Dropout | None
     precision: Any = static(default=None)
@@ -68,7 +70,8 @@ class Sizes(NamedTuple):
 
 def accumulator(dtype: Any) -> Any:
     """The dtype of logits, softmax, LSE and sums: float64 for float64, float32 for the others."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # Not promote_types: it refuses under strict dtype promotion.
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def sentinel(dtype: Any) -> float:

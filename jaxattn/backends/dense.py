@@ -23,6 +23,12 @@ def refuse(call: Call) -> str | None:
     return None
 
 
+def footprint(call: Call) -> int:
+    """Bytes of the logits and the weights."""
+    B, T, S, N, _, _, _ = call.sizes
+    return 2 * B * N * T * S * jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+
+
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
     out, lse, _ = _over_heads(call)
@@ -79,9 +85,9 @@ def cells(fn: Callable[..., Any], *logits: Any) -> Callable[..., Any]:
 
 def _over_heads(call: Call) -> Any:
     """`head` over batches and query heads, a key head shared by its group: `[B, N, T, ...]`."""
-    B, T, S, N, K, _, _ = call.sizes
+    B, T, S, N, K, H, _ = call.sizes
     at = call.positions.filled(B, N, T, S)
-    groups = call.query.reshape(B, T, K, N // K, -1)
+    groups = call.query.reshape(B, T, K, N // K, H)
     over_group = jax.vmap(partial(head, call), (1, None, None, None, 0, None, None))
     over_kv = jax.vmap(over_group, (1, 1, 1, None, 0, None, None))
     # Positions that the rows share stay out of the batch's vmap, so that masks are computed once.

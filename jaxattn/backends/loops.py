@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from ..program import Program
@@ -81,7 +80,7 @@ class Inputs(NamedTuple):
 
 # 2^r on [-1/2, 1/2], the largest relative error 2e-7 (a least-squares fit, reweighted to be
 # minimax, with the constant term fixed to 1).
-_EXP2 = (1.3391353e-3, 9.6703054e-3, 5.5503300e-2, 2.4022214e-1, 6.9314720e-1, 1.0)
+_EXP2 = (1.32647e-3, 9.67151e-3, 5.550734e-2, 0.24022242, 0.69314698, 1.0)
 
 
 def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -159,7 +158,7 @@ def _even(length: int, most: int) -> int:
     if length <= most:
         return max(length, 1)
     count = -(-length // most)
-    return min(most, -(-length // count // 8) * 8 if length % count == 0 else -(-length // (count * 8)) * 8)
+    return -(-length // (count * 8)) * 8
 
 
 def _fit(n: int, most: int) -> int:
@@ -174,7 +173,8 @@ def _shape(plan: Plan, x: Inputs) -> Shape:
     by_b, by_h = (False, False) if x.states is None else (
         x.states.shape[0] != 1, max(x.states.shape[1:3]) != 1
     )
-    room = max(1, 2 * _STEP_CELLS // max(1, G * tq * tk))
+    # Half as many again, for numbers of heads such as 11 and 12.
+    room = max(1, _STEP_CELLS * 3 // 2 // (G * tq * tk))
     ck = 1 if by_h else _fit(K, room)
     cb = 1 if by_b or ck != K else _fit(B, room // ck)
     Tp, Sp = -(-T // tq) * tq, -(-S // tk) * tk
@@ -187,10 +187,11 @@ def _work(plan: Plan, z: Shape, states: Array | None) -> list[Work]:
     nq, nk = z.Tp // tq, z.Sp // tk
     if states is None:
         states = jnp.full((1, 1, 1, nq, nk), FULL, jnp.int8)
-    ragged = np.zeros((nq, nk), bool)
-    ragged[nq - 1 :] |= z.Tp != z.T
-    ragged[:, nk - 1 :] |= z.Sp != z.S
-    states = jnp.where(ragged[None, None, None], jnp.minimum(states, jnp.int8(PARTIAL)), states)
+    last = jnp.minimum(states, jnp.int8(PARTIAL))
+    if z.Tp != z.T:
+        states = jnp.where(lax.broadcasted_iota(jnp.int32, states.shape, 3) == nq - 1, last, states)
+    if z.Sp != z.S:
+        states = jnp.where(lax.broadcasted_iota(jnp.int32, states.shape, 4) == nk - 1, last, states)
     # The query heads of one key head are computed together.
     some, all_ = (states != EMPTY).any(2), (states == FULL).all(2)
     gq, gk = min(nq, 2), min(nk, 2)
@@ -320,15 +321,17 @@ def _residue(
 
 def _visible(plan: Plan, z: Shape, x: Inputs, at: Tile, transposed: bool) -> Array:
     """The mask on a tile, `[cb*ck|1, G|1, tq, tk]` or transposed, False beyond the edges."""
-    q = at.i + jnp.arange(at.tq, dtype=jnp.int32)
-    k = at.j + jnp.arange(at.tk, dtype=jnp.int32)
-    shapes = ((1, 1, 1, at.tq), (1, at.tk, 1, 1)) if transposed else (
-        (1, 1, at.tq, 1), (1, 1, 1, at.tk)
-    )
-    shown = (q < z.T).reshape(shapes[0]) & (k < z.S).reshape(shapes[1])
+    shown = jnp.ones((1, 1, 1, 1), bool)
     if plan.mask is not None:
         parts = [_slice(z, c, a, at) for c, a in zip(plan.mask.kinds, x.mask, strict=True)]
-        shown = shown & _residue(z, plan.mask, parts, at, transposed)
+        found = _residue(z, plan.mask, parts, at, transposed)
+        shown = found if found.ndim else found.reshape(1, 1, 1, 1)
+    if z.Tp != z.T:
+        q = at.i + jnp.arange(at.tq, dtype=jnp.int32) < z.T
+        shown = shown & q.reshape((1, 1, 1, -1) if transposed else (1, 1, -1, 1))
+    if z.Sp != z.S:
+        k = at.j + jnp.arange(at.tk, dtype=jnp.int32) < z.S
+        shown = shown & k.reshape((1, -1, 1, 1) if transposed else (1, 1, 1, -1))
     return shown
 
 
@@ -434,9 +437,13 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
     dot = _dot(plan, dtype)
     work = _work(plan, z, x.states)
     x = _pad_inputs(plan, z, x)
-    q = _padded(x.query.transpose(0, 2, 3, 1, 4), 3, z.Tp)
+    # A negative scale turns the order of logits around, and their maximum with it.
+    negative = x.scale.reshape(-1, 1, 1, 1, 1) < 0
+    q = jnp.where(negative, -x.query, x.query).transpose(0, 2, 3, 1, 4)
+    q = _padded(q, 3, z.Tp)
     k = _padded(x.key.transpose(0, 2, 1, 3), 2, z.Sp)
     v = _padded(x.value.transpose(0, 2, 1, 3), 2, z.Sp)
+    x = x._replace(scale=jnp.abs(x.scale))
     units = z.cb * z.ck
 
     def step(at: Tile, masked: bool, carry: Any) -> Any:
@@ -458,22 +465,19 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
             if masked:
                 s = jnp.where(shown, s, jnp.zeros((), dtype))
             parts = [_slice(z, n, a, at) for n, a in zip(plan.score.kinds, x.score, strict=True)]
-            s = _score(plan, z, parts, at, False, s)
+            s = _score(plan, z, parts, at, False, s).reshape(units, rows, at.tk)
             c = jnp.ones((), dtype)
-        if masked:
-            s = jnp.where(shown, s.reshape(grid), jnp.asarray(low, dtype))
-        s = s.reshape(units, rows, at.tk)
         c = c * LOG2E
+        if masked:
+            s = jnp.where(shown, _times(s, c).reshape(grid), jnp.asarray(low, dtype))
+            s = s.reshape(units, rows, at.tk)
+            c = jnp.ones((), dtype)
 
         state = [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, 2, z.G, at.tq]
         old = lax.dynamic_slice(ml, *state).reshape(units, 2, rows)
         m, l = old[:, 0], old[:, 1]
-        # A negative scale turns the order around.
-        top = _times(s, c).max(2) if c.ndim or plan.score is None else s.max(2) * c
-        top = jnp.maximum(m, top)
-        p = exp2(_times(s, c) - top[..., None])
-        if masked:
-            p = jnp.where(shown, p.reshape(grid), jnp.zeros((), dtype)).reshape(s.shape)
+        top = jnp.maximum(m, s.max(2) * (c[..., 0] if c.ndim else c))
+        p = exp2((s if masked else _times(s, c)) - top[..., None])
         fade = exp2(m - top)
         l = l * fade + p.sum(2)
         if plan.dropout:
@@ -488,7 +492,8 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
 
     acc = _like(q, (z.B, z.K, z.G, z.Tp, z.Hv), dtype)
     # One array of m and l: two would be copied in every step.
-    m = _like(q, (z.B, z.K, 1, z.G, z.Tp), dtype, low)
+    # So far above masked logits that the weights of those are 0 from the first tile on.
+    m = _like(q, (z.B, z.K, 1, z.G, z.Tp), dtype, low / 2**20)
     ml = jnp.concatenate([m, jnp.zeros_like(m)], 2)
     acc, ml = _loop(z, work, step, (acc, ml))
     acc, m, l = acc[..., : z.T, :], ml[:, :, 0, :, : z.T], ml[:, :, 1, :, : z.T]
@@ -503,7 +508,7 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
 
 
 class Gradients(NamedTuple):
-    """Cotangents: of query, key, value, scale `[groups or B]`, and of the score's operands."""
+    """Cotangents: of query, key, value, scale (`[B]` always), and of the score's operands."""
 
     query: Array
     key: Array
@@ -638,8 +643,6 @@ def backward(
     dq, dk, dv, parts = _loop(z, work, step, start)
     dq = dq[..., : z.T].transpose(0, 4, 1, 3, 2)
     d_scale = (query.astype(dtype) * dq).sum((1, 2, 3, 4))
-    if x.scale.shape[0] == 1:
-        d_scale = d_scale.reshape(groups, -1).sum(1)
     over_b = x.scale.reshape(-1, 1, 1, 1)
     if x.scale.shape[0] == 1:
         dk = dk * over_b

@@ -1,0 +1,165 @@
+"""`explain`: what a call of attention would do, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import intervals, masks
+from .attention import BACKENDS, choose
+from .backends.base import Call
+from .request import request
+from .split import split
+from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of `attention` does.
+
+    Attributes:
+      backend: the backend that runs.
+      reason: why this one.
+      others: why not the others, by name.
+      mask, score: as they print; "none" without.
+      tiles: the tile map of the mask; `None` where its leaves are traced.
+      empty, partial, full: tiles by state, over all batch rows and heads; `None` if traced.
+      density: the share of query-key pairs that lie in tiles that have to be computed.
+      flops: of the forward pass, in those tiles; multiplications and additions, 2 a pair.
+      dense_flops: of the forward pass over all pairs.
+      bytes: of what the chosen backend holds beside inputs and output in the forward pass.
+      dense_bytes: the same for the dense backend: logits and weights.
+      notes: what is worth knowing: operations that make tiles PARTIAL for want of a rule, and
+        what is gathered on the tile.
+    """
+
+    backend: str
+    reason: str
+    others: dict[str, str]
+    mask: str
+    score: str
+    tiles: TileMap | None
+    empty: int | None
+    partial: int | None
+    full: int | None
+    density: float | None
+    flops: float | None
+    dense_flops: float
+    bytes: int
+    dense_bytes: int
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}: {self.reason}"]
+        lines += [f"     not {name}: {why}" for name, why in self.others.items()]
+        lines += [f"mask:    {self.mask}", f"score:   {self.score}"]
+        if self.density is None or self.flops is None:
+            lines.append("tiles:   known when the mask's arrays are (they are traced here)")
+        else:
+            lines += [
+                f"tiles:   {self.full} full, {self.partial} partial, {self.empty} empty: "
+                f"{self.density:.1%} of all pairs to compute",
+                f"flops:   {_scaled(self.flops, 1e3)}FLOP forward, dense "
+                f"{_scaled(self.dense_flops, 1e3)}FLOP",
+            ]
+        lines.append(
+            f"memory:  {_scaled(self.bytes, 1024)}B beside inputs and output, dense "
+            f"{_scaled(self.dense_bytes, 1024)}B"
+        )
+        return "\n".join(lines + [f"note:    {note}" for note in self.notes])
+
+
+def explain(
+    query: Any, key: Any, value: Any, *, backend: str = "auto", **options: Any
+) -> Explanation:
+    """What `attention` would do with the same arguments, without doing it.
+
+    Args:
+      query, key, value, backend, **options: those of `attention`; arrays may be
+        `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      An `Explanation`, to be printed or read by field.
+
+    Raises:
+      What `attention` raises.
+
+    Example:
+      >>> import jax, jaxattn as ja
+      >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
+      >>> print(ja.explain(x, x, x, mask=ja.masks.causal()).density)
+      0.53125
+    """
+    options.pop("return_lse", None)
+    call = request(query, key, value, **options)
+    choice = choose(call, backend)
+    B, T, S, N, _, H, Hv = call.sizes
+    tiles = _tiles(call)
+    pairs = B * N * T * S
+    found: dict[str, Any] = {"empty": None, "partial": None, "full": None, "density": None}
+    if tiles is not None:
+        states = np.asarray(tiles.states)
+        copies = B * N // (states.shape[0] * states.shape[1])
+        for name, state in (("empty", EMPTY), ("partial", PARTIAL), ("full", FULL)):
+            found[name] = int((states == state).sum()) * copies
+        area = np.minimum(tiles.tile[0], T - tiles.tile[0] * np.arange(states.shape[2]))[:, None]
+        area = area * np.minimum(tiles.tile[1], S - tiles.tile[1] * np.arange(states.shape[3]))
+        found["density"] = float(((states != EMPTY) * area).sum() * copies / max(pairs, 1))
+    density = found["density"]
+    return Explanation(
+        backend=choice.backend,
+        reason=choice.reason,
+        others=choice.others,
+        mask="none" if call.mask is None else repr(getattr(call.mask, "mask", call.mask)),
+        score="none" if call.score is None else repr(call.score),
+        tiles=tiles,
+        **found,
+        flops=None if density is None else 2.0 * density * pairs * (H + Hv),
+        dense_flops=2.0 * pairs * (H + Hv),
+        bytes=BACKENDS[choice.backend].footprint(call),
+        dense_bytes=BACKENDS["dense"].footprint(call),
+        notes=_notes(call),
+    )
+
+
+def _tiles(call: Call) -> TileMap | None:
+    if isinstance(call.mask, TileMap):
+        given = call.mask
+        return None if _traced(given) else given
+    if _traced((call.mask, call.positions)):
+        return None
+    B, T, S, N, K, H, _ = call.sizes
+    mask = masks.full() if call.mask is None else call.mask
+    return tile_map(mask, (B, T, N, H), (B, S, K, H), positions=call.positions)
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _notes(call: Call) -> tuple[str, ...]:
+    notes = []
+    if call.mask is not None:
+        parts = split(call.mask, call.positions)
+        loose = intervals.unruled(parts)
+        if loose:
+            notes.append(
+                f"the mask computes {', '.join(loose)} from queries and keys together, for which "
+                "there are no bounds: tiles that need it are PARTIAL; tile_map(..., exact=True) "
+                "looks at every pair"
+            )
+        notes += [f"mask: {reason}" for reason in parts.reasons]
+    if call.score is not None:
+        notes += [f"score: {reason}" for reason in split(call.score, call.positions).reasons]
+    return tuple(notes)
+
+
+def _scaled(number: float, base: float) -> str:
+    for prefix in ("", "K", "M", "G"):
+        if abs(number) < base:
+            return f"{number:.3g} {prefix}"
+        number /= base
+    return f"{number:.3g} T"
