@@ -252,7 +252,7 @@ class Predicate(Mask):
         result = self.fn(b, h, q, k, *self.args)
         try:
             answer = jnp.asarray(result)
-        except TypeError:
+        except (TypeError, ValueError):
             answer = None
         if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
             got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"

@@ -12,13 +12,13 @@ import numpy as np
 from . import masks, scores
 from .algebra import Mask, as_mask
 from .attention import attention, attention_weights
-from .shapes import Array, ArrayLike, Bool, Float, Int
+from .shapes import Array, ArrayLike, Float, Int
 
 
 def scaled_dot_product_attention(
-    q: Float[ArrayLike, "*leading T d"],
-    k: Float[ArrayLike, "*leading S d"],
-    v: Float[ArrayLike, "*leading S dv"],
+    q: Float[ArrayLike, "*q T d"],
+    k: Float[ArrayLike, "*k S d"],
+    v: Float[ArrayLike, "*v S dv"],
     mask: Any = None,
 ) -> tuple[Float[Array, "*leading T dv"], Float[Array, "*leading T S"]]:
     """`softmax(q k^T / sqrt(d)) v` over the keys that the mask allows, and the weights.
@@ -27,7 +27,8 @@ def scaled_dot_product_attention(
     features are the last two axes (heads come before lengths, unlike in `jax.nn`), any axes lead.
 
     Args:
-      q, k, v: queries `(..., T, d)`, keys `(..., S, d)`, values `(..., S, dv)`.
+      q, k, v: queries `(..., T, d)`, keys `(..., S, d)`, values `(..., S, dv)`;
+        leading axes broadcast.
       mask: a `Mask` or a callable (axis -3 is its `h` where there is one, earlier axes flatten to
         its `b`), or booleans that broadcast to `(..., T, S)`. True means *may attend*; the
         tutorial's own masks, 1 where a key is ignored, are
@@ -42,7 +43,7 @@ def scaled_dot_product_attention(
       >>> k = jnp.array([[10., 0, 0], [0, 10, 0], [0, 0, 10], [0, 0, 10]])
       >>> v = jnp.array([[1., 0], [10, 0], [100, 5], [1000, 6]])
       >>> output, weights = ja.scaled_dot_product_attention(jnp.array([[0., 0, 10]]), k, v)
-      >>> output.tolist(), weights.tolist()
+      >>> output.tolist(), weights.round(3).tolist()
       ([[550.0, 5.5]], [[0.0, 0.0, 0.5, 0.5]])
     """
     query, key, value = (jnp.asarray(x) for x in (q, k, v))
@@ -81,7 +82,7 @@ def dot_product_attention(
     key: Float[ArrayLike, "*B S K H"],
     value: Float[ArrayLike, "*B S K Hv"],
     bias: ArrayLike | None = None,
-    mask: Bool[ArrayLike, "..."] | None = None,
+    mask: Any = None,
     *,
     scale: Any = None,
     is_causal: bool = False,

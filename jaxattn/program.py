@@ -321,10 +321,62 @@ def run(steps: Iterable[Step], values: dict[int, Any]) -> dict[int, Any]:
     values = dict(values)
     for step in steps:
         args = [ref.value if isinstance(ref, Const) else values[ref] for ref in step.args]
-        result = step.prim.bind(*varying_alike(args), **step.params)
-        results = result if getattr(step.prim, "multiple_results", False) else [result]
+        args = varying_alike(args)
+        if step.prim.name in _LOOPS:
+            results = _LOOPS[step.prim.name](args, step.params)
+        else:
+            result = step.prim.bind(*args, **step.params)
+            results = result if getattr(step.prim, "multiple_results", False) else [result]
         values.update(zip(step.outs, results, strict=True))
     return values
+
+
+def _scan(args: list[Any], params: dict[str, Any]) -> list[Any]:
+    consts, carried = params["num_consts"], params["num_carry"]
+    step = _function(params["jaxpr"], like=args)
+
+    def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = step(*args[:consts], *carry, *x)
+        return outs[:carried], outs[carried:]
+
+    init, xs = args[consts : consts + carried], args[consts + carried :]
+    options = {name: params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(body, init, xs, **options)
+    return [*carry, *ys]
+
+
+def _while(args: list[Any], params: dict[str, Any]) -> list[Any]:
+    tested, consts = params["cond_nconsts"], params["body_nconsts"]
+    test = _function(params["cond_jaxpr"], like=args)
+    step = _function(params["body_jaxpr"], like=args)
+    return lax.while_loop(
+        lambda carry: test(*args[:tested], *carry)[0],
+        lambda carry: step(*args[tested : tested + consts], *carry),
+        args[tested + consts :],
+    )
+
+
+# Loops are traced anew: the types of what they carry say over which mesh axes it varies, and those
+# are the caller's, not those of the trace.
+_LOOPS: dict[str, Callable[[list[Any], dict[str, Any]], list[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+}
+
+
+def _function(jaxpr: Any, like: list[Any]) -> Callable[..., list[Any]]:
+    """A jaxpr as a function whose results vary over the mesh axes of `like`."""
+    builder = Builder()
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    inputs = [builder.input(Type(v.aval.shape, v.aval.dtype)) for v in inner.invars]
+    outputs = builder.inline(jaxpr, inputs)
+
+    def call(*args: Any) -> list[Any]:
+        values = run(builder.steps, dict(zip(builder.inputs, (*args, *builder.captured))))
+        results = [out.value if isinstance(out, Const) else values[out] for out in outputs]
+        return varying_alike([*results, *like])[: len(results)]
+
+    return call
 
 
 def varying_alike(args: list[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from .algebra import Mask, Positions, as_mask
 from .backends import base
 from .backends.base import Call
 from .scores import as_score
-from .shapes import Array
+from .shapes import Array, Form
 from .split import check_extents, hoist
 from .tiles import TileMap
 
@@ -108,10 +108,12 @@ def _one_row(array: Any) -> Any:
     return array[None]
 
 
-def _array(name: str, given: Any) -> Array:
+def _array(name: str, given: Any) -> Form:
     try:
+        if given is None or isinstance(given, (str, bytes)):
+            raise TypeError("not numbers")
         array = given if isinstance(given, jax.ShapeDtypeStruct) else jnp.asarray(given)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: got {type(given).__name__}, expected an array") from error
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
         raise TypeError(
@@ -169,6 +171,11 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
             raise ValueError(f"dropout_seed: got keys of shape {list(seed.shape)}, expected one")
         words = jax.random.key_data(seed).reshape(-1, 2)
         return base.Dropout(rate, words[0] if len(words) == 1 else words[0] ^ words[1])
+    if isinstance(seed, (int, np.integer)) and not 0 <= seed < 2**32:
+        raise ValueError(
+            f"dropout_seed: got {seed}, expected 0 <= seed < 2**32 or a jax.random.key; "
+            "jax.random.key(seed) takes larger ones"
+        )
     array = seed if hasattr(seed, "dtype") else np.asarray(seed)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (2,)):
         raise TypeError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -29,7 +30,13 @@ else:
 
     Bool = Float = Int = Shaped = UInt32 = _Plain
 
+if TYPE_CHECKING:
+    Form = Array
+else:
+    # An array, or its shape and dtype alone: `explain` needs no more.
+    Form = Array | jax.ShapeDtypeStruct
+
 ArrayLike = Array | np.ndarray
 IntLike = int | np.integer | Array | np.ndarray
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Int", "IntLike", "Shaped", "UInt32"]
+__all__ = ["Array", "ArrayLike", "Bool", "Float", "Form", "Int", "IntLike", "Shaped", "UInt32"]

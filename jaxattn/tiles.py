@@ -20,7 +20,7 @@ from jax import lax
 
 from . import intervals
 from .algebra import Mask, MaskLike, Positions, Scalar, as_mask, pytree, static
-from .shapes import Array, Bool, Int
+from .shapes import Array, Bool, Form, Int
 from .split import Operand, Split, hoist, split
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -96,7 +96,7 @@ class TileMap(Mask):
     """
 
     mask: Mask
-    states: Int[Array, "B N nq nk"]
+    states: Int[Form, "B N nq nk"]
     tile: tuple[int, int] = static()
     sizes: tuple[int, int, int, int] = static()
     counted: tuple[bool, bool, bool, bool] = static(default=(True, True, True, True))
@@ -231,7 +231,8 @@ def _states(
         if not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
             # Inside, the axes are automatic: XLA partitions the work as it likes.
             run = jax.sharding.auto_axes(run, out_sharding=jax.sharding.PartitionSpec())
-            break
+            with jax.sharding.use_abstract_mesh(mesh):
+                return run(parts, positions)
     return run(parts, positions)
 
 

@@ -545,7 +545,7 @@ def test_bottom_right_and_ragged_rows(backend: str) -> None:
     gold = attend(*inputs, np.tri(T, S, S - T, dtype=bool)[None, None])
     np.testing.assert_allclose(got, gold.out, rtol=1e-5, atol=1e-6)
     length = jnp.asarray([2, 4])
-    at = ja.Positions(q=length[:, None] + jnp.arange(T))
+    at = ja.Positions(q=length[:, None] + jnp.arange(T)[None])
     got = attention(*inputs, mask=masks.causal(), positions=at, backend=backend)
     want = attention(*inputs, mask=masks.causal(length), backend=backend)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)

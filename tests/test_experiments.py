@@ -241,6 +241,7 @@ def _files(folder: Path) -> None:
         (["--source", "two"], "--source and --target go together"),
         (["--test-source", "two", "--test-target", "two"], "--test-source needs --pairs or"),
         (["--source", "two", "--target", "two"], "2 pairs are too few"),
+        (["translate"], "nothing to translate; give sentences"),
         (["translate", "um", "--model", "nowhere"], "nowhere: no saved model; train one first"),
     ],
 )

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ..algebra import Mask, Positions, pytree, static
 from ..scores import Score
-from ..shapes import Array, Bool, Float, Int, UInt32
+from ..shapes import Array, Bool, Float, Form, Int, UInt32
 
 
 @pytree
@@ -37,9 +37,9 @@ class Call:
     where the rows share them.
     """
 
-    query: Float[Array, "B T N H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K Hv"]
+    query: Float[Form, "B T N H"]
+    key: Float[Form, "B S K H"]
+    value: Float[Form, "B S K Hv"]
     mask: Mask | None
     score: Score | None
     scale: Any
@@ -117,9 +117,9 @@ def keeps(
     return (draw >> 8).astype(jnp.float32) >= jnp.asarray(rate, jnp.float32) * 2.0**24
 
 
-def kept_scale(rate: Any) -> Any:
+def kept_scale(rate: Any, dtype: Any = jnp.float32) -> Any:
     """What kept weights are multiplied by: `1 / (1 - rate)`, and 0 for a rate of 1."""
-    rate = jnp.asarray(rate, jnp.float32)
+    rate = jnp.asarray(rate, dtype)
     return jnp.where(rate < 1, 1 / jnp.where(rate < 1, 1 - rate, 1), 0)
 
 

@@ -59,17 +59,21 @@ def head(call: Call, q: Any, k: Any, v: Any, b: Any, h: Any, q_at: Any, k_at: An
     logits = jnp.where(seen, dot(q, k.T) * jnp.asarray(call.scale, dtype), 0)
     if call.score is not None:
         logits = cells(call.score, logits)(b, h, q_at, k_at)
-    logits = jnp.where(seen, logits, base.sentinel(dtype))
 
-    top = jax.lax.stop_gradient(logits.max(1, initial=base.sentinel(dtype)))
-    p = jnp.where(seen, jnp.exp(logits - top[:, None]), 0)
-    total = jnp.where(row_seen, p.sum(1), 1)
+    # Over visible cells alone: theirs may lie below any sentinel, as a bias of finfo.min does.
+    lowest = float(jnp.finfo(dtype).min)
+    top = jax.lax.stop_gradient(jnp.where(seen, logits, lowest).max(1, initial=lowest))
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top[:, None], 0)), 0)
+    total = p.sum(1)
+    # A bias of -inf on all that a query sees leaves it nothing, as if nothing were visible.
+    row_seen &= total > 0
+    total = jnp.where(row_seen, total, 1)
     lse = jnp.where(row_seen, top + jnp.log(total), -jnp.inf)
     p = p / total[:, None]
     if call.dropout is not None:
         keys = base.row_keys(call.dropout.seed, b, h, q_at[:, None])
         keep = base.keeps(keys, k_at[None, :], call.dropout.rate)
-        p = jnp.where(keep, p * base.kept_scale(call.dropout.rate).astype(dtype), 0)
+        p = jnp.where(keep, p * base.kept_scale(call.dropout.rate, dtype), 0)
     # The row's own `where`: whatever cotangent its zero receives, nothing comes of it.
     out = jnp.where(row_seen[:, None], dot(p, v.astype(dtype)), 0)
     return out, lse, p

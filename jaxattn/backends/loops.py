@@ -32,7 +32,7 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 # Heads times cells of one step: large enough that starting its dozen operations is cheap, small
 # enough that logits and weights stay in the caches (2 x 2 MB in float32 for a group of tiles).
-_STEP_CELLS = 128 * 1024
+STEP_CELLS = 128 * 1024
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 
@@ -128,14 +128,16 @@ class Tile(NamedTuple):
     j: Any
     tq: int
     tk: int
+    masked: bool
 
 
 class Work(NamedTuple):
-    """A list of tiles of one size: `tiles[n]` says row of states, i, j."""
+    """Tiles of one size: `starts[first + n]` is where the n-th is, in b, h, q and k."""
 
-    tiles: Int[Array, "n"]
+    starts: Int[Array, "n 4"]
+    first: Int[Array, ""]
     count: Int[Array, ""]
-    extents: tuple[int, int, int, int]
+    repeats: tuple[int, int]
     tq: int
     tk: int
     masked: bool
@@ -174,7 +176,7 @@ def _shape(plan: Plan, x: Inputs) -> Shape:
         x.states.shape[0] != 1, max(x.states.shape[1:3]) != 1
     )
     # Half as many again, for numbers of heads such as 11 and 12.
-    room = max(1, _STEP_CELLS * 3 // 2 // (G * tq * tk))
+    room = max(1, STEP_CELLS * 3 // 2 // (G * tq * tk))
     ck = 1 if by_h else _fit(K, room)
     cb = 1 if by_b or ck != K else _fit(B, room // ck)
     Tp, Sp = -(-T // tq) * tq, -(-S // tk) * tk
@@ -195,49 +197,54 @@ def _work(plan: Plan, z: Shape, states: Array | None) -> list[Work]:
     # The query heads of one key head are computed together.
     some, all_ = (states != EMPTY).any(2), (states == FULL).all(2)
     gq, gk = min(nq, 2), min(nk, 2)
-    lists = []
-
-    def listed(flags: Array, size: tuple[int, int], masked: bool) -> None:
-        flat = flags.reshape(-1)
-        at = jnp.where(flat, jnp.cumsum(flat.astype(jnp.int32)) - 1, flat.size)
-        ids = jnp.arange(flat.size, dtype=jnp.int32)
-        tiles = jnp.zeros_like(ids).at[at].set(ids, mode="drop", unique_indices=False)
-        lists.append(Work(tiles, flat.sum(dtype=jnp.int32), flags.shape, *size, masked))
+    wide = [(0, 0), (0, 0), (0, -nq % gq), (0, -nk % gk)]
+    eb, eh = some.shape[:2]
 
     def grouped(flags: Array) -> Array:
-        wide = jnp.pad(flags, ((0, 0), (0, 0), (0, -nq % gq), (0, -nk % gk)))
-        eb, eh, n, m = wide.shape
-        return wide.reshape(eb, eh, n // gq, gq, m // gk, gk).all((3, 5))
+        flags = jnp.pad(flags, wide)
+        return flags.reshape(eb, eh, -(-nq // gq), gq, -(-nk // gk), gk).all((3, 5))
 
-    big_full, big_some = grouped(all_), grouped(some)
-    listed(big_full, (gq * tq, gk * tk), masked=False)
-    listed(big_some & ~big_full, (gq * tq, gk * tk), masked=True)
+    full, most = grouped(all_), grouped(some)
+    kinds = [(full, gq, gk, False), (most & ~full, gq, gk, True)]
     if gq * gk > 1:
-        covered = jnp.repeat(jnp.repeat(big_some, gq, 2), gk, 3)[:, :, :nq, :nk]
-        listed(some & ~covered, (tq, tk), masked=True)
-    return lists
+        covered = jnp.repeat(jnp.repeat(most, gq, 2), gk, 3)[:, :, :nq, :nk]
+        kinds.append((some & ~covered, 1, 1, True))
+
+    # One list of all kinds, one after the other.
+    flat = jnp.concatenate([flags.reshape(-1) for flags, *_ in kinds])
+    running = jnp.cumsum(flat, dtype=jnp.int32)
+    starts = jnp.concatenate([_starts(flags.shape, tq * by_q, tk * by_k) for flags, by_q, by_k, _ in kinds])
+    # Where each goes: the place to which the running count sends it.
+    place = jnp.where(flat, running - 1, flat.size)
+    starts = jnp.zeros_like(starts).at[place].set(starts, mode="drop")
+    repeats = z.B // z.cb if eb == 1 else 1, z.K // z.ck if eh == 1 else 1
+    work, first, end = [], jnp.int32(0), -1
+    for flags, by_q, by_k, masked in kinds:
+        end += flags.size
+        work.append(Work(starts, first, running[end] - first, repeats, tq * by_q, tk * by_k, masked))
+        first = running[end]
+    return work
+
+
+def _starts(shape: tuple[int, ...], tq: int, tk: int) -> Int[Array, "n 4"]:
+    """Where the tiles of an array of flags start, in b, h, q and k."""
+    axes = [lax.broadcasted_iota(jnp.int32, shape, axis).reshape(-1) for axis in range(4)]
+    return jnp.stack([axes[0], axes[1], axes[2] * tq, axes[3] * tk], 1)
 
 
 def _loop(z: Shape, work: list[Work], step: Callable[..., Any], carry: Any) -> Any:
-    """Runs `step(tile, masked, carry)` over all lists, for all batch rows and heads."""
+    """Runs `step(tile, carry)` over all lists, for all batch rows and heads."""
     for w in work:
-        eb, eh, nq, nk = w.extents
-        rb = z.B // z.cb if eb == 1 else 1
-        rh = z.K // z.ck if eh == 1 else 1
-        if 0 in w.extents:
-            continue
+        rb, rh = w.repeats
 
         def body(n: Any, carry: Any, w: Work = w, rh: int = rh) -> Any:
-            eb, eh, nq, nk = w.extents
             count = jnp.maximum(w.count, 1)
-            at = w.tiles[n % count]
-            rep = n // count
-            rep_b, rep_h = rep // rh, rep % rh
-            j, at = at % nk, at // nk
-            i, at = at % nq, at // nq
-            b = at // eh if eb != 1 else rep_b * z.cb
-            h = at % eh if eh != 1 else rep_h * z.ck
-            return step(Tile(b, h, i * w.tq, j * w.tk, w.tq, w.tk), w.masked, carry)
+            at = w.first + lax.rem(n, count)
+            starts = lax.dynamic_index_in_dim(w.starts, at, keepdims=False)
+            again = lax.div(n, count)
+            b = starts[0] + lax.div(again, jnp.int32(rh)) * z.cb
+            h = starts[1] + lax.rem(again, jnp.int32(rh)) * z.ck
+            return step(Tile(b, h, starts[2], starts[3], w.tq, w.tk, w.masked), carry)
 
         carry = lax.fori_loop(0, w.count * (rb * rh), body, carry)
     return carry
@@ -382,6 +389,9 @@ def _pad_inputs(plan: Plan, z: Shape, x: Inputs) -> Inputs:
             rate.reshape(-1, 1, 1),
         )
     return x._replace(
+        query=_heads_first(x.query, z.Tp),
+        key=_heads_first(x.key, z.Sp),
+        value=_heads_first(x.value, z.Sp),
         mask=padded(plan.mask, x.mask), score=padded(plan.score, x.score), dropout=dropout
     )
 
@@ -421,9 +431,43 @@ def _scale(z: Shape, x: Inputs, at: Tile) -> Array:
     return jnp.repeat(part, z.ck)[:, None, None]
 
 
-def _times(a: Array, b: Array) -> Array:
-    """`a * b` for a scalar or an array of the same rank."""
-    return a * (b if b.ndim else b.astype(a.dtype))
+def _heads_first(array: Array, length: int) -> Array:
+    """`[B, T, .., H]` as `[B * heads, length, H]`, padded with zeros.
+
+    Once, rather than tile by tile: rows of a head lie a power of two apart, which caches dislike.
+    """
+    array = _padded(array, 1, length)
+    width = array.shape[-1]
+    return jnp.moveaxis(array, 1, -2).reshape(-1, length, width)
+
+
+def _rows(z: Shape, array: Array, at: Tile) -> Array:
+    """Queries of a step, or their cotangents: `[units, G * tq, width]` of `[B * N, T, width]`."""
+    units, width = z.cb * z.ck, array.shape[-1]
+    first = (at.b * z.K + at.h) * z.G
+    part = lax.dynamic_slice(array, [first, at.i, 0], [units * z.G, at.tq, width])
+    return part.reshape(units, z.G * at.tq, width)
+
+
+def _columns(z: Shape, array: Array, at: Tile) -> Array:
+    """Keys or values of a step: `[units, tk, width]` of `[B * K, S, width]`."""
+    first = at.b * z.K + at.h
+    return lax.dynamic_slice(array, [first, at.j, 0], [z.cb * z.ck, at.tk, array.shape[-1]])
+
+
+def _felt(finite: Array, shown: Array, axes: tuple[int, int]) -> Array:
+    """Which keys anyone in a tile sees: the others may hold NaN, and 0 * NaN is NaN.
+
+    Only looked up where something is not finite: it costs as much as a pass over the logits.
+    """
+    kept = shown.shape[1 if axes == (2, 3) else 3]
+    whole = jnp.ones((shown.shape[0], kept), bool) | jnp.zeros_like(shown[:, :1, :1, :1]).any((2, 3))
+    return lax.cond(finite, lambda s: whole, lambda s: s.any(axes), shown)
+
+
+def _finite(*arrays: Array) -> Array:
+    """Whether all is finite; False now and then for what is, if its sum is not."""
+    return jnp.stack([a.sum(dtype=base.accumulator(a.dtype)) * 0 == 0 for a in arrays]).all()
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -433,75 +477,71 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
     z = _shape(plan, x)
     dtype = base.accumulator(x.query.dtype)
-    low = base.sentinel(dtype)
+    low, nothing = jnp.asarray(base.sentinel(dtype), dtype), jnp.zeros((), dtype)
     dot = _dot(plan, dtype)
     work = _work(plan, z, x.states)
+    finite = _finite(x.value)
     x = _pad_inputs(plan, z, x)
-    # A negative scale turns the order of logits around, and their maximum with it.
-    negative = x.scale.reshape(-1, 1, 1, 1, 1) < 0
-    q = jnp.where(negative, -x.query, x.query).transpose(0, 2, 3, 1, 4)
-    q = _padded(q, 3, z.Tp)
-    k = _padded(x.key.transpose(0, 2, 1, 3), 2, z.Sp)
-    v = _padded(x.value.transpose(0, 2, 1, 3), 2, z.Sp)
-    x = x._replace(scale=jnp.abs(x.scale))
     units = z.cb * z.ck
 
-    def step(at: Tile, masked: bool, carry: Any) -> Any:
+    def step(at: Tile, carry: Any) -> Any:
         acc, ml = carry
         rows = z.G * at.tq
         grid = (units, z.G, at.tq, at.tk)
-        qt = lax.dynamic_slice(q, [at.b, at.h, 0, at.i, 0], [z.cb, z.ck, z.G, at.tq, z.H])
-        kt = lax.dynamic_slice(k, [at.b, at.h, at.j, 0], [z.cb, z.ck, at.tk, z.H])
-        vt = lax.dynamic_slice(v, [at.b, at.h, at.j, 0], [z.cb, z.ck, at.tk, z.Hv])
-        vt = vt.reshape(units, at.tk, z.Hv)
-        s = dot(qt.reshape(units, rows, z.H), kt.reshape(units, at.tk, z.H), 2, 2)
         c = _scale(z, x, at)
-        if masked:
+        # A negative scale turns the order of logits around, and their maximum with it.
+        qt = _rows(z, x.query, at) * jnp.where(c < 0, -1, 1).astype(x.query.dtype)
+        vt = _columns(z, x.value, at)
+        s = dot(qt, _columns(z, x.key, at), 2, 2)
+        c = jnp.abs(c)
+        if at.masked:
             shown = _visible(plan, z, x, at, transposed=False)
-            felt = shown.any((1, 2))[..., None]
+            felt = _felt(finite, shown, (1, 2))[..., None]
             vt = jnp.where(felt, vt, jnp.zeros((), vt.dtype))
         if plan.score is not None:
-            s = _times(s, c).reshape(grid)
-            if masked:
-                s = jnp.where(shown, s, jnp.zeros((), dtype))
+            s = (s * c).reshape(grid)
+            if at.masked:
+                s = jnp.where(shown, s, nothing)
             parts = [_slice(z, n, a, at) for n, a in zip(plan.score.kinds, x.score, strict=True)]
             s = _score(plan, z, parts, at, False, s).reshape(units, rows, at.tk)
             c = jnp.ones((), dtype)
         c = c * LOG2E
-        if masked:
-            s = jnp.where(shown, _times(s, c).reshape(grid), jnp.asarray(low, dtype))
-            s = s.reshape(units, rows, at.tk)
+        if at.masked:
+            s = jnp.where(shown, (s * c).reshape(grid), low).reshape(s.shape)
             c = jnp.ones((), dtype)
 
-        state = [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, 2, z.G, at.tq]
-        old = lax.dynamic_slice(ml, *state).reshape(units, 2, rows)
-        m, l = old[:, 0], old[:, 1]
+        u = at.b * z.K + at.h
+        old = lax.optimization_barrier(
+            lax.dynamic_slice(ml, [u, 0, at.i], [units, 2 * z.G, at.tq])
+        )
+        m, l = (a[:, 0] for a in jnp.split(old.reshape(units, 2, rows), 2, 1))
         top = jnp.maximum(m, s.max(2) * (c[..., 0] if c.ndim else c))
-        p = exp2((s if masked else _times(s, c)) - top[..., None])
+        p = exp2((s if at.masked else s * c) - top[..., None])
         fade = exp2(m - top)
         l = l * fade + p.sum(2)
         if plan.dropout:
             keep = _kept(plan, z, x, at, False, p)
             p = (p.reshape(grid) * keep).reshape(s.shape)
-        here = [at.b, at.h, 0, at.i, 0], [z.cb, z.ck, z.G, at.tq, z.Hv]
+        here = [u * z.G, at.i, 0], [units * z.G, at.tq, z.Hv]
         part = lax.dynamic_slice(acc, *here).reshape(units, rows, z.Hv)
         part = part * fade[..., None] + dot(p.astype(vt.dtype), vt, 2, 1)
         acc = lax.dynamic_update_slice(acc, part.reshape(here[1]), here[0])
-        new = jnp.stack([top, l], 1).reshape(state[1])
-        return acc, lax.dynamic_update_slice(ml, new, state[0])
+        new = jnp.stack([top, l], 1).reshape(old.shape)
+        return acc, lax.dynamic_update_slice(ml, new, [u, 0, at.i])
 
-    acc = _like(q, (z.B, z.K, z.G, z.Tp, z.Hv), dtype)
-    # One array of m and l: two would be copied in every step.
-    # So far above masked logits that the weights of those are 0 from the first tile on.
-    m = _like(q, (z.B, z.K, 1, z.G, z.Tp), dtype, low / 2**20)
-    ml = jnp.concatenate([m, jnp.zeros_like(m)], 2)
-    acc, ml = _loop(z, work, step, (acc, ml))
-    acc, m, l = acc[..., : z.T, :], ml[:, :, 0, :, : z.T], ml[:, :, 1, :, : z.T]
+    acc = _like(x.query, (z.B * z.K * z.G, z.Tp, z.Hv), dtype)
+    # So far above masked logits that the weights of those are 0 from the first tile on. One array
+    # of m and l: two would be copied in every step.
+    m = _like(x.query, (z.B * z.K, z.G, z.Tp), dtype, base.sentinel(dtype) / 2**20)
+    acc, ml = _loop(z, work, step, (acc, jnp.concatenate([m, jnp.zeros_like(m)], 1)))
+    acc = acc.reshape(z.B, z.K, z.G, z.Tp, z.Hv)[..., : z.T, :]
+    ml = ml.reshape(z.B, z.K, 2, z.G, z.Tp)[..., : z.T]
+    m, l = ml[:, :, 0], ml[:, :, 1]
     seen = l != 0
     total = jnp.where(seen, l, jnp.ones((), dtype))
-    out = jnp.where(seen[..., None], acc / total[..., None], jnp.zeros((), dtype))
+    out = jnp.where(seen[..., None], acc / total[..., None], nothing).astype(x.query.dtype)
     lse = jnp.where(seen, (m + jnp.log2(total)) * LN2, -jnp.inf)
-    return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
+    return out.transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -536,54 +576,41 @@ def backward(
     dtype = base.accumulator(x.query.dtype)
     dot = _dot(plan, dtype)
     work = _work(plan, z, x.states)
-    whole, x = x, _pad_inputs(plan, z, x)
+    finite = _finite(x.key, x.value)
     units = z.cb * z.ck
     zero = jnp.zeros((), dtype)
 
     # Rows that see nothing take no part, whatever they hold and whatever cotangent they get.
-    seen = (lse != -jnp.inf)[..., None]
-    query = jnp.where(seen, x.query, jnp.zeros((), x.query.dtype))
-    d_out = jnp.where(seen, d_out, jnp.zeros((), d_out.dtype))
-    delta = (d_out.astype(dtype) * jnp.where(seen, out, jnp.zeros((), out.dtype)).astype(dtype)).sum(-1)
-    delta = delta - jnp.where(seen[..., 0], d_lse, zero)
-    lse2 = jnp.where(seen[..., 0], lse, zero) * LOG2E
-    q = _padded(query.transpose(0, 2, 3, 1, 4), 3, z.Tp)
-    do = _padded(d_out.transpose(0, 2, 3, 1, 4), 3, z.Tp)
-    k = _padded(x.key.transpose(0, 2, 1, 3), 2, z.Sp)
-    kt_all = _padded(x.key.transpose(0, 2, 3, 1), 3, z.Sp)
-    v = _padded(x.value.transpose(0, 2, 1, 3), 2, z.Sp)
-    ld = jnp.stack([_padded(a.transpose(0, 2, 3, 1), 3, z.Tp) for a in (lse2, delta)], 2)
-    learned = [
-        n for n, a in enumerate(x.score) if jnp.issubdtype(a.dtype, jnp.floating)
-    ]
+    seen = lse != -jnp.inf
+    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
+    lines = [jnp.where(seen, lse * LOG2E, zero), jnp.where(seen, delta, zero), seen.astype(dtype)]
+    line = jnp.stack([_padded(a.transpose(0, 2, 3, 1), 3, z.Tp) for a in lines], 2)
+    line = line.reshape(z.B * z.K, 3 * z.G, z.Tp)
+    whole, x = x, _pad_inputs(plan, z, x)
+    d_out = _heads_first(d_out, z.Tp)
+    learned = [n for n, a in enumerate(x.score) if jnp.issubdtype(a.dtype, jnp.floating)]
 
-    def step(at: Tile, masked: bool, carry: Any) -> Any:
+    def step(at: Tile, carry: Any) -> Any:
         dq, dk, dv, ds_parts = carry
+        u = at.b * z.K + at.h
         rows = z.G * at.tq
         grid = (units, at.tk, z.G, at.tq)
-        row = [at.b, at.h, 0, at.i, 0]
-        column = [at.b, at.h, at.j, 0]
-        qt = lax.dynamic_slice(q, row, [z.cb, z.ck, z.G, at.tq, z.H]).reshape(units, rows, z.H)
-        dot_ = lax.dynamic_slice(do, row, [z.cb, z.ck, z.G, at.tq, z.Hv]).reshape(units, rows, z.Hv)
-        kt = lax.dynamic_slice(k, column, [z.cb, z.ck, at.tk, z.H]).reshape(units, at.tk, z.H)
-        vt = lax.dynamic_slice(v, column, [z.cb, z.ck, at.tk, z.Hv]).reshape(units, at.tk, z.Hv)
-        ktt = lax.dynamic_slice(
-            kt_all, [at.b, at.h, 0, at.j], [z.cb, z.ck, z.H, at.tk]
-        ).reshape(units, z.H, at.tk)
-        both = lax.dynamic_slice(ld, [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, 2, z.G, at.tq])
-        both = both.reshape(units, 2, 1, rows)
-        if masked:
+        qt, dt = _rows(z, x.query, at), _rows(z, d_out, at)
+        kt, vt = _columns(z, x.key, at), _columns(z, x.value, at)
+        block = lax.dynamic_slice(line, [u, 0, at.i], [units, 3 * z.G, at.tq])
+        lse_t, delta_t, seen_t = jnp.split(block.reshape(units, 3, rows), 3, 1)
+        if at.masked:
             shown = _visible(plan, z, x, at, transposed=True)
-            felt = shown.any((2, 3))
-            nothing = jnp.zeros((), kt.dtype)
-            kt, vt = (jnp.where(felt[..., None], a, nothing) for a in (kt, vt))
-            ktt = jnp.where(felt[:, None, :], ktt, nothing)
+            felt = _felt(finite, shown, (2, 3))[..., None]
+            kt, vt = (jnp.where(felt, a, jnp.zeros((), a.dtype)) for a in (kt, vt))
+            some = seen_t.reshape(units, rows, 1) != 0
+            qt, dt = (jnp.where(some, a, jnp.zeros((), a.dtype)) for a in (qt, dt))
         s = dot(kt, qt, 2, 2)
         c = _scale(z, x, at)
-        exponent = _times(s, c * LOG2E)
+        exponent = s * (c * LOG2E)
         if plan.score is not None:
-            logits = _times(s, c).reshape(grid)
-            if masked:
+            logits = (s * c).reshape(grid)
+            if at.masked:
                 logits = jnp.where(shown, logits, zero)
             parts = [_slice(z, n, a, at) for n, a in zip(plan.score.kinds, x.score, strict=True)]
 
@@ -595,75 +622,77 @@ def backward(
 
             scores, pull = jax.vjp(scored, logits, [parts[n] for n in learned])
             exponent = scores.reshape(s.shape) * LOG2E
-        if masked:
-            # Before the exponential: what is masked could overflow, and the product below is NaN.
+        exponent = exponent - lse_t
+        if at.masked:
+            # Before the exponential, not after: what is masked may be too large for it.
             exponent = jnp.where(shown, exponent.reshape(grid), -jnp.inf).reshape(s.shape)
-        p = exp2(exponent - both[:, 0])
-        dp = dot(vt, dot_, 2, 2)
+        p = exp2(exponent)
+        dp = dot(vt, dt, 2, 2)
         kept = p
         if plan.dropout:
             keep = _kept(plan, z, x, at, True, p)
             kept = (p.reshape(grid) * keep).reshape(s.shape)
             dp = (dp.reshape(grid) * keep).reshape(s.shape)
-        dv_part = dot(kept.astype(dot_.dtype), dot_, 2, 1)
-        ds = p * (dp - both[:, 1])
+        dv_part = dot(kept.astype(dt.dtype), dt, 2, 1)
+        ds = p * (dp - delta_t)
         if plan.score is not None:
             d_logits, d_parts = pull(ds.reshape(grid))
-            if masked:
+            if at.masked:
                 d_logits = jnp.where(shown, d_logits, zero)
             ds = d_logits.reshape(s.shape)
             ds_parts = tuple(
                 _add(z, plan.score.kinds[n], total, part, at, groups)
                 for n, total, part in zip(learned, ds_parts, d_parts, strict=True)
             )
-        if x.scale.shape[0] != 1:
-            # dq is kept without the scale, which is a batch row's: here only dk needs it.
-            dk_part = _times(dot(ds.astype(qt.dtype), qt, 2, 1), c)
-        else:
-            dk_part = dot(ds.astype(qt.dtype), qt, 2, 1)
-        dq_part = dot(ktt, ds.astype(ktt.dtype), 2, 1)
-        dq = _accumulate(dq, dq_part, [at.b, at.h, 0, 0, at.i], [z.cb, z.ck, z.H, z.G, at.tq])
-        dk = _accumulate(dk, dk_part, column, [z.cb, z.ck, at.tk, z.H])
-        dv = _accumulate(dv, dv_part, column, [z.cb, z.ck, at.tk, z.Hv])
+        ds = ds.astype(qt.dtype)
+        dk_part, dq_part = dot(ds, qt, 2, 1), dot(jnp.swapaxes(kt, 1, 2), ds, 2, 1)
+        if c.ndim:
+            # The scale of dq, and of dk where it is one for all, waits until the end.
+            dk_part = dk_part * c
+        dq = _accumulate(dq, dq_part.reshape(units, z.H * z.G, at.tq), [u, 0, at.i])
+        dk, dv = _accumulate(dk, dk_part, [u, at.j, 0]), _accumulate(dv, dv_part, [u, at.j, 0])
         return dq, dk, dv, ds_parts
 
-    start = (
-        _like(q, (z.B, z.K, z.H, z.G, z.Tp), dtype),
-        _like(q, (z.B, z.K, z.Sp, z.H), dtype),
-        _like(q, (z.B, z.K, z.Sp, z.Hv), dtype),
-        tuple(
-            _like(
-                q,
-                (groups if x.score[n].shape[0] == 1 else z.B, *x.score[n].shape[1:]),
-                base.accumulator(x.score[n].dtype),
-            )
-            for n in learned
+    def shared(n: int) -> Array:
+        array = x.score[n]
+        extent = groups if array.shape[0] == 1 else z.B
+        return _like(x.query, (extent, *array.shape[1:]), base.accumulator(array.dtype))
+
+    dq, dk, dv, parts = _loop(
+        z,
+        work,
+        step,
+        (
+            _like(x.query, (z.B * z.K, z.H * z.G, z.Tp), dtype),
+            _like(x.query, (z.B * z.K, z.Sp, z.H), dtype),
+            _like(x.query, (z.B * z.K, z.Sp, z.Hv), dtype),
+            tuple(map(shared, learned)),
         ),
     )
-    dq, dk, dv, parts = _loop(z, work, step, start)
-    dq = dq[..., : z.T].transpose(0, 4, 1, 3, 2)
+    dq = dq.reshape(z.B, z.K, z.H, z.G, z.Tp)[..., : z.T].transpose(0, 4, 1, 3, 2)
+    dk = dk.reshape(z.B, z.K, z.Sp, z.H)[:, :, : z.S].transpose(0, 2, 1, 3)
+    dv = dv.reshape(z.B, z.K, z.Sp, z.Hv)[:, :, : z.S].transpose(0, 2, 1, 3)
+    query = jnp.where(seen[..., None], whole.query, jnp.zeros((), whole.query.dtype))
     d_scale = (query.astype(dtype) * dq).sum((1, 2, 3, 4))
-    over_b = x.scale.reshape(-1, 1, 1, 1)
+    by_row = x.scale.reshape(-1, 1, 1, 1)
     if x.scale.shape[0] == 1:
-        dk = dk * over_b
+        dk = dk * by_row
     score: list[Array | None] = [None] * len(x.score)
     for n, part in zip(learned, parts, strict=True):
         assert plan.score is not None
-        shape = whole.score[n].shape[3:]
+        like = whole.score[n]
         if plan.score.kinds[n] == "diagonal":
             part = part[..., z.Sp - z.S :]
-        score[n] = part[(..., *(slice(0, length) for length in shape))].astype(
-            whole.score[n].dtype
-        )
+        score[n] = part[(..., *map(slice, like.shape[3:]))].astype(like.dtype)
     return Gradients(
-        (dq * over_b[..., None]).astype(x.query.dtype),
-        dk[:, :, : z.S].transpose(0, 2, 1, 3).astype(x.key.dtype),
-        dv[:, :, : z.S].transpose(0, 2, 1, 3).astype(x.value.dtype),
+        (dq * by_row[..., None]).astype(whole.query.dtype),
+        dk.astype(whole.key.dtype),
+        dv.astype(whole.value.dtype),
         d_scale,
         tuple(score),
     )
 
 
-def _accumulate(total: Array, part: Array, starts: Any, sizes: Any) -> Array:
-    old = lax.dynamic_slice(total, starts, sizes)
-    return lax.dynamic_update_slice(total, old + part.reshape(sizes), starts)
+def _accumulate(total: Array, part: Array, starts: Any) -> Array:
+    old = lax.dynamic_slice(total, starts, part.shape)
+    return lax.dynamic_update_slice(total, old + part, starts)

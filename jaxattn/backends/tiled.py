@@ -43,6 +43,15 @@ def refuse(call: Call) -> str | None:
     return None
 
 
+def footprint(call: Call) -> int:
+    """Bytes of the inputs in the layout of the loops, of the sums, and of the tiles of one step."""
+    B, T, S, N, K, H, Hv = call.sizes
+    width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+    copies = (B * T * N * H + B * S * K * (H + Hv)) * call.query.dtype.itemsize
+    sums = B * T * N * (Hv + 2) * width
+    return int(copies + sums + 2 * loops.STEP_CELLS * width)
+
+
 def run(
     call: Call, tile: tuple[int, int] | None = None
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:

@@ -1,0 +1,98 @@
+"""explain says what runs, why, and what it costs; auto chooses by shapes alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattn as ja
+from jaxattn import masks, scores
+from jaxattn.attention import BACKENDS
+
+
+def struct(B: int, T: int, N: int = 2, H: int = 8) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
+
+
+LARGE = struct(2, 2048)
+
+
+def test_small_problems_are_dense_and_large_ones_tiled() -> None:
+    small = ja.explain(*[struct(1, 256, 8, 64)] * 3, mask=masks.causal())
+    large = ja.explain(*[LARGE] * 3, mask=masks.causal())
+    assert (small.backend, large.backend) == ("dense", "tiled")
+    assert set(small.others) == set(large.others) ^ {"dense", "tiled"}
+    assert all(reason for each in (small, large) for reason in each.others.values())
+
+
+def test_the_backend_asked_for_is_the_one_that_runs() -> None:
+    for name in BACKENDS:
+        assert ja.explain(*[LARGE] * 3, backend=name).backend == name
+    with pytest.raises(ValueError, match="backend: got 'flash'"):
+        ja.explain(*[LARGE] * 3, backend="flash")
+
+
+def test_tiles_density_and_flops() -> None:
+    B, T, N, H = LARGE.shape
+    window = masks.sliding_window(100)
+    found = ja.explain(*[LARGE] * 3, mask=window)
+    tile = found.tiles.tile[0]
+    near = window.dense(T, T)[0, 0].reshape(T // tile, tile, T // tile, tile)
+    some, every = np.asarray(near.any((1, 3))), np.asarray(near.all((1, 3)))
+    assert found.full == every.sum() * B * N
+    assert found.partial == (some & ~every).sum() * B * N
+    assert found.empty == (~some).sum() * B * N
+    assert found.density == some.mean()
+    assert found.flops == 4 * some.mean() * B * N * T * T * H
+    assert found.dense_flops == 4 * B * N * T * T * H
+
+
+def test_ragged_tiles_count_what_is_there() -> None:
+    x = struct(1, 300, 1)
+    assert ja.explain(x, x, x).density == 1
+    assert ja.explain(x, x, x, mask=masks.empty()).flops == 0
+
+
+def test_memory_is_of_the_chosen_backend() -> None:
+    tiled, dense = (ja.explain(*[LARGE] * 3, backend=name) for name in ("tiled", "dense"))
+    assert dense.bytes == tiled.dense_bytes == 2 * 2 * 2 * 2048**2 * 4
+    twice = ja.explain(*[struct(2, 4096)] * 3, backend="tiled")
+    assert tiled.bytes < dense.bytes / 4
+    assert twice.bytes < 2.5 * tiled.bytes  # linear in T
+
+
+def test_traced_leaves_leave_the_tiles_unknown() -> None:
+    seen = []
+
+    @jax.jit
+    def run(lengths: jax.Array) -> jax.Array:
+        x = jnp.zeros(LARGE.shape)
+        seen.append(ja.explain(x, x, x, mask=masks.key_padding(lengths=lengths)))
+        return lengths
+
+    run(jnp.array([5, 6]))
+    assert seen[0].tiles is None
+    assert seen[0].density is None
+    assert "known when" in str(seen[0])
+
+
+def test_what_has_no_bounds_is_said() -> None:
+    found = ja.explain(*[LARGE] * 3, mask=lambda b, h, q, k: jnp.sin((q * k).astype(float)) > 0)
+    assert any("sin" in note for note in found.notes)
+    assert not ja.explain(*[LARGE] * 3, mask=masks.causal()).notes
+
+
+def test_it_prints() -> None:
+    found = ja.explain(*[LARGE] * 3, mask=masks.causal(), score=scores.soft_cap(5.0))
+    text = str(found)
+    for part in ("backend: tiled", "not dense", "causal()", "soft_cap(5.0)", "full", "FLOP", "B "):
+        assert part in text
+
+
+def test_a_tile_map_is_shown_as_it_is() -> None:
+    tiles = ja.tile_map(masks.causal(), LARGE.shape, LARGE.shape, tile=128)
+    found = ja.explain(*[LARGE] * 3, mask=tiles)
+    assert found.tiles is tiles
+    assert found.mask == "causal()"
