@@ -3,18 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-deep check format experiment benchmark clean
+.PHONY: test test-deep check format experiment faults benchmark peers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --progress-bar on --upgrade pip
 	$(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
 	touch $@
 
-test: $(VENV)/ready  ## the tests, in parallel, with a progress bar
+test: $(VENV)/ready  ## the tests, in parallel
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered
 
-test-deep: $(VENV)/ready  ## the full products, Hypothesis with 50 times the examples
+test-deep: $(VENV)/ready  ## the full products, and 50 times the examples of Hypothesis
 	$(BIN)/python -m pytest -n auto -m "deep or not deep" --hypothesis-profile=deep
 
 check: $(VENV)/ready  ## lint, format, types
@@ -29,8 +28,17 @@ format: $(VENV)/ready
 experiment: $(VENV)/ready  ## train a Transformer that translates, and use it
 	$(BIN)/python experiments/translate.py
 
-benchmark: $(VENV)/ready  ## our backends against jax.nn and PyTorch
+faults: $(VENV)/ready  ## train small models with wrong masks, and see what shows it
+	$(BIN)/python experiments/mask_faults.py
+
+benchmark: $(VENV)/ready  ## against jax.nn and, after `make peers`, PyTorch
 	$(BIN)/python experiments/benchmark.py
+
+peers: .venv-peers/ready  ## PyTorch, in an environment of its own
+.venv-peers/ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --progress-bar on torch==2.13.0 numpy
+	touch $@
 
 clean:
 	rm -rf $(VENV) .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info

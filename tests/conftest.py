@@ -3,8 +3,12 @@
 import inspect
 import os
 
-# Before jax is imported: tests of sharding want devices to shard over.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Before jax is imported: tests of sharding want devices to shard over, and all of them compile far
+# longer than they run.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis

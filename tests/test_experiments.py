@@ -402,6 +402,13 @@ def test_schedule_warms_up_then_falls_as_the_inverse_root():
     np.testing.assert_allclose(schedule(399) * 2, schedule(99), rtol=1e-6)
 
 
+def test_scores_and_bleu():
+    test = [data.Pair("um", "one", "a"), data.Pair("dois", "two", "a"), data.Pair("três", "3", "b")]
+    assert translate.scores(test, ["one", "too", "3"]) == {"a": (1, 2), "b": (1, 1)}
+    text = "the old house is very big"
+    assert translate.bleu([text], [text]).startswith("BLEU 100.0 (nrefs:1|")
+
+
 # ------------------------------------------------------------------------------------ a whole run
 
 
