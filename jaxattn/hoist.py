@@ -32,7 +32,12 @@ def hoist(given: M) -> M:
     if _settled(given):
         return given
     found: list[Any] = []
-    _with_functions(given, partial(_opened, swap=lambda array: found.append(array) or array))
+
+    def find(array: Any) -> Any:
+        found.append(array)
+        return array
+
+    _with_functions(given, partial(_opened, swap=find))
     leaves, tree = jax.tree.flatten(given)
     own = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     arrays = [leaves[i] for i in own] + found

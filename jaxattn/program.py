@@ -332,7 +332,10 @@ def run(steps: Iterable[Step], values: dict[int, Any]) -> dict[int, Any]:
 
 
 def _scan(args: list[Any], params: dict[str, Any]) -> list[Any]:
-    consts, carried = params["num_consts"], params["num_carry"]
+    # JAX 0.12 tells constants, carry and slices apart by a tree of the arguments.
+    groups = params["ft_in"].unpack() if "ft_in" in params else None
+    consts = len(groups[0]) if groups else params["num_consts"]
+    carried = len(groups[1]) if groups else params["num_carry"]
     step = _function(params["jaxpr"], like=args)
 
     def body(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:

@@ -44,7 +44,7 @@ class Read(NamedTuple):
 
     array: Ref
     axes: tuple[int, ...]
-    index: tuple[Ref, ...]
+    at: tuple[Ref, ...]
 
 
 class Extent(NamedTuple):
@@ -94,7 +94,7 @@ class Recogniser(Builder):
         while (inner := self.as_read(array)) is not None:
             rank = len(self.type(inner.array).shape)
             rest = [axis for axis in range(rank) if axis not in inner.axes]
-            index = dict(zip(inner.axes, inner.index, strict=True)) | {
+            index = dict(zip(inner.axes, inner.at, strict=True)) | {
                 rest[axis]: at for axis, at in index.items()
             }
             array = inner.array
@@ -107,8 +107,12 @@ class Recogniser(Builder):
             }
             if first:
                 array = self._emit_read(array, first)
-                left = [a for a in range(len(index) + 64) if a not in first]
-                index = {left.index(axis): at for axis, at in index.items() if axis not in first}
+                # Axes are counted without those taken.
+                index = {
+                    axis - sum(taken < axis for taken in first): at
+                    for axis, at in index.items()
+                    if axis not in first
+                }
         return self._emit_read(array, index)
 
     def _emit_read(self, array: Ref, index: dict[int, Ref]) -> Ref:
@@ -126,7 +130,7 @@ class Recogniser(Builder):
         array, *starts = slice.args
         shape = self.type(array).shape
         axes = params["dimensions"]
-        whole = all(n == shape[a] for a, n in enumerate(type_shape(self, args[0])) if a not in axes)
+        whole = all(n == shape[a] for a, n in enumerate(self.type(args[0]).shape) if a not in axes)
         if not whole:
             return None
         return self.read(array, {a: self.index(array, a, starts[a]) for a in axes})
@@ -148,10 +152,15 @@ class Recogniser(Builder):
         if not pointwise or mode not in ("CLIP", "PROMISE_IN_BOUNDS", "FILL_OR_DROP"):
             return None
         assert indices is not None
-        if any(_is_const(at) and not 0 <= int(at.value) < shape[a] for a, at in zip(axes, indices)):
+        if any(
+            isinstance(at, Const) and not 0 <= int(at.value) < shape[a]
+            for a, at in zip(axes, indices, strict=True)
+        ):
             return None
         index = {a: self.index(array, a, at) for a, at in zip(axes, indices, strict=True)}
-        outside = {a: at for a, at in index.items() if not (at in self.bare or _is_const(at))}
+        outside = {
+            a: at for a, at in index.items() if not (at in self.bare or isinstance(at, Const))
+        }
         if mode != "FILL_OR_DROP" or not outside:
             return self.read(array, index)
         if type.shape:
@@ -283,18 +292,9 @@ class Recogniser(Builder):
         return ref
 
 
-def type_shape(builder: Builder, ref: Ref) -> tuple[int, ...]:
-    """The shape of a value."""
-    return builder.type(ref).shape
-
-
 def _keeps(dtype: Any) -> bool:
     # Positions are int32 and at least 0 where this is asked.
     return jnp.issubdtype(dtype, jnp.integer) and np.dtype(dtype).itemsize >= 4
-
-
-def _is_const(ref: Ref) -> bool:
-    return isinstance(ref, Const)
 
 
 def _equals(ref: Ref, value: int) -> bool:

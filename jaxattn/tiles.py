@@ -20,8 +20,9 @@ from jax import lax
 
 from . import intervals
 from .algebra import Mask, MaskLike, Positions, Scalar, as_mask, pytree, static
+from .hoist import hoist
 from .shapes import Array, Bool, Form, Int
-from .split import Operand, Split, hoist, split
+from .split import Operand, Split, split
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -58,7 +59,9 @@ def active(
       key_major: order by (b, h, j, i), so that tiles of the same keys follow each other, instead
         of (b, h, i, j).
     """
-    listed = (states[..., None] == jnp.asarray(kinds, states.dtype)).any(-1)
+    listed = jnp.zeros(states.shape, bool)
+    for kind in kinds:
+        listed = listed | (states == kind)
     if key_major:
         listed = jnp.swapaxes(listed, 2, 3)
     flat = listed.reshape(-1)
@@ -74,9 +77,7 @@ def active(
     return Active(b, h, *((j, i) if key_major else (i, j)), flat.sum(dtype=jnp.int32))
 
 
-def coarsen(
-    states: Int[Array, "B N nq nk"], by_q: int, by_k: int
-) -> Int[Array, "B N nQ nK"]:
+def coarsen(states: Int[Array, "B N nq nk"], by_q: int, by_k: int) -> Int[Array, "B N nQ nK"]:
     """States of groups of `by_q x by_k` tiles; ragged groups are of the tiles there are."""
     some = intervals.merged(intervals.merged(states, by_q, 2, jnp.max), by_k, 3, jnp.max)
     all_ = intervals.merged(intervals.merged(states, by_q, 2, jnp.min), by_k, 3, jnp.min)
@@ -248,10 +249,12 @@ def streamed(
         # The last tile is moved back into the array; what it has in common with others is left out.
         q, k = jnp.minimum(i * tile_q, T - size_q), jnp.minimum(j * tile_k, S - size_k)
         found = split.residue(*(op.tile(q, k, size_q, size_k, S) for op in operands))
-        new_q = (q + jnp.arange(size_q) >= i * tile_q)[:, None]
-        new_k = (k + jnp.arange(size_k) >= j * tile_k)[None, :]
         found = jnp.broadcast_to(found, (*_lead(found), size_q, size_k))
-        new = new_q & new_k
+        new = jnp.broadcast_to(
+            (q + jnp.arange(size_q) >= i * tile_q)[:, None]
+            & (k + jnp.arange(size_k) >= j * tile_k)[None, :],
+            found.shape,
+        )
         some, all_ = (found & new).any((-2, -1)), (found | ~new).all((-2, -1))
         return some.astype(jnp.int8) + all_.astype(jnp.int8)
 

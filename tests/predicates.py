@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ B, N, T, S = 2, 3, 41, 53
 TILE = (16, 32)
 
 _random = np.random.default_rng(7)
-IDS_Q = np.sort(_random.integers(0, 5, (B, T))).astype(np.int32)
 IDS_K = np.sort(_random.integers(0, 5, (B, S))).astype(np.int32)
+IDS_Q = IDS_K[:, :T]
 MIXED_Q, MIXED_K = _random.permuted(IDS_Q, axis=1), _random.permuted(IDS_K, axis=1)
 LENGTHS = np.array([17, 40], np.int32)
 WINDOWS = np.array([3, 11, 60], np.int32)
@@ -31,9 +32,13 @@ NEAR = np.array([1, 0, 1, 1, 0, 1], bool)
 VISITED = _random.integers(0, S, (T, 4)).astype(np.int32)
 
 
+# Programs that run once: what is compiled badly is compiled fast.
+quick = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def brute(mask: Any, positions: Positions | None = None) -> np.ndarray:
     """Every cell, `[B, N, T, S]`."""
-    return np.asarray(as_mask(mask).dense(T, S, B, N, positions))
+    return np.asarray(quick(lambda at: as_mask(mask).dense(T, S, B, N, at))(positions))
 
 
 def tile_states(cells: np.ndarray, tile: tuple[int, int] = TILE) -> np.ndarray:
@@ -145,3 +150,9 @@ def everything() -> dict[str, Mask]:
 
 
 EVERYTHING = tuple(everything())
+
+
+@cache
+def library_states(name: str) -> np.ndarray:
+    """The states of a mask of the library, by brute force."""
+    return tile_states(brute(library()[name]))

@@ -101,7 +101,12 @@ def check(got: Any, gold: Any, plain: Any, dtype: Any) -> None:
 # --- every mask; every pair of features -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MASKS)
+# The definition evaluates a mask cell by cell, which test_masks.py checks for all of them.
+DENSE_HERE = ("causal", "padding_left", "segments_packed", "window_per_head", "nobody_sees_some")
+EVERY = [(b, n) for b in BACKENDS for n in MASKS if b != "dense" or n in DENSE_HERE]
+
+
+@pytest.mark.parametrize(("backend", "name"), EVERY, ids="-".join)
 def test_every_mask(backend: str, name: str) -> None:
     B, N, T, S = (2, 4, 8, 8) if name in SQUARE else (2, 4, 7, 10)
     case = MASKS[name](B, N, T, S)
@@ -117,11 +122,11 @@ def test_every_mask(backend: str, name: str) -> None:
 
 PAIRS = pairwise(
     {
-        "mask": [None, "causal", "padding_left", "window_per_head", "nobody_sees_some", "dense_full"],
-        "lengths": [(1, 1), (1, 40), (33, 20), (17, 17), (12, 70)],
-        "heads": [(1, 1), (4, 4), (4, 2), (6, 1)],
+        "mask": [None, "padding_left", "window_per_head", "nobody_sees_some", "dense_full"],
+        "lengths": [(1, 40), (33, 20), (17, 17), (12, 70)],
+        "heads": [(1, 1), (4, 4), (6, 2), (4, 1)],
         "dtype": ["float32", "bfloat16", "float16", "float64"],
-        "score": [None, "alibi", "soft_cap", "t5_both", "bias_full", "chain"],
+        "score": [None, "t5_both", "soft_cap", "bias_full", "chain"],
         "extra": ["plain", "sinks", "dropout", "scale", "positions"],
     }
 )

@@ -25,12 +25,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .. import intervals
+from ..program import varying, varying_alike
 from ..shapes import Array, Float
 from ..split import Operand, Split, split
 from ..tiles import TileMap
-from . import base, loops
+from . import base, loops, steps
 from .base import Call, Sizes
-from .loops import Gradients, Inputs, Plan, Residue
+from .loops import Gradients
+from .steps import Inputs, Plan, Residue
 
 # The names of the results that the backward needs, for `jax.checkpoint` policies.
 SAVED = ("jaxattn_out", "jaxattn_lse")
@@ -49,7 +51,7 @@ def footprint(call: Call) -> int:
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
     copies = (B * T * N * H + B * S * K * (H + Hv)) * call.query.dtype.itemsize
     sums = B * T * N * (Hv + 2) * width
-    return int(copies + sums + 2 * loops.STEP_CELLS * width)
+    return int(copies + sums + 2 * steps.STEP_CELLS * width)
 
 
 def run(
@@ -72,14 +74,15 @@ def prepare(call: Call, tile: tuple[int, int] | None = None) -> tuple[Plan, Inpu
     sizes = call.sizes
     B, T, S, N, K, _, _ = sizes
     dtype = base.accumulator(call.query.dtype)
-    states, parts, operands = None, None, ()
+    states, parts = None, None
+    operands: tuple[Operand, ...] = ()
     known = call.mask if isinstance(call.mask, TileMap) else None
     if call.mask is not None:
         mask = call.mask if known is None else known.mask
         parts = split(mask, call.positions)
         operands = parts.operands(call.positions, B, N, T, S)
     if tile is None:
-        tile = _known_tile(known, T, S) or loops.tile_size(T, S, _heads(sizes, operands))
+        tile = _known_tile(known, T, S) or steps.tile_size(T, S, _heads(sizes, operands))
     tile = min(tile[0], T), min(tile[1], S)
     if parts is not None:
         if known is not None and _known_tile(known, T, S) == tile:
@@ -88,13 +91,11 @@ def prepare(call: Call, tile: tuple[int, int] | None = None) -> tuple[Plan, Inpu
             states = intervals.states(parts, operands, *tile, T, S)
         states = _grouped(sizes, states)
 
-    scores, scored = None, ()
+    scores, scored = None, tuple[Operand, ...]()
     if call.score is not None:
         scores = split(call.score, call.positions, logit=dtype)
         scored = scores.operands(call.positions, B, N, T, S)
-    plan = Plan(
-        _residue(parts), _residue(scores), call.dropout is not None, call.precision, tile
-    )
+    plan = Plan(_residue(parts), _residue(scores), call.dropout is not None, call.precision, tile)
     return plan, Inputs(
         call.query.reshape(B, T, K, N // K, -1),
         call.key,
@@ -153,13 +154,8 @@ def _dropout(call: Call) -> tuple[Array, ...]:
 
 def _varying_alike(x: Inputs) -> Inputs:
     """All inputs varying over the same axes of a `shard_map`: gradients are then summed outside."""
-    axes = {a for leaf in jax.tree.leaves(x) for a in getattr(jax.typeof(leaf), "vma", ())}
-
-    def cast_one(leaf: Array) -> Array:
-        missing = tuple(sorted(axes - set(getattr(jax.typeof(leaf), "vma", ()))))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast_one, x) if axes else x
+    leaves, tree = jax.tree.flatten(x)
+    return cast(Inputs, jax.tree.unflatten(tree, varying_alike(leaves)))
 
 
 # --- differentiation ------------------------------------------------------------------------------
@@ -181,8 +177,18 @@ def _attend(plan: Plan) -> Callable[[Inputs], tuple[Array, Array]]:
         g: Gradients = _backward(plan, 1)(x, out, lse, *cotangents)
         scale = g.scale if x.scale.shape[0] != 1 else g.scale.sum(0, keepdims=True)
         # None stands for zero: masks carry no gradient.
-        return (Inputs(g.query, g.key, g.value, None, scale, (None,) * len(x.mask), g.score,
-                       (None,) * len(x.dropout)),)
+        return (
+            Inputs(
+                g.query,
+                g.key,
+                g.value,
+                None,
+                scale,
+                (None,) * len(x.mask),
+                g.score,
+                (None,) * len(x.dropout),
+            ),
+        )
 
     attend.defvjp(forward, backward)
     return attend
@@ -218,7 +224,7 @@ def _backward(plan: Plan, groups: int) -> Any:
 
     @backward.def_vmap
     def rule(size: int, batched: Any, x: Inputs, *rest: Array) -> Any:
-        B = x.query.shape[0] // (size if batched[0].query else 1)
+        B = x.query.shape[1 if batched[0].query else 0]
         folded = _fold(size, batched[0], x)
         others = (_fold_one(size, yes, B, a) for yes, a in zip(batched[1:], rest, strict=True))
         g = _backward(plan, groups * size)(folded, *others)
@@ -291,32 +297,33 @@ _AXES = {
 
 
 def _partitioned(groups: int | None, plan: Plan, x: Inputs, *rest: Array) -> Any:
-    """The forward, or the backward of so many groups, by batch row and head where the inputs are."""
+    """The forward, or the backward of so many groups, computed where the inputs are."""
     args = (x, *rest)
     fn = partial(_local, groups, plan)
-    varying = any(getattr(jax.typeof(leaf), "vma", ()) for leaf in jax.tree.leaves(args))
-    if varying or jax.sharding.get_abstract_mesh().manual_axes:
+    if varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes:
         # Inside a shard_map arrays are local already.
         return fn(*args)
 
     def operands(values: Any) -> Any:
         return jax.tree.map(lambda _: "operand", values)
 
-    roles: Any = Inputs(
-        "query", "key", "value", operands(x.states), "scale", *map(operands, x[5:])
-    )
-    roles = (roles, *("out", "lse", "out", "lse")[: len(rest)])
+    own: tuple[Any, ...] = ("query", "key", "value", operands(x.states), "scale")
+    roles = (Inputs(*own, *map(operands, x[5:])), *("out", "lse", "out", "lse")[: len(rest)])
     shapes = jax.eval_shape(fn, *args)
     out_roles: Any = ("out", "lse")
     if groups is not None:
-        out_roles = Gradients("query", "key", "value", "scale", operands(shapes.score))
+        query, key, value, _, scale = own
+        out_roles = Gradients(query, key, value, scale, operands(shapes.score))
     B, _, K, G, _ = x.query.shape
     extents = {"b": B, "k": K, "g": G}
     leaves, tree = jax.tree.flatten(args)
     results, out_tree = jax.tree.flatten(shapes)
-    names = [_names(a.shape, role, extents) for a, role in zip(leaves, jax.tree.leaves(roles), strict=True)]
-    outs = [_names(a.shape, role, extents) for a, role in zip(results, jax.tree.leaves(out_roles), strict=True)]
-    op = _operation(groups, plan, tree, tuple(names), out_tree, tuple(outs))
+
+    def named(arrays: Any, roles: Any) -> tuple[str, ...]:
+        pairs = zip(arrays, jax.tree.leaves(roles), strict=True)
+        return tuple(_names(a.shape, role, extents) for a, role in pairs)
+
+    op = _operation(groups, plan, tree, named(leaves, roles), out_tree, named(results, out_roles))
     return jax.tree.unflatten(out_tree, op(*leaves))
 
 
@@ -344,17 +351,23 @@ def _operation(
 ) -> Callable[..., Any]:
     """The loops as an operation that XLA's partitioner may split along b, k and g."""
 
+    def local(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
+        # XLA asks for this while it compiles, under whatever mesh the caller has set; on one
+        # device there is none.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return flat(local_groups, axes, *leaves)
+
     def flat(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
         results = jax.tree.leaves(_local(local_groups, plan, *jax.tree.unflatten(tree, leaves)))
         # The gradient of what devices share is the sum of theirs.
+        over = [tuple(at for n in "bkg" if n not in out for at in axes[n]) for out in outs]
         return tuple(
-            lax.psum(a, over) if (over := [at for n in "bkg" if n not in out for at in axes[n]]) else a
-            for a, out in zip(results, outs, strict=True)
+            lax.psum(a, names) if names else a for a, names in zip(results, over, strict=True)
         )
 
     @custom_partitioning
     def op(*leaves: Array) -> Any:
-        return flat(groups, {n: () for n in "bkg"}, *leaves)
+        return flat(groups, dict.fromkeys("bkg", ()), *leaves)
 
     def axes_of(arg_shapes: Any) -> dict[str, Any]:
         sharding = arg_shapes[0].sharding
@@ -382,10 +395,10 @@ def _operation(
         parts = 1
         for axis in axes["b"]:
             parts *= mesh.shape[axis]
-        local = None if groups is None else max(groups // parts, 1)
+        local_groups = None if groups is None else max(groups // parts, 1)
         return (
             mesh,
-            partial(flat, local, axes),
+            partial(local, local_groups, axes),
             shardings(mesh, axes, outs),
             shardings(mesh, axes, names),
         )

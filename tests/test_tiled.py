@@ -1,0 +1,350 @@
+"""The tiled backend computes what the dense definition does, under every transformation.
+
+Shapes are small and tiles smaller (16 x 16), so that every list of tiles is used and edges are
+ragged. One compiled program costs seconds, so cases are few and each checks much: output, LSE and
+every gradient at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxattn import masks, scores
+from jaxattn.algebra import Positions
+from jaxattn.backends import dense, loops, steps, tiled
+from jaxattn.backends.base import Call, Dropout
+from jaxattn.tiles import tile_map
+
+B, T, S, N, K, H, HV = 2, 72, 88, 4, 2, 8, 6
+TILE = (16, 16)
+
+
+def normal(seed: int, *shape: int, dtype: Any = np.float32) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def make(mask: Any = None, score: Any = None, *, dtype: Any = np.float32, **more: Any) -> Call:
+    b, t, s, n, k = (
+        more.pop(name, size) for name, size in zip("BTSNK", (B, T, S, N, K), strict=True)
+    )
+    given = {
+        "query": normal(0, b, t, n, H, dtype=dtype),
+        "key": normal(1, b, s, k, H, dtype=dtype),
+        "value": normal(2, b, s, k, HV, dtype=dtype),
+        "mask": mask,
+        "score": score,
+        "scale": jnp.float32(0.4) if dtype != np.float64 else jnp.float64(0.4),
+        "sinks": None,
+        "positions": Positions(),
+        "dropout": None,
+        "precision": None,
+    } | more
+    names = {field.name for field in dataclasses.fields(Call)}
+    return Call(**{name: value for name, value in given.items() if name in names})
+
+
+run = partial(tiled.run, tile=TILE)
+
+
+def everything(run: Any, call: Call) -> Any:
+    """Output, LSE, and the gradients in query, key, value, scale and score, as one function."""
+
+    def loss(query: Any, key: Any, value: Any, scale: Any, score: Any) -> Any:
+        new = dataclasses.replace(call, query=query, key=key, value=value, scale=scale, score=score)
+        out, lse = run(new)
+        weight = normal(5, *out.shape, dtype=lse.dtype)
+        finite = jnp.where(lse == -jnp.inf, 0, lse)
+        total = (out.astype(lse.dtype) * weight).sum()
+        return total + (jnp.sin(finite) * normal(6, *lse.shape, dtype=lse.dtype)).sum(), (out, lse)
+
+    grad = jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True, allow_int=True)
+    return grad(call.query, call.key, call.value, call.scale, call.score)
+
+
+tiled_all = jax.jit(partial(everything, run))
+dense_all = jax.jit(partial(everything, dense.run))
+
+
+def close(got: Any, expected: Any, tolerance: float = 2e-5) -> None:
+    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        if a.dtype == jax.dtypes.float0:
+            continue
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        np.testing.assert_array_equal(np.isneginf(a), np.isneginf(b))
+        a, b = (np.where(np.isneginf(x), 0, x) for x in (a, b))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * (1 + np.abs(b).max()))
+
+
+def same(got: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+IDS = jnp.asarray(np.sort(np.random.default_rng(3).integers(0, 4, (B, S)), 1), jnp.int32)
+LENGTHS = jnp.array([20, 61])
+
+CASES = {
+    "nothing": make(),
+    "causal, rows that see nothing": make(masks.causal(-19)),
+    "window and global, negative scale": make(
+        masks.sliding_window(9) | masks.global_tokens(3), scale=jnp.float32(-0.3)
+    ),
+    "segments of each row": make(masks.segments(IDS[:, :T], IDS) & masks.causal(7)),
+    "each head": make(
+        masks.per_head([masks.causal(), masks.sliding_window(5), masks.full(), masks.empty()])
+    ),
+    "array, bias": make(
+        masks.dense(jnp.asarray(np.random.default_rng(4).random((1, N, T, S)) < 0.2)),
+        scores.bias(normal(7, 1, N, T, S)),
+    ),
+    "padding, distance table": make(
+        masks.key_padding(lengths=LENGTHS), scores.relative_bias(normal(8, N, 32))
+    ),
+    "dropout, alibi, soft cap": make(
+        masks.causal(16),
+        scores.chain(scores.alibi(jnp.array([0.1, 0.2, 0.3, 0.4])), scores.soft_cap(2.0)),
+        dropout=Dropout(0.3, jnp.array([1, 2], jnp.uint32)),
+    ),
+    "several rows in a step": make(masks.causal(), B=6, N=1, K=1, T=40, S=40),
+    "one query": make(masks.key_padding(lengths=LENGTHS), T=1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_definition(name):
+    call = CASES[name]
+    close(tiled_all(call), dense_all(call))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (np.float16, 3e-3), (np.float64, 1e-12)]
+)
+def test_dtypes(dtype, tolerance):
+    with jax.enable_x64(dtype == np.float64):
+        call = make(masks.causal(16), dtype=dtype)
+        if dtype == np.float64:
+            close(tiled_all(call), dense_all(call), tolerance)
+            return
+        # Not worse than the inputs' rounding: the truth is float32 of the same inputs.
+        wide = dataclasses.replace(
+            call, **{n: getattr(call, n).astype(np.float32) for n in ("query", "key", "value")}
+        )
+        got = tiled_all(call)
+        assert got[1][0].dtype == dtype
+        close(jax.tree.map(lambda x: x.astype(np.float32), got), dense_all(wide), tolerance)
+
+
+# --- what may not be seen cannot be felt --------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_nobody_sees_may_hold_anything(poison):
+    call = make(masks.key_padding(lengths=LENGTHS) & masks.query_padding(lengths=LENGTHS))
+    clean = tiled_all(call)
+    unseen_k = (jnp.arange(S)[None, :] >= LENGTHS[:, None])[..., None, None]
+    unseen_q = (jnp.arange(T)[None, :] >= LENGTHS[:, None])[..., None, None]
+    spoiled = dataclasses.replace(
+        call,
+        query=jnp.where(unseen_q, poison, call.query),
+        key=jnp.where(unseen_k, poison, call.key),
+        value=jnp.where(unseen_k, -poison, call.value),
+    )
+    same(tiled_all(spoiled), clean)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(clean[0]))
+
+
+def test_what_is_seen_is_felt():
+    call = make(masks.causal(16))
+    out, lse = jax.jit(run)(dataclasses.replace(call, query=call.query.at[0, 30, 1].set(np.nan)))
+    assert np.isnan(out[0, 30, 1]).all()
+    assert np.isnan(lse[0, 30, 1])
+    assert np.isnan(out).sum() == HV
+
+
+def test_same_bits_every_time():
+    call = CASES["segments of each row"]
+    same(tiled_all(call), tiled_all(call))
+
+
+def test_a_tile_map_is_reused():
+    mask = masks.causal(16)
+    known = tile_map(mask, (B, T, N, H), (B, S, K, H), tile=64)
+    plan, inputs = tiled.prepare(make(known))
+    assert plan.tile == (64, 64)
+    assert inputs.states is not None
+    close(jax.jit(tiled.run)(make(known)), jax.jit(dense.run)(make(mask)))
+
+
+# --- tiles and 2^x --------------------------------------------------------------------------------
+
+
+def test_exp2():
+    x = jnp.linspace(-140, 0, 100_001, dtype=jnp.float32)
+    exact = 2.0 ** np.asarray(x, np.float64)
+    got = np.asarray(jax.jit(loops.exp2)(x), np.float64)
+    normal_ = exact > 2.0**-126
+    assert np.abs(got / exact - 1)[normal_].max() < 4e-7
+    assert (got[np.asarray(x) <= -127] == 0).all()
+    assert loops.exp2(jnp.float32(0)) == 1
+    assert np.isnan(loops.exp2(jnp.array([np.nan, -np.nan], jnp.float32))).all()
+    assert loops.exp2(jnp.float32(-np.inf)) == 0
+
+
+@pytest.mark.parametrize("length", [1, 7, 96, 128, 129, 300, 4096, 131072])
+@pytest.mark.parametrize("heads", [1, 8])
+def test_tiles_cover_with_little_left_over(length, heads):
+    tq, tk = steps.tile_size(length, length, heads)
+    for tile in (tq, tk):
+        assert 1 <= tile <= 1024
+        assert -(-length // tile) * tile <= length * 1.1 + 8
+
+
+# --- transformations ------------------------------------------------------------------------------
+
+
+def vmap_case() -> tuple[Any, Any]:
+    call = make(masks.segments(IDS[:, :T], IDS), scores.bias(normal(7, 1, N, T, S)))
+    other = jax.tree.map(
+        lambda x: x[::-1] if x.ndim and x.shape[0] == B else x + x.dtype.type(1), call
+    )
+    return call, jax.tree.map(lambda *x: jnp.stack(x), call, other)
+
+
+def test_vmap_is_a_loop():
+    _, stacked = vmap_case()
+    one, two = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in (0, 1))
+    expected = jax.tree.map(lambda *x: jnp.stack(x), dense_all(one), dense_all(two))
+    close(jax.jit(jax.vmap(partial(everything, run)))(stacked), expected, 5e-5)
+
+
+def test_nested_vmap_with_shared_arguments():
+    call, stacked = vmap_case()
+    query = jnp.stack([stacked.query, 2 * stacked.query, -stacked.query])
+    axes = dataclasses.replace(jax.tree.map(lambda _: None, call), value=0)
+
+    def one(run: Any, q: Any, c: Call) -> Any:
+        return everything(run, dataclasses.replace(c, query=q))
+
+    def nested(run: Any) -> Any:
+        inner = jax.vmap(partial(one, run), (0, axes))
+        return jax.vmap(inner, (0, None))(query, dataclasses.replace(call, value=stacked.value))
+
+    close(jax.jit(partial(nested, run))(), jax.jit(partial(nested, dense.run))(), 5e-5)
+
+
+def test_grad_of_vmap_sums_what_is_shared():
+    call, stacked = vmap_case()
+
+    def loss(run: Any, score: Any, query: Any) -> Any:
+        def one(q: Any) -> Any:
+            return run(dataclasses.replace(call, query=q, score=score))[0]
+
+        return (jax.vmap(one)(query) ** 2).sum()
+
+    got, expected = (
+        jax.jit(jax.grad(partial(loss, f)))(call.score, stacked.query) for f in (run, dense.run)
+    )
+    close(got, expected, 5e-5)
+
+
+def test_scan_and_checkpoint():
+    call = make(masks.causal(16), K=N)
+    policy = jax.checkpoint_policies.save_only_these_names(*tiled.SAVED)
+
+    def model(run: Any, query: Any, ws: Any) -> Any:
+        @partial(jax.checkpoint, policy=policy)
+        def layer(x: Any, w: Any) -> Any:
+            out, _ = run(dataclasses.replace(call, query=x * w))
+            return x + jnp.pad(out, ((0, 0), (0, 0), (0, 0), (0, H - HV))), None
+
+        return (jax.lax.scan(layer, query, ws)[0] ** 2).sum()
+
+    ws = jnp.array([0.5, 1.0, 1.5], jnp.float32)
+    got, expected = (
+        jax.jit(jax.grad(partial(model, f), argnums=(0, 1)))(call.query, ws)
+        for f in (run, dense.run)
+    )
+    close(got, expected, 5e-5)
+
+
+def test_forward_mode_says_so():
+    call = make()
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda q: run(dataclasses.replace(call, query=q))[0], (call.query,), (call.query,))
+
+
+# --- devices --------------------------------------------------------------------------------------
+
+NAMES = ("data", "model")
+
+
+@pytest.fixture(scope="module")
+def sharded_case() -> tuple[Call, Any]:
+    ids = jnp.tile(IDS[:, :T], (2, 1))
+    call = make(masks.segments(ids), scores.bias(normal(7, 1, N, T, T)), B=4, S=T)
+    return call, dense_all(call)
+
+
+def shards(call: Call, mesh: Any, spec: Any) -> Call:
+    put = partial(jax.device_put, device=NamedSharding(mesh, spec))
+    return dataclasses.replace(
+        call, query=put(call.query), key=put(call.key), value=put(call.value)
+    )
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_sharded_inputs_stay_where_they_are(sharded_case):
+    call, expected = sharded_case
+    mesh = jax.make_mesh((4, 2), NAMES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    call = shards(call, mesh, P("data", None, "model"))
+    compiled = jax.jit(partial(everything, run)).lower(call).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    got = compiled(call)
+    close(got, expected)
+    out = got[1][0]
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "model")), 4)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("check", [True, False])
+def test_shard_map(sharded_case, check):
+    call, expected = sharded_case
+    mesh = jax.make_mesh((4, 2), NAMES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = P("data", None, "model")
+    at = Positions(b=jnp.arange(4), h=jnp.arange(N))
+
+    def loss(query: Any, key: Any, value: Any, score: Any) -> Any:
+        def local(query: Any, key: Any, value: Any, score: Any, b: Any, h: Any) -> Any:
+            new = dataclasses.replace(
+                call, query=query, key=key, value=value, score=score, positions=Positions(b=b, h=h)
+            )
+            return run(new)
+
+        out, lse = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(spec, spec, spec, P(), P("data"), P("model")),
+            out_specs=(spec, spec),
+            check_vma=check,
+        )(query, key, value, score, at.b, at.h)
+        return (out * normal(5, *out.shape)).sum() + (jnp.sin(lse) * normal(6, *lse.shape)).sum()
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+    got = grad(call.query, call.key, call.value, call.score)
+    gradients = expected[0]
+    close(got, (*gradients[:3], gradients[4]))

@@ -1,0 +1,138 @@
+"""Tile maps: masks that bring their tiles along, and the list of the tiles to compute."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import predicates
+import pytest
+from predicates import TILE, B, N, S, T, tile_states
+
+from jaxattn import masks
+from jaxattn.algebra import Positions
+from jaxattn.tiles import EMPTY, FULL, PARTIAL, TileMap, active, coarsen, tile_map
+
+QUERY, KEY = (B, T, N, 8), (B, S, N, 8)
+
+
+def made(mask, **options):
+    return tile_map(mask, QUERY, KEY, tile=TILE, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["user: mixed documents", "user: relative", "user: stack", "dilated & window", "dense4"]
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_exact_is_brute_force(name, given):
+    mask = predicates.everything()[name]
+    at = Positions(q=jnp.arange(T)[::-1], b=jnp.array([1, 0])) if given else None
+    expected = tile_states(predicates.brute(mask, at))
+    found = made(mask, positions=at, exact=True).states
+    assert (np.broadcast_to(found, expected.shape) == expected).all()
+
+
+def test_a_tile_map_is_a_mask():
+    mask = masks.causal() & masks.sliding_window(9)
+    tiles = made(mask)
+    assert isinstance(tiles, TileMap)
+    assert (predicates.brute(tiles) == predicates.brute(mask)).all()
+    both = tiles & masks.key_padding(lengths=jnp.asarray(predicates.LENGTHS))
+    assert (made(both).states <= tiles.states).all()
+    assert (made(tiles).states == tiles.states).all()
+    leaves, tree = jax.tree.flatten(tiles)
+    assert jax.tree.unflatten(tree, leaves).tile == TILE
+
+
+def test_callables_and_arrays_are_taken():
+    expected = made(masks.causal()).states
+    assert (made(lambda b, h, q, k: q >= k).states == expected).all()
+    assert (made(np.tri(T, S, dtype=bool)).states == expected).all()
+    alone = tile_map(masks.causal(), QUERY[1:], KEY[1:], tile=TILE)
+    assert (alone.states == expected).all()
+
+
+def test_new_values_and_new_lambdas_do_not_compile(compilations):
+    for i in range(3):
+        ids = jnp.asarray(predicates.IDS_Q) + i
+        keys = jnp.asarray(predicates.IDS_K) + i
+        jax.block_until_ready((ids, keys))
+        compilations.reset()
+        made(lambda b, h, q, k, ids=ids, keys=keys: (ids[b, q] == keys[b, k]) & (q >= k))
+        made(masks.segments(ids, keys) & masks.sliding_window(3 + i))
+        assert i == 0 or compilations.count == 0
+
+
+def test_under_jit_and_vmap():
+    lengths = jnp.arange(5) * 10
+    one = jax.jit(lambda n: made(masks.key_padding(lengths=n)))
+    many = jax.jit(jax.vmap(lambda n: made(masks.key_padding(lengths=n)).states))(lengths)
+    for n, states in zip(lengths, many, strict=True):
+        assert (one(n).states == states).all()
+        assert states.shape == (1, 1, 3, 2)
+
+
+# --- the list -----------------------------------------------------------------------------------------
+
+STATES = np.random.default_rng(4).integers(0, 3, (B, N, 5, 7)).astype(np.int8)
+
+
+@pytest.mark.parametrize("kinds", [(PARTIAL, FULL), (FULL,), (EMPTY,), ()])
+@pytest.mark.parametrize("key_major", [False, True])
+def test_active(kinds, key_major):
+    found = jax.jit(lambda s: active(s, kinds, key_major=key_major))(jnp.asarray(STATES))
+    listed = np.isin(STATES, kinds)
+    at = np.argwhere(listed.swapaxes(2, 3) if key_major else listed)
+    expected = at[:, [0, 1, 3, 2]] if key_major else at
+    n = len(expected)
+    assert int(found.count) == n
+    assert (np.stack(found[:4], 1)[:n] == expected).all()
+    assert all((x[n:] == 0).all() and x.shape == (STATES.size,) for x in found[:4])
+
+
+@pytest.mark.parametrize("by", [(1, 1), (2, 2), (3, 2), (5, 7), (8, 8)])
+def test_coarser_maps_are_maps_of_coarser_tiles(by):
+    cells = np.random.default_rng(5).random((B, N, 41, 53)) < 0.5
+    cells[:, :, 16:32] = True
+    cells[:, 1:, :, 10:40] = False
+    fine = tile_states(cells, (4, 4))
+    expected = tile_states(cells, (4 * by[0], 4 * by[1]))
+    assert (np.asarray(coarsen(jnp.asarray(fine), *by)) == expected).all()
+
+
+# --- looking at it, and mistakes ------------------------------------------------------------------------
+
+
+def test_printed():
+    text = str(tile_map(masks.causal(), (1, 64, 1, 8), (1, 64, 1, 8), tile=16))
+    assert "6 full, 4 partial, 6 empty of 16 tiles: 62.5% to compute" in text
+    assert text.splitlines()[-4:] == ["+...", "#+..", "##+.", "###+"]
+    long = str(tile_map(masks.causal(), (1, 4096, 1, 8), (1, 4096, 1, 8), tile=16))
+    assert max(map(len, long.splitlines()[2:])) <= 32
+    traced = jax.eval_shape(lambda: jnp.zeros(len(repr(made(masks.causal())).splitlines())))
+    assert traced.shape == (1,)
+
+
+def test_a_map_is_for_the_sizes_and_positions_it_was_made_for():
+    tiles = made(masks.causal())
+    tiles.check(B, N, T, S)
+    with pytest.raises(ValueError, match=f"T = {T}, not {T + 1}"):
+        tiles.check(B, N, T + 1, S)
+    with pytest.raises(ValueError, match=r"positions\.q"):
+        tiles.check(B, N, T, S, Positions(q=jnp.arange(T)))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "words"),
+    [
+        (((T, 8), KEY), {}, "query_shape"),
+        ((QUERY, (3, S, N, 8)), {}, "batch rows"),
+        ((QUERY, KEY), {"tile": 0}, "tile: got 0"),
+        ((QUERY, KEY), {"tile": (16, -1)}, "tile"),
+        ((QUERY, KEY), {"positions": Positions(q=jnp.zeros(3, "int32"))}, r"positions\.q"),
+    ],
+)
+@pytest.mark.usefixtures("own_errors")
+def test_mistakes(shapes, options, words):
+    with pytest.raises(ValueError, match=words):
+        tile_map(masks.causal(), *shapes, **options)
