@@ -142,14 +142,14 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
     """Everything the configuration asks for."""
     names = [OURS] + [n for n in config.peers if not PEERS[n] or PEERS_PYTHON.exists()]
     size = {"B": config.batch, "N": config.heads, "H": config.head_dim}
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"mask": mask, "passes": passes, "dtype": dtype, "T": T, **size}
         for T in config.lengths
         for dtype in config.dtypes
         for passes in config.passes
         for mask in config.masks
     ]
-    growth = [
+    growth: list[dict[str, Any]] = [
         {"mask": "window", "passes": "forward+backward", "dtype": "float32", "T": T, **size}
         for T in config.growth
     ]

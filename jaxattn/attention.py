@@ -151,11 +151,11 @@ def _over_mesh(run: Any, call: Call) -> Any:
 
     Inside, the axes are automatic: XLA or the backend partitions the work by batch and by head.
     """
-    sharding = jax.typeof(call.query).sharding
+    sharding: Any = jax.typeof(call.query).sharding
     mesh = sharding.mesh
     if mesh.empty or jax.sharding.AxisType.Explicit not in mesh.axis_types:
         return run(call)
-    b, t, n, _ = (*sharding.spec, *(None,) * (4 - len(sharding.spec)))
+    b, t, n = (*sharding.spec, None, None, None)[:3]
     P = jax.sharding.PartitionSpec
     return jax.sharding.auto_axes(run, out_sharding=(P(b, t, n), P(b, t, n)))(call)
 

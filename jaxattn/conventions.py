@@ -21,9 +21,7 @@ def kept(array: Any, convention: str) -> Bool[Array, "..."]:
     """Which cells an array of that convention keeps; `jaxattn.masks.from_array` says the rules."""
     if convention not in get_args(Convention):
         expected = ", ".join(map(repr, get_args(Convention)))
-        raise ValueError(
-            f"from_array(convention): got {convention!r}, expected one of {expected}"
-        )
+        raise ValueError(f"from_array(convention): got {convention!r}, expected one of {expected}")
     values = jnp.asarray(array)
     _check_dtype(values, convention)
     numbers = known(values)

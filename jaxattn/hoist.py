@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from types import CellType, FunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from .algebra import Mask, Predicate
 from .program import Program, trace
 from .scores import Score, Scored
 
-M = TypeVar("M", Mask, Score)
+M = TypeVar("M", bound=Mask | Score)
 
 
 def hoist(given: M) -> M:
@@ -51,10 +51,11 @@ def hoist(given: M) -> M:
             part = _with_functions(part, partial(_opened, swap=lambda _: next(traced)))
         return part(*args[: len(lead)])
 
-    program, captured = trace(call, (*lead, *map(struct, arrays)), repr(given))
+    structs = (*lead, *map(struct, arrays))
+    program, captured = trace(call, structs, repr(given), differentiated=isinstance(given, Score))
     if isinstance(given, Score):
-        return Scored(program, (*arrays, *captured))
-    return Predicate(program, tuple(map(constant, (*arrays, *captured))))
+        return cast(M, Scored(program, (*arrays, *captured)))
+    return cast(M, Predicate(program, tuple(map(constant, (*arrays, *captured)))))
 
 
 def _settled(part: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Intervals: what a residue can be on a whole tile, from the least and the greatest of its operands.
+"""Intervals: what a residue can be on a whole tile, from the bounds of its operands.
 
 Every value of the residue is held between two bounds for each tile, by the rules of `rules.py`. An
 operation without a rule gives anything; `and`, `or` and `select` may still decide.
@@ -155,8 +155,8 @@ def _bounds(operand: Operand, block_q: int, block_k: int, T: int, S: int) -> Int
         return None
     lo = hi = array
     if is_float(array.dtype):
-        finite = jnp.isfinite(array)
-        lo, hi = jnp.where(finite, array, -jnp.inf), jnp.where(finite, array, jnp.inf)
+        known = jnp.isfinite(array)
+        lo, hi = jnp.where(known, array, -jnp.inf), jnp.where(known, array, jnp.inf)
     if kind == "head":
         return Interval(lax.expand_dims(lo, (2, 3)), lax.expand_dims(hi, (2, 3)))
     if kind == "diagonal":

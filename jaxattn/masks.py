@@ -90,9 +90,7 @@ def _booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
             "masks.from_array(array, convention) reads other conventions"
         )
     if array.ndim not in [shape.count(",") + 1 for shape in shapes]:
-        raise ValueError(
-            f"{name}: got shape {list(array.shape)}, expected {' or '.join(shapes)}"
-        )
+        raise ValueError(f"{name}: got shape {list(array.shape)}, expected {' or '.join(shapes)}")
     return array
 
 
@@ -224,9 +222,7 @@ def _segments(b: Any, h: Any, q: Any, k: Any, q_ids: Any, k_ids: Any) -> Any:
     return _at(q_ids, b, q) == _at(k_ids, b, k)
 
 
-def segments(
-    q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | None = None
-) -> Mask:
+def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | None = None) -> Mask:
     """Packed documents see only themselves: `q_ids[b, q] == k_ids[b, k]`.
 
     Args:
@@ -425,9 +421,7 @@ def block_sparse(table: Bool[ArrayLike, "*BN Q K"], block: Int[ArrayLike, ""] | 
     )
 
 
-def random_blocks(
-    key: Array, count: int, block: int, q_len: int, k_len: int | None = None
-) -> Mask:
+def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | None = None) -> Mask:
     """Every block of queries sees `count` random blocks of keys: `table[q // block, k // block]`.
 
     Args:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .hoist import arguments
-from .program import Const, Program, Ref, Step, Type, has_body, needed
+from .program import RULED, Builder, Const, Program, Ref, Step, Type, has_body, needed
 from .reads import Extent, Recogniser
 
 Kind: TypeAlias = Literal["row", "column", "head", "grid", "diagonal"]
@@ -95,7 +95,7 @@ def plan_of(
         return jax.tree.unflatten(tree, args[len(lead) :])(*args[: len(lead)])
 
     jaxpr = jax.make_jaxpr(call)(*lead, *structs)
-    code = Recogniser()
+    code = Recogniser(differentiated=logit is not None)
     inputs = [code.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
     logits, positions = inputs[: len(lead) - 4], inputs[len(lead) - 4 : len(lead)]
     code.bare.update(
@@ -202,10 +202,12 @@ class Planner:
             if isinstance(ref, int) and not self._depends(ref)
         } | {array for array, _ in views.values()}
         names = dict(zip(leaves, labels, strict=True))
-        captured = dict(zip(code.inputs[len(code.inputs) - len(code.captured) :], code.captured))
+        captured = dict(
+            zip(code.inputs[len(code.inputs) - len(code.captured) :], code.captured, strict=True)
+        )
         return Plan(
             tuple(leaves),
-            {ref: letter for ref, letter in self.positions.items()},
+            dict(self.positions),
             captured,
             tuple(code.types),
             needed(code.steps, free),
@@ -290,8 +292,14 @@ class Planner:
         return f"`{step.prim.name}` is not elementwise"
 
 
-def _is_scalar(code: Recogniser, step: Step) -> bool:
+def _is_scalar(code: Builder, step: Step) -> bool:
     """Whether a step is elementwise: it goes from scalars to scalars, with no code of its own."""
+    if step.prim.name in RULED:
+        body = Builder()
+        body.inline(
+            step.params[RULED[step.prim.name]], [body.input(code.type(a)) for a in step.args]
+        )
+        return all(_is_scalar(body, inner) for inner in body.steps)
     types = [code.type(ref) for ref in (*step.args, *step.outs)]
     plain = all(t.shape == () and not jnp.issubdtype(t.dtype, jax.dtypes.extended) for t in types)
     return plain and not any(map(has_body, step.params.values()))

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import Literal, primitives
@@ -55,6 +56,12 @@ class Step(NamedTuple):
     outs: tuple[int, ...]
 
 
+def type_of(const: Const) -> Type:
+    """The type of a scalar written in the code."""
+    value = np.asarray(const.value)
+    return Type(value.shape, value.dtype)
+
+
 # What the calls that are inlined name their body, by primitive.
 _CALLS = {
     "jit": "jaxpr",
@@ -64,18 +71,23 @@ _CALLS = {
     "remat": "jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
 }
+
+# Calls with derivatives of their own, and what those are called in a step's parameters.
+RULED = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 # Operations that say where a value lies and leave it as it is.
 _IDENTITIES = {"pvary", "copy", "copy_p", "sharding_constraint", "reshard", "mesh_cast"}
 
 
 class Builder:
-    """Collects the steps of a program; equal steps become one."""
+    """Collects the steps of a program; equal steps become one.
 
-    def __init__(self) -> None:
+    Where it will be differentiated, functions with derivatives of their own are kept as they are.
+    """
+
+    def __init__(self, *, differentiated: bool = False) -> None:
+        self.calls = _CALLS if differentiated else _CALLS | RULED
         self.types: list[Type] = []
         self.steps: list[Step] = []
         self.inputs: list[int] = []
@@ -104,10 +116,7 @@ class Builder:
         return self._captures[id(array)]
 
     def type(self, ref: Ref) -> Type:
-        if isinstance(ref, Const):
-            value = np.asarray(ref.value) if not hasattr(ref.value, "dtype") else ref.value
-            return Type(value.shape, value.dtype)
-        return self.types[ref]
+        return type_of(ref) if isinstance(ref, Const) else self.types[ref]
 
     def definition(self, ref: Ref, name: str) -> Step | None:
         """The step that made `ref`, if its operation is called `name`."""
@@ -128,7 +137,7 @@ class Builder:
         """Adds a step, unless the same step is there already or it does nothing."""
         if self._idle(prim.name, params, args, types):
             return args[:1]
-        key = (prim.name, _freeze(params), tuple(args))
+        key = (prim.name, _frozen(prim, params, map(self.type, args)), tuple(args))
         if key not in self._seen:
             outs = tuple(self.new(type) for type in types)
             step = Step(prim, params, tuple(args), outs)
@@ -161,8 +170,8 @@ class Builder:
             ins = [read(atom) for atom in eqn.invars]
             name, params = eqn.primitive.name, eqn.params
             outs: Sequence[Ref]
-            if name in _CALLS and _CALLS[name] in params:
-                outs = self.inline(params[_CALLS[name]], ins)
+            if name in self.calls and self.calls[name] in params:
+                outs = self.inline(params[self.calls[name]], ins)
             elif name == "cond" and not eqn.effects:
                 outs = self._select(params["branches"], ins[0], ins[1:])
             else:
@@ -204,6 +213,32 @@ class Builder:
 
 def _literal(atom: Any) -> Any:
     return np.asarray(atom.val, atom.aval.dtype)[()]
+
+
+def _frozen(prim: Any, params: dict[str, Any], types: Iterable[Type]) -> Hashable:
+    """A hashable stand-in for what a step computes, apart from its arguments."""
+    if prim.name not in RULED:
+        return _freeze(params)
+    # The rules are functions, made anew by every trace: what they compute tells them apart.
+    args = [jax.ShapeDtypeStruct(*type) for type in types]
+
+    def call(*args: Any) -> Any:
+        return _bind(prim, params, args)
+
+    def forward(*args: Any) -> Any:
+        return jax.jvp(call, args, args)
+
+    def backward(*args: Any) -> Any:
+        out, back = jax.vjp(call, *args)
+        return out, back(out)
+
+    if not all(jnp.issubdtype(arg.dtype, jnp.floating) for arg in args):
+        return _freeze(params)
+    return _freeze(jax.make_jaxpr(forward if prim.name == "custom_jvp_call" else backward)(*args))
+
+
+def _bind(prim: Any, params: dict[str, Any], args: Sequence[Any]) -> Any:
+    return prim.bind(*args, **(prim.get_bind_params(params) if prim.name in RULED else params))
 
 
 def _freeze(thing: Any) -> Hashable:
@@ -291,8 +326,14 @@ class Program:
 
     @cached_property
     def _key(self) -> Hashable:
-        steps = tuple((s.prim.name, _freeze(s.params), s.args, s.outs) for s in self.steps)
+        steps = tuple(
+            (s.prim.name, _frozen(s.prim, s.params, map(self._type, s.args)), s.args, s.outs)
+            for s in self.steps
+        )
         return self.inputs, steps, self.outputs, self.types, self.name
+
+    def _type(self, ref: Ref) -> Type:
+        return type_of(ref) if isinstance(ref, Const) else self.types[ref]
 
     @cached_property
     def _hash(self) -> int:
@@ -325,7 +366,7 @@ def run(steps: Iterable[Step], values: dict[int, Any]) -> dict[int, Any]:
         if step.prim.name in _LOOPS:
             results = _LOOPS[step.prim.name](args, step.params)
         else:
-            result = step.prim.bind(*args, **step.params)
+            result = _bind(step.prim, step.params, args)
             results = result if getattr(step.prim, "multiple_results", False) else [result]
         values.update(zip(step.outs, results, strict=True))
     return values
@@ -375,7 +416,9 @@ def _function(jaxpr: Any, like: list[Any]) -> Callable[..., list[Any]]:
     outputs = builder.inline(jaxpr, inputs)
 
     def call(*args: Any) -> list[Any]:
-        values = run(builder.steps, dict(zip(builder.inputs, (*args, *builder.captured))))
+        values = run(
+            builder.steps, dict(zip(builder.inputs, (*args, *builder.captured), strict=True))
+        )
         results = [out.value if isinstance(out, Const) else values[out] for out in outputs]
         return varying_alike([*results, *like])[: len(results)]
 
@@ -403,12 +446,14 @@ def varying(array: Any) -> frozenset[Any]:
     return getattr(manual, "varying", None) or getattr(aval, "vma", None) or frozenset()
 
 
-def trace(fn: Callable[..., Any], args: Sequence[Any], name: str) -> tuple[Program, list[Any]]:
+def trace(
+    fn: Callable[..., Any], args: Sequence[Any], name: str, *, differentiated: bool = False
+) -> tuple[Program, list[Any]]:
     """`fn(*args)` as a program, and the arrays that it closes over.
 
     The program takes the arguments, then the captured arrays.
     """
-    builder = Builder()
+    builder = Builder(differentiated=differentiated)
     jaxpr = jax.make_jaxpr(fn)(*args)
     inputs = [builder.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
     outputs = tuple(builder.inline(jaxpr, inputs))

@@ -64,8 +64,8 @@ class Recogniser(Builder):
       extents: the axes read at bare positions.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *, differentiated: bool = False) -> None:
+        super().__init__(differentiated=differentiated)
         self.bare: dict[Ref, str] = {}
         self.extents: list[Extent] = []
         self._rules: dict[str, Callable[[Any, Sequence[Ref], Type], Ref | None]] = {

@@ -12,7 +12,7 @@ from .algebra import Mask, Positions, as_mask
 from .backends import base
 from .backends.base import Call
 from .scores import as_score
-from .shapes import Array, Form
+from .shapes import Array
 from .split import check_extents, hoist
 from .tiles import TileMap
 
@@ -108,7 +108,7 @@ def _one_row(array: Any) -> Any:
     return array[None]
 
 
-def _array(name: str, given: Any) -> Form:
+def _array(name: str, given: Any) -> Any:
     try:
         if given is None or isinstance(given, (str, bytes)):
             raise TypeError("not numbers")
@@ -134,8 +134,8 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
         broadcasts = len(shape) == 4
         allowed = all(n == e or (broadcasts and n == 1) for n, e in zip(shape, full, strict=True))
         if not allowed:
-            expected = f"[T, S] = [{T}, {S}]" if len(shape) == 2 else (
-                f"[{B}|1, {N}|1, {T}|1, {S}|1]"
+            expected = (
+                f"[T, S] = [{T}, {S}]" if len(shape) == 2 else (f"[{B}|1, {N}|1, {T}|1, {S}|1]")
             )
             raise ValueError(
                 f"mask: got a boolean array of shape {list(shape)}, expected {expected}; for "

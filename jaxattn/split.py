@@ -6,8 +6,8 @@ subset of the positions {b, h, q, k} (and of the logit). What does not depend on
 *residue*, is a small program of operands that consumers evaluate on a tile, or interpret on
 intervals.
 
-    ids[b, q] == ids[b, k]     operands: a row [B, 1, T] and a column [B, 1, S]    residue: r == c
-    q - k < window[h]          operands: q, k, and a head [1, N]                   residue: q - k < w
+    ids[b, q] == ids[b, k]   operands: a row [B, 1, T] and a column [B, 1, S]   residue: r == c
+    q - k < window[h]        operands: q, k, and a head [1, N]                  residue: q - k < w
 """
 
 from __future__ import annotations
@@ -127,8 +127,11 @@ class Split:
         sizes = {"b": B, "h": N, "q": T, "k": S}
         _check_extents(plan, sizes)
         leaves = self.leaves if self.scores else tuple(map(constant, self.leaves))
-        values = dict(zip(plan.leaves, map(_typed, leaves, plan.leaves, [plan] * len(leaves))))
-        values = run(plan.free, values | plan.captured)
+        values = plan.captured | {
+            ref: _typed(leaf, plan.types[ref].dtype)
+            for ref, leaf in zip(plan.leaves, leaves, strict=True)
+        }
+        values = run(plan.free, values)
         sources = _position_arrays(plan, positions, sizes)
         for ref, (array, layout) in plan.views.items():
             sources[ref] = _view(_value(values, array), layout, sizes)
@@ -199,8 +202,9 @@ def _check_extents(plan: Plan, sizes: dict[str, int]) -> None:
     for label, (_, axis, extent, at) in plan.extents:
         if extent != sizes[at]:
             raise ValueError(
-                f"{label}: got extent {extent} along axis {axis}, which is read at `{at}`; expected "
-                f"{letters[at]} = {sizes[at]}. An extent of 1 is not broadcast: index it with 0; "
+                f"{label}: got extent {extent} along axis {axis}, which is read at `{at}`; "
+                f"expected {letters[at]} = {sizes[at]}. "
+                "An extent of 1 is not broadcast: index it with 0; "
                 f"for a part of a longer sequence say `positions=Positions({at}=...)`"
             )
 
@@ -212,9 +216,9 @@ def _value(values: dict[int, Any], ref: Ref) -> Any:
     return ref.value if isinstance(ref, Const) else values[ref]
 
 
-def _typed(leaf: Any, ref: int, plan: Plan) -> Any:
+def _typed(leaf: Any, dtype: Any) -> Any:
     # Bound as they are, Python numbers would take the default dtype.
-    return leaf if hasattr(leaf, "aval") else np.asarray(leaf, plan.types[ref].dtype)
+    return leaf if hasattr(leaf, "aval") else np.asarray(leaf, dtype)
 
 
 def _position_arrays(plan: Plan, positions: Positions, sizes: dict[str, int]) -> dict[int, Any]:

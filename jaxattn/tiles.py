@@ -32,7 +32,7 @@ TILE = (256, 256)
 
 
 class Active(NamedTuple):
-    """Tiles to compute: `b[n], h[n], i[n], j[n]` for n below `count`, then zeros.
+    """Tiles to compute: `b[n], h[n], i[n], j[n]` for n below `total`, then zeros.
 
     `i` counts tiles of queries and `j` tiles of keys; `b` and `h` are 0 where the mask does not
     depend on them.
@@ -42,7 +42,7 @@ class Active(NamedTuple):
     h: Int[Array, "tiles"]
     i: Int[Array, "tiles"]
     j: Int[Array, "tiles"]
-    count: Int[Array, ""]
+    total: Int[Array, ""]
 
 
 def active(
@@ -51,7 +51,7 @@ def active(
     *,
     key_major: bool = False,
 ) -> Active:
-    """The tiles whose state is one of `kinds`, as a list of fixed length with a traced count.
+    """The tiles whose state is one of `kinds`, as a list of fixed length with a traced total.
 
     Args:
       states: as of a `TileMap`.
@@ -153,7 +153,7 @@ def counts(positions: Positions | None) -> tuple[bool, bool, bool, bool]:
 
 
 def summary(states: np.ndarray) -> str:
-    """Counts by state, and a picture of the first row and head: `#` full, `+` partial, `.` empty."""
+    """Counts by state, and a picture of the first head: `#` full, `+` partial, `.` empty."""
     total = max(states.size, 1)
     empty, partial_, full = (int((states == state).sum()) for state in (EMPTY, PARTIAL, FULL))
     lines = [

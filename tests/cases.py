@@ -221,9 +221,7 @@ def global_first(B: int, N: int, T: int, S: int) -> MaskCase:
 @_case
 def global_per_row(B: int, N: int, T: int, S: int) -> MaskCase:
     n = lengths(B, 3)
-    return MaskCase(
-        masks.global_tokens(jnp.asarray(n)), lambda b, h, q, k: np.minimum(q, k) < n[b]
-    )
+    return MaskCase(masks.global_tokens(jnp.asarray(n)), lambda b, h, q, k: np.minimum(q, k) < n[b])
 
 
 @_case(square=True)
@@ -355,9 +353,7 @@ def bare_array(B: int, N: int, T: int, S: int) -> MaskCase:
 def predicate_args(B: int, N: int, T: int, S: int) -> MaskCase:
     order = rng(B, T, 6).permuted(np.tile(np.arange(T), (B, 1)), axis=1).astype(np.int32)
     # Any order of generation, as in XLNet: a query sees keys that come no later in the order.
-    mask = masks.predicate(
-        lambda b, h, q, k, order: order[b, q] >= k, jnp.asarray(order)
-    )
+    mask = masks.predicate(lambda b, h, q, k, order: order[b, q] >= k, jnp.asarray(order))
     return MaskCase(mask, lambda b, h, q, k: order[b, q] >= k)
 
 
@@ -433,16 +429,12 @@ def t5_table(T: int, S: int, buckets: int, furthest: int, both: bool) -> np.ndar
 @_score
 def alibi(B: int, N: int, T: int, S: int) -> ScoreCase:
     slopes = 2.0 ** -np.arange(1, N + 1)
-    return ScoreCase(
-        scores.alibi, (slopes,), lambda x, b, h, q, k, m: x - m[h] * np.abs(q - k)
-    )
+    return ScoreCase(scores.alibi, (slopes,), lambda x, b, h, q, k, m: x - m[h] * np.abs(q - k))
 
 
 @_score
 def alibi_shared(B: int, N: int, T: int, S: int) -> ScoreCase:
-    return ScoreCase(
-        scores.alibi, (np.array(0.5),), lambda x, b, h, q, k, m: x - m * np.abs(q - k)
-    )
+    return ScoreCase(scores.alibi, (np.array(0.5),), lambda x, b, h, q, k, m: x - m * np.abs(q - k))
 
 
 @_score

@@ -1,4 +1,4 @@
-"""Predicates as users write them, FlexAttention's mask functions above all, and their brute force."""
+"""Predicates as users write them, as for FlexAttention, and their brute force."""
 
 from __future__ import annotations
 

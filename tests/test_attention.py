@@ -232,9 +232,7 @@ def test_a_query_that_sees_nothing(backend: str, kind: str) -> None:
 
 def test_nobody_sees_anything(backend: str) -> None:
     inputs = qkv(1, 3, 4, 2, 1, 8)
-    compute, _, _ = everything(
-        *inputs, sinks=jnp.zeros(2), mask=masks.empty(), backend=backend
-    )
+    compute, _, _ = everything(*inputs, sinks=jnp.zeros(2), mask=masks.empty(), backend=backend)
     out, lse, grads = compute(*inputs)
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, -np.inf)
@@ -353,7 +351,9 @@ def test_numpy_arrays_are_arrays(backend: str) -> None:
 @pytest.mark.parametrize(("T", "S", "B"), [(0, 3, 1), (3, 0, 1), (2, 3, 0)])
 def test_empty_axes(backend: str, T: int, S: int, B: int) -> None:
     shapes = (B, T, 2, 4), (B, S, 1, 4), (B, S, 1, 4)
-    out, lse = attention(*map(jnp.ones, shapes), mask=masks.causal(), return_lse=True, backend=backend)
+    out, lse = attention(
+        *map(jnp.ones, shapes), mask=masks.causal(), return_lse=True, backend=backend
+    )
     assert out.shape == (B, T, 2, 4)
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, np.full((B, T, 2), -np.inf))
@@ -377,7 +377,9 @@ def test_sixteen_bits_are_summed_in_float32(backend: str, dtype: str) -> None:
 def test_large_logits_stay_finite(backend: str, dtype: str) -> None:
     """Logits of 3e4 (beyond exp, and nearly beyond float16), with masked cells among them."""
     query = jnp.full((1, 3, 1, 4), 120.0, dtype)
-    key = jnp.asarray(np.array([120, -120, 120, 60])[None, :, None, None] * np.ones((1, 4, 1, 4)), dtype)
+    key = jnp.asarray(
+        np.array([120, -120, 120, 60])[None, :, None, None] * np.ones((1, 4, 1, 4)), dtype
+    )
     value = jnp.asarray(np.arange(4)[None, :, None, None] * np.ones((1, 4, 1, 2)), dtype)
     out, lse = attention(query, key, value, mask=masks.causal(), return_lse=True, backend=backend)
     np.testing.assert_allclose(np.asarray(out, np.float32)[0, :, 0, 0], [0, 0, 1])
@@ -466,7 +468,9 @@ def test_attention_weights() -> None:
     case = MASKS["nobody_sees_some"](B, N, T, S)
     slopes = SCORES["alibi"](B, N, T, S)
     at = {"q": np.arange(T) + 1}
-    gold = attend(query, key, value, cells(case.cell, B, N, T, S, **at), score=slopes, scale=0.5, at=at)
+    gold = attend(
+        query, key, value, cells(case.cell, B, N, T, S, **at), score=slopes, scale=0.5, at=at
+    )
     weights = functools.partial(
         ja.attention_weights, query, key, mask=case.mask, scale=0.5,
         score=scores.alibi(jnp.asarray(slopes.params[0], jnp.float32)),
@@ -491,7 +495,9 @@ def test_a_sink_is_one_more_logit(backend: str) -> None:
     column = np.broadcast_to(np.asarray(sinks)[None, :, None, None], (1, 2, 4, 1))
     e = np.exp(np.concatenate([logits, column], -1))
     weights = (e / e.sum(-1, keepdims=True))[..., :-1]
-    np.testing.assert_allclose(out, np.einsum("bnts,bsnh->btnh", weights, value), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        out, np.einsum("bnts,bsnh->btnh", weights, value), rtol=1e-4, atol=1e-5
+    )
     _, plain = attention(query, key, value, return_lse=True, backend=backend)
     same_bits(lse, plain)
 
@@ -576,7 +582,9 @@ def test_positions_of_rows_and_heads(backend: str) -> None:
 # --- dropout --------------------------------------------------------------------------------------
 
 
-def dropped(backend: str, T: int, S: int, B: int = 1, N: int = 1, dtype: Any = jnp.float32, **o: Any) -> Any:
+def dropped(
+    backend: str, T: int, S: int, B: int = 1, N: int = 1, dtype: Any = jnp.float32, **o: Any
+) -> Any:
     """The weights after dropout, `[B, N, T, S]`, read off with an identity as value."""
     eye = jnp.broadcast_to(jnp.eye(S, dtype=dtype)[None, :, None], (B, S, N, S))
     zeros = jnp.zeros((B, T, N, 4), dtype)
@@ -752,6 +760,7 @@ def test_vmap_is_a_loop(backend: str) -> None:
 
     one, one_slope = jax.jit(run), jax.jit(slope)
     for axes in [(0, 0, 0, 0), (0, None, None, None), (None, None, None, 0)]:
+
         def at(i: int, axes: Any = axes) -> Any:
             arrays = (*inputs, lengths)
             return [x[i] if a == 0 else x[0] for x, a in zip(arrays, axes, strict=True)]
@@ -880,7 +889,9 @@ def test_a_mask_is_an_argument_of_jit(backend: str) -> None:
         return attention(*inputs, mask=mask, score=score, backend=backend)
 
     def make(n: int) -> Any:
-        mask = masks.causal() & masks.sliding_window(n) | masks.key_padding(lengths=jnp.asarray([n, 1]))
+        mask = masks.causal() & masks.sliding_window(n) | masks.key_padding(
+            lengths=jnp.asarray([n, 1])
+        )
         return mask, scores.soft_cap(1.0 * n)
 
     got = [run(*make(n)) for n in (1, 2, 3)]

@@ -28,7 +28,9 @@ VALUES = jnp.asarray([[1.0, 0], [10, 0], [100, 5], [1000, 6]])
         ([10, 10, 0], [0.5, 0.5, 0, 0], [5.5, 0]),
     ],
 )
-def test_examples_of_the_tutorial(query: list[int], weights: list[float], output: list[float]) -> None:
+def test_examples_of_the_tutorial(
+    query: list[int], weights: list[float], output: list[float]
+) -> None:
     q = jnp.asarray([query], jnp.float32)
     got_output, got_weights = ja.scaled_dot_product_attention(q, KEYS, VALUES, None)
     np.testing.assert_allclose(got_weights, [weights], atol=1e-7)
@@ -38,7 +40,9 @@ def test_examples_of_the_tutorial(query: list[int], weights: list[float], output
 def test_all_queries_of_the_tutorial_at_once() -> None:
     q = jnp.asarray([[0, 0, 10], [0, 10, 0], [10, 10, 0]], jnp.float32)
     output, weights = ja.scaled_dot_product_attention(q, KEYS, VALUES)
-    np.testing.assert_allclose(weights, [[0, 0, 0.5, 0.5], [0, 1, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-7)
+    np.testing.assert_allclose(
+        weights, [[0, 0, 0.5, 0.5], [0, 1, 0, 0], [0.5, 0.5, 0, 0]], atol=1e-7
+    )
     np.testing.assert_allclose(output, [[550, 5.5], [10, 0], [5.5, 0]], rtol=1e-6, atol=1e-5)
 
 
@@ -87,7 +91,9 @@ def test_any_leading_axes(lead: tuple[int, ...]) -> None:
         np.testing.assert_allclose(output, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(5,), (1, 5), (4, 1), (2, 1, 1, 5), (3, 1, 1), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (1, 5), (4, 1), (2, 1, 1, 5), (3, 1, 1), (2, 3, 4, 5)], ids=str
+)
 def test_booleans_broadcast(shape: tuple[int, ...]) -> None:
     lead, T, S = (2, 3), 4, 5
     q, k, v = (jnp.asarray(rng(22, n).normal(size=(*lead, n, 8)), jnp.float32) for n in (T, S, S))
@@ -223,9 +229,11 @@ def test_twin(row: dict[str, Any]) -> None:
             out, lse = got if residual else (got, None)
             return (out.astype(jnp.float32) * d_out).sum(), (out, lse)
 
-        (_, aux), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, bias) if (
-            bias is not None
-        ) else jax.jit(jax.value_and_grad(lambda a: loss(a, None), has_aux=True))(arrays)
+        (_, aux), grads = (
+            jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, bias)
+            if (bias is not None)
+            else jax.jit(jax.value_and_grad(lambda a: loss(a, None), has_aux=True))(arrays)
+        )
         return aux, grads
 
     (out, lse), grads = run(ja.dot_product_attention)
@@ -323,9 +331,7 @@ def test_deviation_float64() -> None:
     with jax.enable_x64(True):
         arrays = qkv(1, 4, 5, 1, 1, 8, dtype=jnp.float64)
         gold = attend(*arrays).out
-        our, their = (
-            np.abs(f(*arrays) - gold).max() for f in (ja.dot_product_attention, theirs)
-        )
+        our, their = (np.abs(f(*arrays) - gold).max() for f in (ja.dot_product_attention, theirs))
         assert our < 1e-14
         assert their > 1e-10
 

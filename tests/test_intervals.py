@@ -195,7 +195,7 @@ def test_selections():
     assert int(RULES["select_n"](out, {}, outside, a, b).lo.max()) == -128
 
 
-# --- random predicates ------------------------------------------------------------------------------
+# --- random predicates ----------------------------------------------------------------------------
 
 INTS = st.sampled_from([-(2**31), -100, -3, -1, 0, 1, 2, 3, 7, 16, 64, 1000, 2**20, 2**31 - 1])
 LEAVES = {
@@ -347,7 +347,7 @@ def test_random_predicates(tree, positions, blocks):
     assert_sound(found, tile_states(np.asarray(cells)))
 
 
-# --- a list that random search does not find ----------------------------------------------------------
+# --- a list that random search does not find ------------------------------------------------------
 
 LARGE = jnp.int32(2**31 - 1)
 LEAST = jnp.int32(-(2**31))
@@ -462,7 +462,7 @@ def test_nasty(name, monkeypatch):
     assert_sound(found, tile_states(np.asarray(cells)))
 
 
-# --- positions, sharding, tracing ---------------------------------------------------------------------
+# --- positions, sharding, tracing -----------------------------------------------------------------
 
 EXTREME = ["user: mixed documents", "user: relative", "user: table of blocks", "dilated & window"]
 
@@ -511,7 +511,7 @@ def test_transformations(run):
     assert (predicates.quick(run)(ids, table) == tile_states(cells)).all()
 
 
-# --- tightness ----------------------------------------------------------------------------------------
+# --- tightness ------------------------------------------------------------------------------------
 
 # Without blocks these are truly mixed only where both conditions are: nothing says that one empties
 # what the other leaves.

@@ -113,7 +113,9 @@ def test_dropout() -> None:
     plain = linen.MultiHeadAttention(num_heads=N).apply(params, x)
     np.testing.assert_array_equal(still, plain)
     np.testing.assert_array_equal(run(1, deterministic=False), run(1, deterministic=False))
-    assert (np.asarray(run(1, deterministic=False)) != np.asarray(run(2, deterministic=False))).any()
+    assert (
+        np.asarray(run(1, deterministic=False)) != np.asarray(run(2, deterministic=False))
+    ).any()
     assert (np.asarray(run(1, deterministic=False)) != np.asarray(still)).any()
     quiet = linen.MultiHeadAttention(num_heads=N, dropout_rate=0.5, deterministic=True)
     np.testing.assert_array_equal(quiet.apply(params, x), plain)
@@ -135,7 +137,9 @@ def test_masks_and_scores_as_attributes() -> None:
         module = linen.MultiHeadAttention(
             num_heads=N, mask=mask, score=lambda: scores.alibi(scores.alibi_slopes(N))
         )
-        np.testing.assert_allclose(module.apply(params, x, mask=padding), want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            module.apply(params, x, mask=padding), want, rtol=1e-5, atol=1e-6
+        )
         assert isinstance(repr(module), str)
     alone = linen.MultiHeadAttention(num_heads=N, mask=masks.causal())
     np.testing.assert_allclose(

@@ -21,9 +21,14 @@ TINY = Config(seeds=2, steps=4, batch=4, test=4, d_model=8, layers=1, heads=2, r
 
 @pytest.fixture
 def as_scripts_run():
-    """What scripts run under: Flax's and optax's own code is not strict about promotion."""
+    """What scripts run under: Flax's and optax's own code is not strict about promotion.
+
+    Nothing here runs for long, so programs are compiled fast rather than to be fast.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def drawn(name: str, rows: int = 64) -> mask_faults.Batch:
@@ -118,9 +123,9 @@ def test_faults_are_faults(task):
         assert (ids[b, q] != ids[b, k])[new["no segment mask"]].all()
 
 
-@pytest.mark.parametrize("name", ["reverse", "recall"])  # between them, every mask
-def test_exactly_the_planted_leaks_are_found(name):
-    task = BY_NAME[name]
+def test_exactly_the_planted_leaks_are_found():
+    task = BY_NAME["recall"]  # where every fault can be made
+    assert task.faults == FAULTS
     found = [f for f in task.faults if mask_faults.leak(TINY, task, f, jax.random.key(2))]
     assert found == list(task.faults[1:])
 
@@ -141,6 +146,11 @@ def test_a_run(tmp_path, monkeypatch):
     """One task of the four, two masks of its three, a few steps: pictures, tables, numbers."""
     monkeypatch.setattr(mask_faults, "TASKS", (BY_NAME["reverse"],))
     monkeypatch.setattr(mask_faults, "FAULTS", ("correct", "no padding mask"))
+    monkeypatch.setattr(
+        mask_faults,
+        "leak",
+        lambda config, task, fault, seed: None if fault == "correct" else "found",
+    )
     sizes = {"seeds": 2, "steps": 2, "batch": 2, "test": 2, "d-model": 8, "layers": 1, "rows": 1}
     options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     assert mask_faults.main(["--out", str(tmp_path), *options]) == 0
@@ -152,7 +162,7 @@ def test_a_run(tmp_path, monkeypatch):
         assert {name: len(values) for name, values in cell.items()} == {
             "training_loss": 2, "excess": 2, "accuracy": 2,
         }  # fmt: skip
-    assert results["leaks"]["reverse"]["correct"] is None
+    assert results["leaks"]["reverse"] == {"correct": None, "no padding mask": "found"}
 
 
 def test_verdicts():

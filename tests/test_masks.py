@@ -113,7 +113,9 @@ def test_shards_of_a_mask_are_slices_of_it() -> None:
     whole = mask.dense(12, 12)
     for first in (0, 4, 8):
         at = ja.Positions(q=jnp.arange(first, first + 4), k=jnp.arange(12))
-        np.testing.assert_array_equal(mask.dense(4, 12, positions=at), whole[:, :, first : first + 4])
+        np.testing.assert_array_equal(
+            mask.dense(4, 12, positions=at), whole[:, :, first : first + 4]
+        )
 
 
 # --- algebra: a homomorphism to arrays ------------------------------------------------------------
@@ -245,7 +247,9 @@ def test_vmap_over_leaves_is_a_loop() -> None:
     batched = masks.sliding_window(n, n)
     got = jax.vmap(lambda m: m.dense(4, 5))(batched)
     for i in range(3):
-        np.testing.assert_array_equal(got[i], masks.sliding_window(int(n[i]), int(n[i])).dense(4, 5))
+        np.testing.assert_array_equal(
+            got[i], masks.sliding_window(int(n[i]), int(n[i])).dense(4, 5)
+        )
 
 
 def _captured(limit: Any) -> Any:
@@ -308,7 +312,9 @@ def test_random_blocks() -> None:
 def test_tree_with_one_branch_is_causal_and_roots_see_themselves() -> None:
     line = masks.tree(jnp.arange(6) - 1)
     np.testing.assert_array_equal(line.dense(6, 6), masks.causal().dense(6, 6))
-    np.testing.assert_array_equal(masks.tree(-jnp.ones(4, int)).dense(4, 4)[0, 0], np.eye(4, dtype=bool))
+    np.testing.assert_array_equal(
+        masks.tree(-jnp.ones(4, int)).dense(4, 4)[0, 0], np.eye(4, dtype=bool)
+    )
     traced = jax.jit(lambda parents: masks.tree(parents).dense(6, 6))(jnp.arange(6) - 1)
     np.testing.assert_array_equal(traced, masks.causal().dense(6, 6))
 
@@ -317,7 +323,9 @@ def test_streaming_llm_and_longformer_as_composed() -> None:
     """The recipes of the docstrings."""
     q, k = np.ogrid[:9, :9]
     stream = (masks.global_tokens(2) | masks.sliding_window(2)) & masks.causal()
-    np.testing.assert_array_equal(stream.dense(9, 9)[0, 0], (k <= q) & ((k < 2) | (q - k <= 2)) | ((q < 2) & (k <= q)))
+    np.testing.assert_array_equal(
+        stream.dense(9, 9)[0, 0], (k <= q) & ((k < 2) | (q - k <= 2)) | ((q < 2) & (k <= q))
+    )
     wide = masks.dilated(2) & masks.sliding_window(4, 4)
     np.testing.assert_array_equal(wide.dense(9, 9)[0, 0], np.isin(k - q, [-4, -2, 0, 2, 4]))
 

@@ -99,7 +99,19 @@ def test_t5_buckets(buckets: int, furthest: int, both: bool) -> None:
 
 def test_t5_buckets_of_the_published_code() -> None:
     """Spot values of T5's `_relative_position_bucket(k - q)`, 32 buckets, 128 at most."""
-    encoder = {0: 0, -1: 1, 1: 17, -7: 7, -8: 8, 8: 24, -11: 8, -12: 9, -127: 15, -128: 15, 5000: 31}
+    encoder = {
+        0: 0,
+        -1: 1,
+        1: 17,
+        -7: 7,
+        -8: 8,
+        8: 24,
+        -11: 8,
+        -12: 9,
+        -127: 15,
+        -128: 15,
+        5000: 31,
+    }
     decoder = {0: 0, 3: 0, -1: 1, -15: 15, -16: 16, -18: 16, -19: 17, -113: 31, -5000: 31}
     for both, expected in ((True, encoder), (False, decoder)):
         assert {d: t5_bucket(d, 32, 128, both) for d in expected} == expected

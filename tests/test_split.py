@@ -134,6 +134,24 @@ ARRAY4 = np.random.default_rng(1).normal(size=(B, N, T, S)).astype(np.float32)
 SLOPES = np.array([0.5, 0.25, 0.125], np.float32)
 
 
+@jax.custom_jvp
+def passing(x):
+    """`max(x, 0)` with the derivative of x."""
+    return jax.nn.relu(x)
+
+
+passing.defjvp(lambda x, dx: (passing(*x), dx[0]))
+
+
+@jax.custom_vjp
+def backwards(x):
+    """x with a derivative of -1."""
+    return x
+
+
+backwards.defvjp(lambda x: (x, None), lambda _, dx: (-dx,))
+
+
 def some_scores():
     table = jnp.asarray(np.random.default_rng(2).normal(size=(N, 16)).astype(np.float32))
     near = jnp.linspace(0.0, 1.0, 9)
@@ -145,6 +163,9 @@ def some_scores():
         "bias2": scores.bias(ARRAY4[0, 0]),
         "chain": scores.chain(scores.bias(ARRAY4[:1]), scores.soft_cap(3.0)),
         "user": scores.score(lambda logit, b, h, q, k, w: logit * w[h] + near[k % 9], SLOPES),
+        "user, own derivatives": scores.score(
+            lambda logit, b, h, q, k, w: passing(logit * 0.0) + passing(logit) * w[h], SLOPES
+        ),
         "kerple": scores.score(
             lambda logit, b, h, q, k, r: logit - r[h] * jnp.log1p(jnp.abs(q - k).astype("float32")),
             SLOPES,
@@ -247,6 +268,20 @@ def test_functions_are_compared_by_what_they_compute():
     assert one.fn != other.fn
     assert jax.tree.structure(one) == jax.tree.structure(two)
     assert hoist(one) is one
+
+
+def test_derivatives_of_their_own_are_compared_too():
+    def score(fn, w):
+        return scores.score(lambda logit, b, h, q, k: fn(logit * w))
+
+    for fn in (passing, backwards, jax.nn.softplus):
+        one, two = hoist(score(fn, 2.0)), hoist(score(fn, 2.0))
+        assert one.fn == two.fn
+        assert split(one).elementwise
+        slope = jax.grad(lambda x, score=one: score(x, 0, 0, 0, 0))(3.0)
+        assert slope == pytest.approx(jax.grad(lambda x, fn=fn: fn(x * 2.0))(3.0))
+    same = [hoist(score(fn, 1.0)).fn for fn in (backwards, lambda x: x, passing, jax.nn.relu)]
+    assert len(set(same)) == 4
 
 
 def test_not_a_number_is_equal_to_itself():

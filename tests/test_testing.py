@@ -127,7 +127,9 @@ def test_padding_invariance() -> None:
 
     def pooled_right(x: Any, lengths: Any) -> Any:
         real = (jnp.arange(x.shape[1])[None] < lengths[:, None])[:, :, None, None]
-        return jnp.where(real, padded(x, lengths), 0).sum(1) / lengths[:, None, None].astype(x.dtype)
+        return jnp.where(real, padded(x, lengths), 0).sum(1) / lengths[:, None, None].astype(
+            x.dtype
+        )
 
     testing.assert_padding_invariant(pooled_right, X, LENGTHS)
     with pytest.raises(AssertionError, match="the output of batch row 0 feels what padding holds"):

@@ -72,7 +72,7 @@ def test_under_jit_and_vmap():
         assert states.shape == (1, 1, 3, 2)
 
 
-# --- the list -----------------------------------------------------------------------------------------
+# --- the list -------------------------------------------------------------------------------------
 
 STATES = np.random.default_rng(4).integers(0, 3, (B, N, 5, 7)).astype(np.int8)
 
@@ -85,7 +85,7 @@ def test_active(kinds, key_major):
     at = np.argwhere(listed.swapaxes(2, 3) if key_major else listed)
     expected = at[:, [0, 1, 3, 2]] if key_major else at
     n = len(expected)
-    assert int(found.count) == n
+    assert int(found.total) == n
     assert (np.stack(found[:4], 1)[:n] == expected).all()
     assert all((x[n:] == 0).all() and x.shape == (STATES.size,) for x in found[:4])
 
@@ -100,7 +100,7 @@ def test_coarser_maps_are_maps_of_coarser_tiles(by):
     assert (np.asarray(coarsen(jnp.asarray(fine), *by)) == expected).all()
 
 
-# --- looking at it, and mistakes ------------------------------------------------------------------------
+# --- looking at it, and mistakes ------------------------------------------------------------------
 
 
 def test_printed():

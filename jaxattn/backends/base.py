@@ -110,7 +110,7 @@ def row_keys(
 def keeps(
     keys: tuple[UInt32[Array, "..."], UInt32[Array, "..."]], k: Int[Array, "..."], rate: Any
 ) -> Bool[Array, "..."]:
-    """Whether the weight of key position `k` is kept in the rows of `keys`: probability 1 - rate."""
+    """Whether the weight of key position `k` is kept in these rows: probability 1 - rate."""
     first, second = keys
     draw = _mix((k.astype(jnp.uint32) + first) * second)
     # 24 bits, exact in float32: a rate of 0 keeps all, a rate of 1 nothing.

@@ -97,7 +97,5 @@ def _over_heads(call: Call) -> Any:
     # Positions that the rows share stay out of the batch's vmap, so that masks are computed once.
     q, k = ((x[0], None) if x.shape[0] == 1 else (x, 0) for x in (at.q, at.k))
     over_batch = jax.vmap(over_kv, (0, 0, 0, 0, None, q[1], k[1]))
-    results = over_batch(
-        groups, call.key, call.value, at.b, at.h.reshape(K, N // K), q[0], k[0]
-    )
+    results = over_batch(groups, call.key, call.value, at.b, at.h.reshape(K, N // K), q[0], k[0])
     return jax.tree.map(lambda x: x.reshape(B, N, *x.shape[3:]), results)

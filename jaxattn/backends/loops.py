@@ -38,14 +38,15 @@ def exp2(x: Float[Array, "..."]) -> Float[Array, "..."]:
     if x.dtype != jnp.float32:
         return jnp.exp2(x)
     x = jnp.maximum(x, jnp.float32(-127))
-    # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-    shifted = x + jnp.float32(12582912)
-    rest = x - (shifted - jnp.float32(12582912))
+    # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. Taken from there, as XLA
+    # may simplify adding and subtracting the same number.
+    shifted = lax.bitcast_convert_type(x + jnp.float32(12582912), jnp.int32)
+    rest = x - (shifted - jnp.int32(0x4B400000)).astype(jnp.float32)
     power = jnp.full_like(x, _EXP2[0])
     for c in _EXP2[1:]:
         power = power * rest + jnp.float32(c)
-    exponent = lax.bitcast_convert_type(shifted, jnp.int32) << 23
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(power, jnp.int32) + exponent, x.dtype)
+    bits = lax.bitcast_convert_type(power, jnp.int32) + (shifted << 23)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _dot(plan: Plan, dtype: Any) -> Callable[..., Any]:
