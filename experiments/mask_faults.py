@@ -415,7 +415,7 @@ def verdict(cell: Cell, correct: Cell) -> str:
 
 
 HEADINGS = {
-    "random tokens": "random-token loss - ln V",
+    "random tokens": "random tokens: loss - ln V",
     "reverse": "reverse: accuracy",
     "recall": "recall: accuracy",
     "copy": "copy: teacher-forced - free accuracy",

@@ -215,11 +215,16 @@ def _literal(atom: Any) -> Any:
     return np.asarray(atom.val, atom.aval.dtype)[()]
 
 
-def _frozen(prim: Any, params: dict[str, Any], types: Iterable[Type]) -> Hashable:
+def _frozen(
+    prim: Any, params: dict[str, Any], types: Iterable[Type], rules: bool = True
+) -> Hashable:
     """A hashable stand-in for what a step computes, apart from its arguments."""
     if prim.name not in RULED:
-        return _freeze(params)
-    # The rules are functions, made anew by every trace: what they compute tells them apart.
+        return _freeze(params, rules)
+    if not rules:
+        return _freeze(params[RULED[prim.name]], rules)
+    # The rules are functions, made anew by every trace: what they compute tells them apart. (Once:
+    # a rule may call the function that it is the rule of.)
     args = [jax.ShapeDtypeStruct(*type) for type in types]
 
     def call(*args: Any) -> Any:
@@ -234,22 +239,23 @@ def _frozen(prim: Any, params: dict[str, Any], types: Iterable[Type]) -> Hashabl
 
     if not all(jnp.issubdtype(arg.dtype, jnp.floating) for arg in args):
         return _freeze(params)
-    return _freeze(jax.make_jaxpr(forward if prim.name == "custom_jvp_call" else backward)(*args))
+    derivative = forward if prim.name == "custom_jvp_call" else backward
+    return _freeze(jax.make_jaxpr(derivative)(*args), rules=False)
 
 
 def _bind(prim: Any, params: dict[str, Any], args: Sequence[Any]) -> Any:
     return prim.bind(*args, **(prim.get_bind_params(params) if prim.name in RULED else params))
 
 
-def _freeze(thing: Any) -> Hashable:
+def _freeze(thing: Any, rules: bool = True) -> Hashable:
     """A hashable stand-in for the parameters of a step; equal stand-ins compute the same."""
     body = getattr(thing, "jaxpr", thing)
     if hasattr(body, "eqns"):
-        return _freeze_jaxpr(body, getattr(thing, "consts", ()))
+        return _freeze_jaxpr(body, getattr(thing, "consts", ()), rules)
     if isinstance(thing, dict):
-        return tuple((key, _freeze(value)) for key, value in sorted(thing.items()))
+        return tuple((key, _freeze(value, rules)) for key, value in sorted(thing.items()))
     if isinstance(thing, (list, tuple)):
-        return type(thing).__name__, tuple(map(_freeze, thing))
+        return type(thing).__name__, tuple(_freeze(each, rules) for each in thing)
     if isinstance(thing, (float, np.ndarray, np.generic)):
         # By bits: NaN is equal to itself here, and 0.0 is not -0.0.
         value = np.asarray(thing)
@@ -281,7 +287,7 @@ class _Identity:
         return id(self.thing)
 
 
-def _freeze_jaxpr(jaxpr: Any, consts: Iterable[Any]) -> Hashable:
+def _freeze_jaxpr(jaxpr: Any, consts: Iterable[Any], rules: bool) -> Hashable:
     names: dict[Any, int] = {}
 
     def name(atom: Any) -> Hashable:
@@ -297,13 +303,17 @@ def _freeze_jaxpr(jaxpr: Any, consts: Iterable[Any]) -> Hashable:
             (
                 eqn.primitive.name,
                 tuple(map(name, eqn.invars)),
-                _freeze(eqn.params),
+                _frozen(eqn.primitive, eqn.params, map(_aval_type, eqn.invars), rules),
                 tuple(map(name, eqn.outvars)),
             )
             for eqn in jaxpr.eqns
         ),
         tuple(map(name, jaxpr.outvars)),
     )
+
+
+def _aval_type(atom: Any) -> Type:
+    return Type(atom.aval.shape, atom.aval.dtype)
 
 
 @dataclass(frozen=True, eq=False)

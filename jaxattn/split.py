@@ -173,7 +173,7 @@ def split(given: Mask | Score, positions: Positions | None = None, *, logit: Any
     leaves, tree = jax.tree.flatten(given)
     structs = tuple(map(struct, leaves))
     key = tuple((s.shape, s.dtype, s.weak_type) for s in structs)
-    x64 = bool(jax.config.jax_enable_x64)
+    x64 = bool(jax.config.read("jax_enable_x64"))
     plan = plan_of(tree, key, dtype, _counted(positions or Positions()), x64)
     return Split(plan, tuple(leaves), scores)
 

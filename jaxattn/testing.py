@@ -70,7 +70,7 @@ def assert_respects_mask(
     run = jax.jit(fn)
     clean = run(array)
     batch, S, T = _axes(array, clean, mask)
-    sees = np.asarray(as_mask(mask).dense(T, S, batch=batch or 1, heads=heads)).any(1)
+    sees: Any = np.asarray(as_mask(mask).dense(T, S, batch=batch or 1, heads=heads)).any(1)
     reach = _reach(sees, layers)
     check = _Check(run, array, clean, reach, batch is not None, np.random.default_rng(seed))
     floats = jnp.issubdtype(array.dtype, jnp.floating)
@@ -149,6 +149,7 @@ class _Check:
     def _replaced(self, at: Any) -> Array:
         """The inputs with other values at an index."""
         old = np.asarray(self.inputs[at])
+        new: Any
         if np.issubdtype(old.dtype, np.integer):
             low, high = int(self.inputs.min()), int(self.inputs.max())
             # Another value, never the same: a step of 1 to (high - low) around the ring of values.
@@ -203,7 +204,7 @@ class _Check:
         """A batch row does not feel another."""
         for b in range(len(self.clean)):
             dirty = self._rows(self.run(self._replaced((b,))))
-            leaks = ~_same(dirty, self.clean).all(1)
+            leaks: Any = ~_same(dirty, self.clean).all(1)
             leaks[b] = False
             if leaks.any():
                 other = np.flatnonzero(leaks)[0]
@@ -227,7 +228,7 @@ class _Check:
                 )
 
 
-def _same(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+def _same(left: np.ndarray, right: np.ndarray) -> Any:
     """Which positions `[B, T]` of two `[B, T, values]` hold the same, NaN counted as one value."""
     return ((left == right) | (np.isnan(left) & np.isnan(right))).all(-1)
 
@@ -270,6 +271,7 @@ def assert_padding_invariant(
     positional = clean.ndim >= 2 and clean.shape[1] == S
 
     def fill(shape: Sequence[int]) -> Array:
+        values: Any
         if jnp.issubdtype(array.dtype, jnp.integer):
             values = rng.integers(int(array.min()), int(array.max()) + 1, shape)
         else:

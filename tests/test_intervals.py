@@ -324,7 +324,7 @@ def evaluate(tree, b, h, q, k, leaves):
         return leaves["flags"][q]
     values = [evaluate(part, b, h, q, k, leaves) for part in parts]
     if name == "table":
-        return leaves["table"][values[0] // 8, values[1]]
+        return leaves["table"][values[0] // 8, values[1] // 4]
     return OPS[name](*values)
 
 
