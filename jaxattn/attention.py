@@ -157,7 +157,9 @@ def _over_mesh(run: Any, call: Call) -> Any:
         return run(call)
     b, t, n = (*sharding.spec, None, None, None)[:3]
     P = jax.sharding.PartitionSpec
-    return jax.sharding.auto_axes(run, out_sharding=(P(b, t, n), P(b, t, n)))(call)
+    # The arrays' own mesh: nobody need have set one.
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(run, out_sharding=(P(b, t, n), P(b, t, n)))(call)
 
 
 @jax.jit

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Positions, as_mask
+from .algebra import Mask, PerHead, Positions, as_mask
 from .backends import base
 from .backends.base import Call
 from .scores import as_score
@@ -79,7 +80,10 @@ def request(
     if mask is not None:
         if isinstance(mask, TileMap):
             mask.check(B, N, T, S, at)
-        mask = hoist(_mask(mask, B, N, T, S))
+        mask = _mask(mask, B, N, T, S)
+        if at.h is None:
+            _check_heads(mask, N)
+        mask = hoist(mask)
         check_extents(mask, at, B, N, T, S)
     if score is not None:
         score = hoist(as_score(score))
@@ -143,6 +147,19 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
             )
         return mask
     return as_mask(given)
+
+
+def _check_heads(mask: Mask, N: int) -> None:
+    """A mask for each head means as many masks as heads."""
+    if isinstance(mask, PerHead) and len(mask.parts) != N:
+        raise ValueError(
+            f"mask: got per_head of {len(mask.parts)} masks, expected {N}, one for each query head"
+        )
+    for field in dataclasses.fields(mask) if dataclasses.is_dataclass(mask) else ():
+        held = getattr(mask, field.name)
+        for part in held if isinstance(held, tuple) else (held,):
+            if isinstance(part, Mask):
+                _check_heads(part, N)
 
 
 def _scale(given: Any, H: int) -> Any:

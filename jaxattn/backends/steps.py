@@ -322,7 +322,7 @@ def kept(plan: Plan, z: Shape, x: Inputs, at: Tile, transposed: bool, like: Arra
         for kind, array in zip(kinds, x.dropout, strict=True)
     )
     keep = base.keeps((first, second), k, rate)
-    return jnp.where(keep, base.kept_scale(rate).astype(like.dtype), jnp.zeros((), like.dtype))
+    return jnp.where(keep, base.kept_scale(rate, like.dtype), jnp.zeros((), like.dtype))
 
 
 def cut_out(array: Array, starts: Any, sizes: Any) -> Array:
