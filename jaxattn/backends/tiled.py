@@ -143,7 +143,7 @@ def _dropout(call: Call) -> tuple[Array, ...]:
     b, h = at.b[:, None, None], at.h[None, :, None]
     first, second = base.row_keys(call.dropout.seed, b, h, at.q[:, None, :])
     shape = (sizes.B, sizes.N, sizes.T)
-    rate = jnp.asarray(call.dropout.rate, jnp.float32)
+    rate = jnp.asarray(call.dropout.rate, base.accumulator(call.query.dtype))
     return (
         _grouped(sizes, jnp.broadcast_to(first, shape)),
         _grouped(sizes, jnp.broadcast_to(second, shape)),
