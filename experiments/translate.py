@@ -76,7 +76,7 @@ class Train:
     d_ff: int = 256  # half the paper's ratio: a quarter fewer operations a step, and enough here
     dropout: float = 0.1
 
-    steps: int = 800  # a little more than one pass over the built-in corpus
+    steps: int = 700  # about one pass over the built-in corpus
     minutes: float | None = None  # stop training after so many, whatever --steps says
     batch_tokens: int = 2048  # padded tokens a batch and side
     warmup: int = 200  # the paper's 4000 are for 100,000 steps
