@@ -155,7 +155,9 @@ def _check_heads(mask: Mask, N: int) -> None:
         raise ValueError(
             f"mask: got per_head of {len(mask.parts)} masks, expected {N}, one for each query head"
         )
-    for field in dataclasses.fields(mask) if dataclasses.is_dataclass(mask) else ():
+    if not dataclasses.is_dataclass(mask):
+        return
+    for field in dataclasses.fields(mask):
         held = getattr(mask, field.name)
         for part in held if isinstance(held, tuple) else (held,):
             if isinstance(part, Mask):
