@@ -87,6 +87,7 @@ class Plan:
 def plan_of(
     tree: Any, leaves: tuple[Any, ...], logit: Any, counted: tuple[bool, ...], x64: bool
 ) -> Plan:
+    """The plan of a mask or score, from its structure and the shapes of its leaves; cached."""
     structs = [jax.ShapeDtypeStruct(s, d, weak_type=w) for s, d, w in leaves]
     lead = arguments(logit)
     given = jax.tree.unflatten(tree, structs)

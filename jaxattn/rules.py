@@ -31,10 +31,12 @@ Rule = Callable[..., Interval | None]
 
 
 def least_of(array: Any, axis: int) -> Any:
+    """The least along an axis; for booleans, whether all are True."""
     return array.all(axis) if array.dtype == jnp.bool_ else array.min(axis)
 
 
 def greatest_of(array: Any, axis: int) -> Any:
+    """The greatest along an axis; for booleans, whether any is True."""
     return array.any(axis) if array.dtype == jnp.bool_ else array.max(axis)
 
 

@@ -77,13 +77,6 @@ def active(
     return Active(b, h, *((j, i) if key_major else (i, j)), flat.sum(dtype=jnp.int32))
 
 
-def coarsen(states: Int[Array, "B N nq nk"], by_q: int, by_k: int) -> Int[Array, "B N nQ nK"]:
-    """States of groups of `by_q x by_k` tiles; ragged groups are of the tiles there are."""
-    some = intervals.merged(intervals.merged(states, by_q, 2, jnp.max), by_k, 3, jnp.max)
-    all_ = intervals.merged(intervals.merged(states, by_q, 2, jnp.min), by_k, 3, jnp.min)
-    return jnp.where(all_ == FULL, FULL, jnp.minimum(some, PARTIAL)).astype(jnp.int8)
-
-
 @pytree
 class TileMap(Mask):
     """A mask with the states of its tiles.

@@ -11,7 +11,7 @@ from predicates import TILE, B, N, S, T, tile_states
 
 from jaxattn import masks
 from jaxattn.algebra import Positions
-from jaxattn.tiles import EMPTY, FULL, PARTIAL, TileMap, active, coarsen, tile_map
+from jaxattn.tiles import EMPTY, FULL, PARTIAL, TileMap, active, tile_map
 
 QUERY, KEY = (B, T, N, 8), (B, S, N, 8)
 
@@ -88,16 +88,6 @@ def test_active(kinds, key_major):
     assert int(found.total) == n
     assert (np.stack(found[:4], 1)[:n] == expected).all()
     assert all((x[n:] == 0).all() and x.shape == (STATES.size,) for x in found[:4])
-
-
-@pytest.mark.parametrize("by", [(1, 1), (2, 2), (3, 2), (5, 7), (8, 8)])
-def test_coarser_maps_are_maps_of_coarser_tiles(by):
-    cells = np.random.default_rng(5).random((B, N, 41, 53)) < 0.5
-    cells[:, :, 16:32] = True
-    cells[:, 1:, :, 10:40] = False
-    fine = tile_states(cells, (4, 4))
-    expected = tile_states(cells, (4 * by[0], 4 * by[1]))
-    assert (np.asarray(coarsen(jnp.asarray(fine), *by)) == expected).all()
 
 
 # --- looking at it, and mistakes ------------------------------------------------------------------

@@ -135,6 +135,7 @@ def _fit(n: int, most: int) -> int:
 
 
 def shape_of(plan: Plan, x: Inputs) -> Shape:
+    """The extents of a problem, and how many batch rows and key heads a step takes."""
     B, T, K, G, H = x.query.shape
     _, S, _, Hv = x.value.shape
     tq, tk = plan.tile
@@ -241,6 +242,7 @@ def _cut(z: Shape, kind: str, array: Array, at: Tile, groups: int = 1) -> tuple[
 
 
 def sliced(z: Shape, kind: str, array: Array, at: Tile, groups: int = 1) -> Array:
+    """The part of an operand that a tile needs."""
     starts, sizes = _cut(z, kind, array, at, groups)
     return cut_out(array, starts, sizes)
 
@@ -251,6 +253,7 @@ def parts_of(z: Shape, residue: Residue, arrays: Any, at: Tile) -> list[Array]:
 
 
 def add_to(z: Shape, kind: str, array: Array, part: Array, at: Tile, groups: int = 1) -> Array:
+    """An operand's gradient with a tile's part added in its place."""
     starts, sizes = _cut(z, kind, array, at, groups)
     old = cut_out(array, starts, sizes)
     return put_in(array, old + part.astype(array.dtype), starts)
@@ -326,14 +329,17 @@ def kept(plan: Plan, z: Shape, x: Inputs, at: Tile, transposed: bool, like: Arra
 
 
 def cut_out(array: Array, starts: Any, sizes: Any) -> Array:
+    """`lax.dynamic_slice` with starts of one dtype, whatever x64 says."""
     return lax.dynamic_slice(array, [jnp.asarray(n, jnp.int32) for n in starts], sizes)
 
 
 def put_in(array: Array, part: Array, starts: Any) -> Array:
+    """`lax.dynamic_update_slice` with starts of one dtype, whatever x64 says."""
     return lax.dynamic_update_slice(array, part, [jnp.asarray(n, jnp.int32) for n in starts])
 
 
 def padded(array: Array, axis: int, length: int, mode: str = "constant") -> Array:
+    """An array with one axis grown to `length`."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, length - array.shape[axis])
     return array if widths[axis][1] == 0 else jnp.pad(array, widths, mode=mode)
@@ -355,6 +361,8 @@ def _pad_operand(z: Shape, kind: str, array: Array) -> Array:
 
 
 def pad_inputs(plan: Plan, z: Shape, x: Inputs) -> Inputs:
+    """The inputs up to whole tiles, heads first."""
+
     def operands(residue: Residue | None, arrays: Any) -> Any:
         kinds = () if residue is None else residue.kinds
         return tuple(_pad_operand(z, c, a) for c, a in zip(kinds, arrays, strict=True))
@@ -386,6 +394,7 @@ def constant(reference: Array, shape: tuple[int, ...], dtype: Any, fill: float =
 
 
 def scored(plan: Plan, z: Shape, parts: Any, at: Tile, transposed: bool, logits: Array) -> Array:
+    """The score of the logits of a tile, in their shape and dtype."""
     assert plan.score is not None
     return jnp.broadcast_to(
         _residue(z, plan.score, parts, at, transposed, logits), logits.shape
@@ -443,5 +452,6 @@ def finite(*arrays: Array) -> Array:
 
 
 def accumulate(total: Array, part: Array, starts: Any) -> Array:
+    """`total` with a part added from `starts` on."""
     old = cut_out(total, starts, part.shape)
     return put_in(total, old + part, starts)
