@@ -201,7 +201,7 @@ def choose(call: Call, backend: str) -> Choice:
         others = {name: "another was asked for" for name in BACKENDS if name != backend}
         return Choice(backend, "asked for", others)
     logits = call.sizes.B * call.sizes.N * call.sizes.T * call.sizes.S
-    platform = _platform(call)
+    platform = base.platform(call)
     most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
     refused = tiled.refuse(call)
     if refused is not None:
@@ -214,11 +214,3 @@ def choose(call: Call, backend: str) -> Choice:
         f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",
         {"dense": f"O(T * S) memory, and slower above {most} logits on {platform}"},
     )
-
-
-def _platform(call: Call) -> str:
-    """Where the inputs are; for traced ones, where JAX computes by default."""
-    if isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-        return jax.default_backend()
-    (device, *_) = call.query.devices()
-    return str(device.platform)

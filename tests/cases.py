@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import masks, scores
+from jaxattn.backends import base
 
 Cell = Callable[[Any, Any, Any, Any], Any]
 
@@ -539,6 +540,7 @@ class Gold(NamedTuple):
     lse: np.ndarray  # [B, T, N]
     weights: np.ndarray  # [B, N, T, S], before dropout
     grads: dict[str, np.ndarray]
+    largest: dict[str, float]  # of the terms a gradient sums, or their errors over eps
 
 
 def attend(
@@ -590,6 +592,7 @@ def attend(
     out = plain * share
 
     grads: dict[str, np.ndarray] = {}
+    largest: dict[str, float] = {}
     if d_out is not None:
         d = np.asarray(d_out).astype(dtype).transpose(0, 2, 1, 3)
         d_share = (d * plain).sum(-1, keepdims=True) * share * (1 - share)
@@ -614,11 +617,20 @@ def attend(
                 grads[f"param{i}"] = _slope(score, i, param, wide, place, d_logits)
         d_q = (d_raw @ k) * scale
         d_k = (d_raw.swapaxes(2, 3) @ q) * scale
+        # The two sides of `d_p - sum(p d_p)` may be equal, as where a query sees a single key.
+        term = float((p * np.abs(d_p)).max(initial=0) * abs(scale))
+        # Weights computed again differ by what rounding did to their logits.
+        rounded = float((p * np.abs(np.where(seen, logits, 0))).max(initial=0))
+        largest = {
+            "query": term * np.abs(k).max(initial=0),
+            "key": term * np.abs(q).max(initial=0),
+            "value": rounded * np.abs(d_plain).max(initial=0),
+        }
         d_v = thinned.swapaxes(2, 3) @ d_plain
         grads["query"] = d_q.transpose(0, 2, 1, 3)
         for name, g in (("key", d_k), ("value", d_v)):
             grads[name] = g.reshape(B, K, group, S, -1).sum(2).transpose(0, 2, 1, 3)
-    return Gold(out.transpose(0, 2, 1, 3), lse[..., 0].transpose(0, 2, 1), p, grads)
+    return Gold(out.transpose(0, 2, 1, 3), lse[..., 0].transpose(0, 2, 1), p, grads, largest)
 
 
 def _slope(
@@ -668,10 +680,13 @@ def qkv(
     return query, key, value
 
 
-def close(got: Any, gold: Any, plain: Any, dtype: Any, where: str = "") -> None:
+def close(
+    got: Any, gold: Any, plain: Any, dtype: Any, where: str = "", largest: float = 0.0
+) -> None:
     """The rule of errors: at most twice that of a plain computation in the same dtype, + 4 eps.
 
-    `plain` is what NumPy computes in the dtype of accumulation; rounded to `dtype` here.
+    `plain` is what NumPy computes in the dtype of accumulation; rounded to `dtype` here. Eps is
+    relative to the largest value; that of the accumulator, also to the `largest` term of a sum.
     """
     got64, gold = np.asarray(got).astype(np.float64), np.asarray(gold)
     assert got64.shape == gold.shape, f"{where}: shape {got64.shape}, not {gold.shape}"
@@ -687,6 +702,7 @@ def close(got: Any, gold: Any, plain: Any, dtype: Any, where: str = "") -> None:
     several = 16 if dtype == jnp.float64 else 4
     eps = float(jnp.finfo(dtype).eps)
     allowed = 2 * np.abs(plain - gold).max(initial=0) + several * eps * worst
+    allowed += several * float(jnp.finfo(base.accumulator(dtype)).eps) * largest
     error = np.abs(got64 - gold).max(initial=0)
     assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from ..algebra import Mask, Positions, pytree, static
@@ -66,6 +67,17 @@ class Sizes(NamedTuple):
     K: int
     H: int
     Hv: int
+
+
+def platform(call: Call) -> str:
+    """Where the inputs are; for traced ones, where JAX computes by default."""
+    if isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        device = jax.config.jax_default_device
+        if device is None:
+            return jax.default_backend()
+    else:
+        (device, *_) = call.query.devices()
+    return str(getattr(device, "platform", device))
 
 
 def accumulator(dtype: Any) -> Any:

@@ -38,6 +38,7 @@ class Plan(NamedTuple):
     score: Residue | None
     dropout: bool
     precision: Any
+    dtype: Any  # of the factors of products
     tile: tuple[int, int]
 
 
@@ -377,9 +378,9 @@ def pad_inputs(plan: Plan, z: Shape, x: Inputs) -> Inputs:
             rate,
         )
     return x._replace(
-        query=heads_first(x.query, z.Tp),
-        key=heads_first(x.key, z.Sp),
-        value=heads_first(x.value, z.Sp),
+        query=heads_first(plan, x.query, z.Tp),
+        key=heads_first(plan, x.key, z.Sp),
+        value=heads_first(plan, x.value, z.Sp),
         mask=operands(plan.mask, x.mask),
         score=operands(plan.score, x.score),
         dropout=dropout,
@@ -409,12 +410,12 @@ def scale_of(z: Shape, x: Inputs, at: Tile) -> Array:
     return jnp.repeat(part, z.ck)[:, None, None]
 
 
-def heads_first(array: Array, length: int) -> Array:
-    """`[B, T, .., H]` as `[B * heads, length, H]`, padded with zeros.
+def heads_first(plan: Plan, array: Array, length: int) -> Array:
+    """`[B, T, .., H]` as `[B * heads, length, H]`, padded with zeros, in the dtype of the products.
 
     Once, rather than tile by tile: rows of a head lie a power of two apart, which caches dislike.
     """
-    array = padded(array, 1, length)
+    array = padded(array, 1, length).astype(plan.dtype)
     width = array.shape[-1]
     return jnp.moveaxis(array, 1, -2).reshape(-1, length, width)
 

@@ -49,7 +49,7 @@ def footprint(call: Call) -> int:
     """Bytes of the inputs in the layout of the loops, of the sums, and of the tiles of one step."""
     B, T, S, N, K, H, Hv = call.sizes
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
-    copies = (B * T * N * H + B * S * K * (H + Hv)) * call.query.dtype.itemsize
+    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(_factors(call)).itemsize
     sums = B * T * N * (Hv + 2) * width
     return int(copies + sums + 2 * steps.STEP_CELLS * width)
 
@@ -95,7 +95,14 @@ def prepare(call: Call, tile: tuple[int, int] | None = None) -> tuple[Plan, Inpu
     if call.score is not None:
         scores = split(call.score, call.positions, logit=dtype)
         scored = scores.operands(call.positions, B, N, T, S)
-    plan = Plan(_residue(parts), _residue(scores), call.dropout is not None, call.precision, tile)
+    plan = Plan(
+        _residue(parts),
+        _residue(scores),
+        call.dropout is not None,
+        call.precision,
+        _factors(call),
+        tile,
+    )
     return plan, Inputs(
         call.query.reshape(B, T, K, N // K, -1),
         call.key,
@@ -106,6 +113,13 @@ def prepare(call: Call, tile: tuple[int, int] | None = None) -> tuple[Plan, Inpu
         tuple(_grouped(sizes, op.array) for op in scored),
         _dropout(call),
     )
+
+
+def _factors(call: Call) -> Any:
+    """The dtype in which products are given their factors."""
+    # XLA on CPU multiplies 16-bit floats slowly, and in some layouts not at all.
+    on_cpu = base.platform(call) == "cpu"
+    return base.accumulator(call.query.dtype) if on_cpu else call.query.dtype
 
 
 def _known_tile(known: TileMap | None, T: int, S: int) -> tuple[int, int] | None:
