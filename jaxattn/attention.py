@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Positions
-from .backends import dense, tiled
+from .backends import base, dense, tiled
 from .backends.base import Call
 from .request import request
 from .shapes import Array, ArrayLike, Float

@@ -23,7 +23,6 @@ from ..shapes import Array, Float
 from . import base, steps
 from .steps import Inputs, Plan, Tile
 
-
 # --- e^x ------------------------------------------------------------------------------------------
 
 # e^r for |r| <= log(2) / 2, the largest relative error 1e-7 (a least-squares fit, reweighted to be
