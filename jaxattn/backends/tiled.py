@@ -313,7 +313,7 @@ _AXES = {
 def _partitioned(groups: int | None, plan: Plan, x: Inputs, *rest: Array) -> Any:
     """The forward, or the backward of so many groups, computed where the inputs are."""
     args = (x, *rest)
-    fn = partial(_local, groups, plan)
+    fn = _local(groups, plan)
     if varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes:
         # Inside a shard_map arrays are local already.
         return fn(*args)
@@ -341,8 +341,11 @@ def _partitioned(groups: int | None, plan: Plan, x: Inputs, *rest: Array) -> Any
     return jax.tree.unflatten(out_tree, op(*leaves))
 
 
-def _local(groups: int | None, plan: Plan, *args: Any) -> Any:
-    return loops.forward(plan, *args) if groups is None else loops.backward(plan, groups, *args)
+@lru_cache(maxsize=1024)
+def _local(groups: int | None, plan: Plan) -> Callable[..., Any]:
+    """The loops; traced once for their shapes, for the primal and for the forward rule."""
+    fn = partial(loops.forward, plan) if groups is None else partial(loops.backward, plan, groups)
+    return jax.jit(fn, inline=True)
 
 
 def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
@@ -372,7 +375,7 @@ def _operation(
             return flat(local_groups, axes, *leaves)
 
     def flat(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
-        results = jax.tree.leaves(_local(local_groups, plan, *jax.tree.unflatten(tree, leaves)))
+        results = jax.tree.leaves(_local(local_groups, plan)(*jax.tree.unflatten(tree, leaves)))
         # The gradient of what devices share is the sum of theirs.
         over = [tuple(at for n in "bkg" if n not in out for at in axes[n]) for out in outs]
         return tuple(
