@@ -1,15 +1,16 @@
 """What every test runs under: strict promotion, checked shapes, several devices."""
 
-import importlib.metadata
 import inspect
 import os
+from importlib import metadata
 
 # Before jax is imported: tests of sharding want devices to shard over, and all of them compile far
 # longer than they run. Where XLA still has its older code generator, that compiles twice as fast.
-_flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    _flags += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", _flags)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
