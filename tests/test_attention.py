@@ -107,7 +107,7 @@ DENSE_HERE = ("causal", "padding_left", "segments_packed", "window_per_head", "n
 EVERY = [(b, n) for b in BACKENDS for n in MASKS if b != "dense" or n in DENSE_HERE]
 
 
-@pytest.mark.parametrize(("backend", "name"), EVERY, ids="-".join)
+@pytest.mark.parametrize(("backend", "name"), EVERY, ids=["-".join(pair) for pair in EVERY])
 def test_every_mask(backend: str, name: str) -> None:
     B, N, T, S = (2, 4, 8, 8) if name in SQUARE else (2, 4, 7, 10)
     case = MASKS[name](B, N, T, S)

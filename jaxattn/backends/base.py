@@ -72,7 +72,7 @@ class Sizes(NamedTuple):
 def platform(call: Call) -> str:
     """Where the inputs are; for traced ones, where JAX computes by default."""
     if isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-        device = jax.config.jax_default_device
+        device = jax.default_device.value
         if device is None:
             return jax.default_backend()
     else:
