@@ -53,6 +53,8 @@ def states(
       int8 `[B|1, N|1, ceil(T / tile_q), ceil(S / tile_k)]`; extents are 1 where the mask does not
       depend on `b` or `h`. EMPTY and FULL are certain, PARTIAL may be pessimistic.
     """
+    # An array that a program holds as a constant would be reduced by XLA's compiler, in seconds.
+    operands = [op._replace(array=lax.optimization_barrier(op.array)) for op in operands]
     cut_q, cut_k = _cuts(split, operands, tile_q, tile_k, T, S)
     block_q, block_k = tile_q // cut_q, tile_k // cut_k
     bounds = [_bounds(op, block_q, block_k, T, S) for op in operands]

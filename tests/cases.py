@@ -422,9 +422,8 @@ def t5_bucket(distance: int, buckets: int, furthest: int, both: bool) -> int:
 
 def t5_table(T: int, S: int, buckets: int, furthest: int, both: bool) -> np.ndarray:
     """Buckets of every (q, k), `[T, S]`."""
-    return np.array(
-        [[t5_bucket(k - q, buckets, furthest, both) for k in range(S)] for q in range(T)]
-    )
+    line = np.array([t5_bucket(far, buckets, furthest, both) for far in range(1 - T, S)])
+    return line[np.arange(S) - np.arange(T)[:, None] + T - 1]
 
 
 @_score
@@ -617,14 +616,14 @@ def attend(
                 grads[f"param{i}"] = _slope(score, i, param, wide, place, d_logits)
         d_q = (d_raw @ k) * scale
         d_k = (d_raw.swapaxes(2, 3) @ q) * scale
-        # The two sides of `d_p - sum(p d_p)` may be equal, as where a query sees a single key.
-        term = float((p * np.abs(d_p)).max(initial=0) * abs(scale))
-        # Weights computed again differ by what rounding did to their logits.
-        rounded = float((p * np.abs(np.where(seen, logits, 0))).max(initial=0))
+        # The two sides of `d_p - sum(p d_p)` may be equal, as where a query sees a single key. And
+        # weights computed again differ by what rounding did to their logits.
+        rounded = p * np.abs(np.where(seen, logits, 0))
+        term = float(((p + rounded) * np.abs(d_p)).max(initial=0) * abs(scale))
         largest = {
             "query": term * np.abs(k).max(initial=0),
             "key": term * np.abs(q).max(initial=0),
-            "value": rounded * np.abs(d_plain).max(initial=0),
+            "value": float(rounded.max(initial=0)) * np.abs(d_plain).max(initial=0),
         }
         d_v = thinned.swapaxes(2, 3) @ d_plain
         grads["query"] = d_q.transpose(0, 2, 1, 3)
@@ -638,11 +637,23 @@ def _slope(
 ) -> np.ndarray:
     """Gradient of `sum(d_logits * score)` for one parameter, element by element."""
     gradient = np.zeros(param.shape)
-    for index in np.ndindex(*param.shape):
+    if param.shape == raw.shape:
+        # Every cell reads one element of its own, at its position.
+        params = (*score.params[:i], param + 1e-30j, *score.params[i + 1 :])
+        terms = d_logits * score.value(raw, *place, *params).imag / 1e-30
+        np.add.at(gradient, tuple(np.broadcast_arrays(*place)), terms)
+        return gradient
+    # Heads that have elements of their own are moved together.
+    own = param.ndim and param.shape[0] == raw.shape[1]
+    for index in np.ndindex(*param.shape[1:] if own else param.shape):
         moved = np.array(param, np.complex128)
-        moved[index] += 1e-30j
+        moved[(slice(None), *index) if own else index] += 1e-30j
         params = (*score.params[:i], moved, *score.params[i + 1 :])
-        gradient[index] = (d_logits * score.value(raw, *place, *params).imag).sum() / 1e-30
+        terms = d_logits * score.value(raw, *place, *params).imag / 1e-30
+        if own:
+            gradient[(slice(None), *index)] = terms.sum((0, 2, 3))
+        else:
+            gradient[index] = terms.sum()
     return gradient
 
 
@@ -707,13 +718,14 @@ def close(
     assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def pairwise(factors: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Few rows in which every pair of values of any two factors meets (greedy)."""
+def pairwise(factors: dict[str, list[Any]], apart: Any = (), seed: int = 0) -> list[dict[str, Any]]:
+    """Few rows in which every pair of values of any two factors meets, but of two `apart` (greedy)."""
     names = list(factors)
     missing = {
         (a, x, c, y)
         for i, a in enumerate(names)
         for c in names[i + 1 :]
+        if {a, c} != set(apart)
         for x in range(len(factors[a]))
         for y in range(len(factors[c]))
     }

@@ -7,6 +7,8 @@ with its reason.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -18,7 +20,21 @@ from cases import MASKS, SCORES, SQUARE, attend, cells, close, grid, kept, pairw
 import jaxattn as ja
 from jaxattn import masks, scores
 from jaxattn.attention import BACKENDS
-from jaxattn.backends import base
+from jaxattn.backends import base, steps
+
+# Tracing every line of the package here would cost a minute, and the other tests reach them too.
+pytestmark = pytest.mark.no_cover
+
+
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch: Any) -> None:
+    """Tiles so small that small shapes too have lists of every kind, and ragged edges."""
+
+    def tile_size(T: int, S: int, heads: int) -> tuple[int, int]:
+        return (16, 16) if max(T, S) <= 128 else usual(T, S, heads)
+
+    usual = steps.tile_size
+    monkeypatch.setattr(steps, "tile_size", tile_size)
 
 
 @pytest.fixture(params=list(BACKENDS))
@@ -109,51 +125,71 @@ EVERY = [(b, n) for b in BACKENDS for n in MASKS if b != "dense" or n in DENSE_H
 
 @pytest.mark.parametrize(("backend", "name"), EVERY, ids=["-".join(pair) for pair in EVERY])
 def test_every_mask(backend: str, name: str) -> None:
-    B, N, T, S = (2, 4, 8, 8) if name in SQUARE else (2, 4, 7, 10)
+    B, N, T, S = (2, 4, 32, 32) if name in SQUARE else (2, 4, 23, 35)
     case = MASKS[name](B, N, T, S)
     inputs = qkv(B, T, S, N, 2, 8)
-    compute, d_out, d_lse = everything(*inputs, mask=case.mask, backend=backend)
+    out, lse = jax.jit(
+        functools.partial(attention, mask=case.mask, return_lse=True, backend=backend)
+    )(*inputs)
     seen = cells(case.cell, B, N, T, S)
-    gold, plain = (
-        attend(*inputs, seen, d_out=d_out, d_lse=d_lse, dtype=dtype)
-        for dtype in (np.float64, np.float32)
-    )
-    check(compute(*inputs), gold, plain, jnp.float32)
+    gold, plain = (attend(*inputs, seen, dtype=dtype) for dtype in (np.float64, np.float32))
+    close(out, gold.out, plain.out, jnp.float32, "out")
+    close(lse, gold.lse, plain.lse, jnp.float32, "lse")
 
 
-PAIRS = pairwise(
-    {
-        "mask": [None, "padding_left", "window_per_head", "nobody_sees_some", "dense_full"],
-        "lengths": [(1, 40), (33, 20), (17, 17), (12, 70)],
-        "heads": [(1, 1), (4, 4), (6, 2), (4, 1)],
-        "dtype": ["float32", "bfloat16", "float16", "float64"],
-        "score": [None, "t5_both", "soft_cap", "bias_full", "chain"],
-        "extra": ["plain", "sinks", "dropout", "scale", "positions"],
-    }
-)
+FACTORS: dict[str, list[Any]] = {
+    "lengths": [
+        (1, 1), (1, 128), (3, 799), (113, 203), (128, 217), (108, 256), (239, 1), (255, 257),
+        (512, 256), (1023, 1024),
+    ],
+    "head_dim": [1, 8, 31, 64, 80, 128, 256],
+    "heads": [(2, 2), (4, 2), (8, 2), (3, 1)],
+    "dtype": ["float32", "bfloat16", "float16", "float64"],
+    "mask": [None, "padding_left", "window_per_head", "nobody_sees_some", "dense_full"],
+    "score": [None, "t5_both", "bias_full", "chain"],
+    "extra": ["sinks", "dropout", "scale", "positions"],
+}  # fmt: skip
+SHAPES = ("lengths", "head_dim", "heads", "dtype")
 
 
-@pytest.mark.parametrize("row", PAIRS, ids=lambda row: "-".join(map(str, row.values())))
+def in_turn(shapes: dict[str, Any], n: int) -> dict[str, Any]:
+    """A row of shapes, with the n-th of what is computed on them."""
+    others = [name for name in FACTORS if name not in SHAPES]
+    turns = itertools.product(*(FACTORS[name] for name in others))
+    count = math.prod(len(FACTORS[name]) for name in others)
+    # A stride that meets them all, with neighbours far apart.
+    return shapes | dict(zip(others, next(itertools.islice(turns, 37 * n % count, None))))
+
+
+PRODUCT = [
+    in_turn(dict(zip(SHAPES, row)), n)
+    for n, row in enumerate(itertools.product(*(FACTORS[name] for name in SHAPES)))
+]
+# The product has the pairs that are left out here: of lengths and head dims, which would be half of
+# the rows, and of the two largest lengths, which take as long as all others.
+PAIRS = pairwise(FACTORS | {"lengths": FACTORS["lengths"][:-2]}, apart=("lengths", "head_dim"))
+PAIRS += [row for row in PRODUCT if row["head_dim"] == 64 and row["dtype"] == "float32"][-5::4]
+
+
+def named(row: dict[str, Any]) -> str:
+    return "-".join(map(str, row.values()))
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=named)
 def test_every_pair_of_features(backend: str, row: dict[str, Any]) -> None:
     run_row(backend, row)
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("head_dim", [1, 31, 64, 80, 128, 256])
-@pytest.mark.parametrize(
-    "lengths", [(1, 128), (3, 799), (113, 203), (239, 1), (255, 257), (512, 256)], ids=str
-)
-@pytest.mark.parametrize("mask", ["causal", "padding_left", "nobody_sees_some"])
-def test_large(backend: str, mask: str, lengths: Any, head_dim: int, dtype: str) -> None:
-    row = {"mask": mask, "lengths": lengths, "heads": (4, 2), "dtype": dtype, "score": "alibi"}
-    run_row(backend, row | {"extra": "plain"}, head_dim)
+@pytest.mark.parametrize("row", PRODUCT, ids=named)
+def test_every_product_of_shapes(backend: str, row: dict[str, Any]) -> None:
+    run_row(backend, row)
 
 
-def run_row(backend: str, row: dict[str, Any], H: int = 8) -> None:
+def run_row(backend: str, row: dict[str, Any]) -> None:
     """One combination of features, against NumPy."""
-    (T, S), (N, K), extra = row["lengths"], row["heads"], row["extra"]
-    B = 2
+    (T, S), (N, K), H, extra = row["lengths"], row["heads"], row["head_dim"], row["extra"]
+    B = 2 if T * S < 2**14 else 1
     with jax.enable_x64(row["dtype"] == "float64"):
         dtype = jnp.dtype(row["dtype"])
         wide = base.accumulator(dtype)
@@ -191,10 +227,11 @@ def run_row(backend: str, row: dict[str, Any], H: int = 8) -> None:
                 # That formula looks buckets up by index: positions are indices here too.
                 assert max(at["q"].max(), at["k"].max()) < max(T, S)
         compute, d_out, d_lse = everything(*inputs, make, params, sinks, **options)
-        gold, plain = (
-            attend(*inputs, at=at, d_out=d_out, d_lse=d_lse, dtype=d, **by_hand)
-            for d in (np.float64, np.float64 if wide == jnp.float64 else np.float32)
-        )
+        by_hand |= {"at": at, "d_out": d_out, "d_lse": d_lse}
+        gold = attend(*inputs, **by_hand)
+        plain = gold
+        if wide != jnp.float64:
+            plain = attend(*inputs, **by_hand, dtype=np.float32)
         check(compute(*inputs), gold, plain, dtype)
 
 

@@ -63,6 +63,13 @@ def test_new_values_and_new_lambdas_do_not_compile(compilations):
         assert i == 0 or compilations.count == 0
 
 
+def test_an_array_that_a_program_holds_is_not_reduced_by_the_compiler():
+    """XLA folds reductions of constants, at some 4 s for each million elements."""
+    array = jnp.asarray(np.random.default_rng(0).random((T, S)) < 0.5)
+    compiled = jax.jit(lambda: tile_map(array, (B, T, N, 8), (B, S, N, 8), tile=TILE).states)
+    assert "reduce(" in compiled.lower().compile().as_text()
+
+
 def test_under_jit_and_vmap():
     lengths = jnp.arange(5) * 10
     one = jax.jit(lambda n: made(masks.key_padding(lengths=n)))
