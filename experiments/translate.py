@@ -256,7 +256,14 @@ def translator(
     decode = jax.jit(greedy, static_argnames=("model", "length"))
 
     def translate(texts: Sequence[str]) -> list[str]:
-        sources = [row[:width] for row in data.encode_source(tokenizer, texts)]
+        whole = data.encode_source(tokenizer, texts)
+        cut = sum(len(row) > width for row in whole)
+        if cut:
+            Console(stderr=True).print(
+                f"{cut} of {len(texts)} sources are longer than {width} sub-words; the rest of "
+                "them is not translated. A model trained with a larger --longest takes more."
+            )
+        sources = [row[:width] for row in whole]
         # Of like length together: a batch is decoded for as long as its longest row.
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         out = [""] * len(sources)

@@ -718,14 +718,13 @@ def close(
     assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def pairwise(factors: dict[str, list[Any]], apart: Any = (), seed: int = 0) -> list[dict[str, Any]]:
-    """Few rows in which every pair of values of any two factors meets, but of two `apart` (greedy)."""
+def pairwise(factors: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Few rows in which every pair of values of any two factors meets (greedy)."""
     names = list(factors)
     missing = {
         (a, x, c, y)
         for i, a in enumerate(names)
         for c in names[i + 1 :]
-        if {a, c} != set(apart)
         for x in range(len(factors[a]))
         for y in range(len(factors[c]))
     }

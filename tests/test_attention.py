@@ -165,10 +165,11 @@ PRODUCT = [
     in_turn(dict(zip(SHAPES, row)), n)
     for n, row in enumerate(itertools.product(*(FACTORS[name] for name in SHAPES)))
 ]
-# The product has the pairs that are left out here: of lengths and head dims, which would be half of
-# the rows, and of the two largest lengths, which take as long as all others.
-PAIRS = pairwise(FACTORS | {"lengths": FACTORS["lengths"][:-2]}, apart=("lengths", "head_dim"))
-PAIRS += [row for row in PRODUCT if row["head_dim"] == 64 and row["dtype"] == "float32"][-5::4]
+# Lengths and head dims in turn, the two largest lengths once: the product has all their pairs.
+PAIRS = pairwise({name: values for name, values in FACTORS.items() if name not in SHAPES[:2]})
+for n, pair in enumerate(PAIRS):
+    lengths = FACTORS["lengths"][n % 8 if n > 1 else n - 2]
+    pair |= {"lengths": lengths, "head_dim": FACTORS["head_dim"][n % 7]}
 
 
 def named(row: dict[str, Any]) -> str:
