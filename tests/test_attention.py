@@ -118,12 +118,20 @@ def check(got: Any, gold: Any, plain: Any, dtype: Any) -> None:
 # --- every mask; every pair of features -----------------------------------------------------------
 
 
-# The definition evaluates a mask cell by cell, which test_masks.py checks for all of them.
+# The definition evaluates a mask cell by cell, which test_masks.py checks for all of them. On the
+# other backends a third of the masks is seen here, and all by `make test-deep`.
 DENSE_HERE = ("causal", "padding_left", "segments_packed", "window_per_head", "nobody_sees_some")
-EVERY = [(b, n) for b in BACKENDS for n in MASKS if b != "dense" or n in DENSE_HERE]
+EVERY = [
+    pytest.param(
+        b, name, marks=pytest.mark.deep if n % 3 and b != "dense" else (), id=f"{b}-{name}"
+    )
+    for b in BACKENDS
+    for n, name in enumerate(MASKS)
+    if b != "dense" or name in DENSE_HERE
+]
 
 
-@pytest.mark.parametrize(("backend", "name"), EVERY, ids=["-".join(pair) for pair in EVERY])
+@pytest.mark.parametrize(("backend", "name"), EVERY)
 def test_every_mask(backend: str, name: str) -> None:
     B, N, T, S = (2, 4, 32, 32) if name in SQUARE else (2, 4, 23, 35)
     case = MASKS[name](B, N, T, S)
@@ -304,7 +312,7 @@ SECRETS = {
 }
 
 
-@pytest.mark.parametrize("features", ["plain", "all"])
+@pytest.mark.parametrize("features", [pytest.param("plain", marks=pytest.mark.deep), "all"])
 @pytest.mark.parametrize("name", SECRETS)
 def test_nan_in_what_nobody_sees(backend: str, name: str, features: str) -> None:
     """NaN and infinities in unseen keys and dead queries change no bit of anything."""
