@@ -44,18 +44,22 @@ def greatest_of(array: Any, axis: int) -> Any:
 
 
 def is_float(dtype: Any) -> bool:
+    """Whether a dtype is of floats."""
     return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def is_integer(dtype: Any) -> bool:
+    """Whether a dtype is of integers, signed or not."""
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
 def is_unsigned(dtype: Any) -> bool:
+    """Whether a dtype is of unsigned integers."""
     return bool(jnp.issubdtype(dtype, jnp.unsignedinteger))
 
 
 def is_ordered(dtype: Any) -> bool:
+    """Whether values of a dtype can be held between bounds."""
     return is_float(dtype) or is_integer(dtype) or dtype == np.bool_
 
 
@@ -69,6 +73,7 @@ def range_of(dtype: Any) -> tuple[Any, Any]:
 
 
 def anything(type: Type) -> Interval | None:
+    """Bounds of a value of which only its type is known; None if it has no order."""
     if not is_ordered(type.dtype):
         return None
     shape = (1,) * (4 + len(type.shape))
@@ -76,6 +81,7 @@ def anything(type: Type) -> Interval | None:
 
 
 def exactly(value: Any) -> Interval | None:
+    """Bounds of a constant: itself, twice; anything for NaN and infinities."""
     array = np.asarray(value)
     if not is_ordered(array.dtype):
         return None
@@ -92,6 +98,7 @@ def unless(bad: Any, found: Interval, dtype: Any) -> Interval:
 
 
 def finite(found: Interval, *dirty: Any) -> Interval:
+    """Bounds that hold only where they are finite and no flag is raised; anything elsewhere."""
     bad = ~(jnp.isfinite(found.lo) & jnp.isfinite(found.hi))
     for flag in dirty:
         bad = bad | flag

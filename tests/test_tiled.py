@@ -240,7 +240,6 @@ def shards(call: Call, mesh: Any, spec: Any) -> Call:
     )
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 def test_sharded_inputs_stay_where_they_are(sharded_case):
     call, expected = sharded_case
     mesh = jax.make_mesh((4, 2), NAMES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -255,7 +254,6 @@ def test_sharded_inputs_stay_where_they_are(sharded_case):
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "model")), 4)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("check", [True, False])
 def test_shard_map(sharded_case, check):
     call, expected = sharded_case

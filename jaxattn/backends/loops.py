@@ -31,7 +31,7 @@ _EXP = (8.29030613e-3, 4.18979763e-2, 0.166676366, 0.499991492, 0.999999707, 1.0
 
 
 def exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`e ** x` for x <= 0: in float32 half the time of XLA's, to 5e-6; exactly 0 below -87.
+    """`e ** x` for x <= 0: in float32 a tenth faster than XLA's, to 5e-6; exactly 0 below -87.
 
     Relative to 1, which is what weights are added to, to 2e-7.
     """
