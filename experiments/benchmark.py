@@ -3,9 +3,9 @@
     python experiments/benchmark.py                       # everything this machine has
     python experiments/benchmark.py --masks causal window --lengths 4096 --repeats 9
 
-Every contestant lives in a process of its own and they take turns, call by call: a ratio is taken
-between neighbours in time, and what is reported is the median of the ratios, so that a busy machine
-slows both. PyTorch is looked for in `.venv-peers` (made by `make peers`); without it the table has
+Every contestant lives in a process of its own and they take turns, a call to warm up and a timed
+one: a ratio is taken between neighbours in time, and what is reported is the median of the ratios,
+so that a busy machine slows both. PyTorch is looked for in `.venv-peers` (made by `make peers`); without it the table has
 fewer columns.
 """
 
@@ -102,11 +102,9 @@ def compare(case: dict[str, Any], names: list[str], repeats: int) -> dict[str, A
     errors = {name: answer["error"] for name, answer in prepared.items() if "error" in answer}
     fit = [name for name in names if name not in errors]
     times: dict[str, list[float]] = {name: [] for name in fit}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name in fit:
-            seconds = contestants[name].ask(run=True).get("seconds", float("nan"))
-            if turn:  # the first turn warms caches
-                times[name].append(seconds)
+            times[name].append(contestants[name].ask(run=True).get("seconds", float("nan")))
     for each in contestants.values():
         each.close()
     ours = times.get(OURS, [])
