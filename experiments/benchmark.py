@@ -5,8 +5,8 @@
 
 Every contestant lives in a process of its own and they take turns, a call to warm up and a timed
 one: a ratio is taken between neighbours in time, and what is reported is the median of the ratios,
-so that a busy machine slows both. PyTorch is looked for in `.venv-peers` (made by `make peers`); without it the table has
-fewer columns.
+so that a busy machine slows both. PyTorch is looked for in `.venv-peers` (made by `make peers`);
+without it the table has fewer columns.
 """
 
 from __future__ import annotations

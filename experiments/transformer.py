@@ -8,6 +8,7 @@ paper. Every attention is `jaxattn`'s, and who may see whom is said once, in `so
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +18,7 @@ import numpy as np
 from data import BOS, EOS, PAD
 
 import jaxattn as ja
-from jaxattn.nn.linen import MultiHeadAttention
+from jaxattn.nn.linen import MultiHeadAttention, TransformerBlock
 from jaxattn.shapes import Array, Bool, Float, Int
 
 Params = dict[str, Any]
@@ -45,42 +46,6 @@ def sinusoids(length: int, features: int) -> Float[np.ndarray, "length features"
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
-class Layer(nn.Module):
-    """Self-attention, cross-attention if there is a memory, then a feed-forward network.
-
-    Each adds to its input and is normalised after: LayerNorm(x + dropout(sublayer(x))).
-    """
-
-    heads: int
-    d_ff: int
-    dropout: float
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        mask: ja.Mask,
-        memory: Float[Array, "B S D"] | None = None,
-        memory_mask: ja.Mask | None = None,
-        *,
-        train: bool,
-    ) -> Float[Array, "B T D"]:
-        def add(x: Array, y: Array) -> Array:
-            y = nn.Dropout(self.dropout, deterministic=not train)(y)
-            return nn.LayerNorm()(x + y)
-
-        def attention(name: str) -> MultiHeadAttention:
-            return MultiHeadAttention(num_heads=self.heads, dropout_rate=self.dropout, name=name)
-
-        x = add(x, attention("self_attention")(x, mask=mask, deterministic=not train))
-        if memory is not None:
-            self.sow("intermediates", "cross_inputs", (x, memory))  # for `attention_maps`
-            cross = attention("cross_attention")
-            x = add(x, cross(x, memory, mask=memory_mask, deterministic=not train))
-        hidden = nn.relu(nn.Dense(self.d_ff)(x))
-        return add(x, nn.Dense(x.shape[-1])(hidden))
-
-
 class Transformer(nn.Module):
     """Token ids of both languages to logits of the next target token."""
 
@@ -95,9 +60,17 @@ class Transformer(nn.Module):
         init = nn.initializers.normal(self.d_model**-0.5)
         self.embedding = nn.Embed(self.vocabulary, self.d_model, embedding_init=init)
         self.dropper = nn.Dropout(self.dropout)
-        sizes = {"heads": self.heads, "d_ff": self.d_ff, "dropout": self.dropout}
-        self.encoder = [Layer(**sizes, name=f"encoder_{i}") for i in range(self.layers)]
-        self.decoder = [Layer(**sizes, name=f"decoder_{i}") for i in range(self.layers)]
+        attention = partial(MultiHeadAttention, num_heads=self.heads, dropout_rate=self.dropout)
+        layer = partial(
+            TransformerBlock,
+            attention,
+            self.d_ff,
+            norm="post",
+            activation=nn.relu,
+            dropout_rate=self.dropout,
+        )
+        self.encoder = [layer(name=f"encoder_{i}") for i in range(self.layers)]
+        self.decoder = [layer(name=f"decoder_{i}") for i in range(self.layers)]
 
     def embed(self, tokens: Int[Array, "B T"], train: bool) -> Float[Array, "B T D"]:
         x = self.embedding(tokens) * self.d_model**0.5
@@ -107,7 +80,7 @@ class Transformer(nn.Module):
     def encode(self, source: Int[Array, "B S"], train: bool = False) -> Float[Array, "B S D"]:
         x = self.embed(source, train)
         for layer in self.encoder:
-            x = layer(x, source_mask(source), train=train)
+            x = layer(x, mask=source_mask(source), deterministic=not train)
         return x
 
     def decode(
@@ -117,11 +90,19 @@ class Transformer(nn.Module):
         memory: Float[Array, "B S D"],
         train: bool = False,
         only: Int[Array, ""] | None = None,
+        sow_weights: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits of what follows each target token, or the one at index `only` (then T = 1)."""
         x = self.embed(target, train)
         for layer in self.decoder:
-            x = layer(x, target_mask(target), memory, source_mask(source), train=train)
+            x = layer(
+                x,
+                mask=target_mask(target),
+                memory=memory,
+                memory_mask=source_mask(source),
+                deterministic=not train,
+                sow_weights=sow_weights,
+            )
         if only is not None:
             x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
         return self.embedding.attend(x)
@@ -199,14 +180,7 @@ def attention_maps(
     model: Transformer, params: Params, source: Int[Array, "B S"], target: Int[Array, "B T"]
 ) -> Float[Array, "B N T S"]:
     """How much each target token looks at each source token, in the last decoder layer's heads."""
-    _, state = model.apply({"params": params}, source, target, mutable=["intermediates"])
-    name = f"decoder_{model.layers - 1}"
-    x, memory = state["intermediates"][name]["cross_inputs"][0]
-    weights = params[name]["cross_attention"]
-
-    def project(name: str, x: Array) -> Float[Array, "B T N H"]:
-        kernel, bias = weights[name]["kernel"], weights[name]["bias"]
-        return jnp.einsum("btd,dnh->btnh", x, kernel) + bias
-
-    query, key = project("query", x), project("key", memory)
-    return ja.attention_weights(query, key, mask=source_mask(source))
+    bound = model.bind({"params": params}, mutable=["intermediates"])
+    bound.decode(target, source, bound.encode(source), sow_weights=True)
+    last = bound.variables["intermediates"][f"decoder_{model.layers - 1}"]
+    return last["cross_attention"]["attention_weights"][0]

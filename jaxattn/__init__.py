@@ -3,6 +3,7 @@
 from . import masks, nn, scores, testing
 from .algebra import Mask, Positions
 from .attention import attention, attention_weights
+from .cache import KVCache, PagedKVCache
 from .compat import dot_product_attention, scaled_dot_product_attention
 from .explain import Explanation, explain
 from .scores import Score
@@ -10,7 +11,9 @@ from .tiles import TileMap, tile_map
 
 __all__ = [
     "Explanation",
+    "KVCache",
     "Mask",
+    "PagedKVCache",
     "Positions",
     "Score",
     "TileMap",

@@ -450,7 +450,14 @@ def _tree(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any) -> Any:
     return (_at(enter, b, k) <= _at(enter, b, q)) & (_at(enter, b, q) < _at(leave, b, k))
 
 
-def tree(parents: Int[ArrayLike, "*B T"]) -> Mask:
+def _tree_after(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any, start: Any) -> Any:
+    first = _at(start, b)
+    # Beyond the tree an index would be clamped to its last node.
+    related = _tree(b, h, q - first, k - first, enter, leave) & (k - first < enter.shape[-1])
+    return jnp.where((q < first) | (k < first), q >= k, related)
+
+
+def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*B"] | int | None = None) -> Mask:
     """A node sees itself and its ancestors: `enter[k] <= enter[q] < leave[k]`.
 
     `enter` and `leave` number the nodes in depth-first order, so that the descendants of a node
@@ -459,6 +466,8 @@ def tree(parents: Int[ArrayLike, "*B T"]) -> Mask:
     Args:
       parents: integers `[T]` or `[B, T]`, the parent of every node, -1 for a root; parents come
         before their children.
+      start: an integer or `[B]`: the position of the first node, where a context comes before the
+        tree: it is causal, and every node sees all of it. Without it the tree is all there is.
 
     Verifies a tree of drafted tokens in one pass. Sources: SpecInfer, arXiv 2305.09781; Medusa,
     arXiv 2401.10774.
@@ -470,7 +479,11 @@ def tree(parents: Int[ArrayLike, "*B T"]) -> Mask:
             "tree(parents): got a node before its parent, expected parents[i] < i; sort the nodes"
         )
     number = _depth_first if array.ndim == 1 else jax.vmap(_depth_first)
-    return Predicate(_tree, number(array))
+    enter, leave = number(array)
+    if start is None:
+        return Predicate(_tree, (enter, leave))
+    first = _integers(start, "tree(start)", ("[]", "[B]"), 0)
+    return Predicate(_tree_after, (enter, leave, first))
 
 
 def _depth_first(parents: Array) -> tuple[Array, Array]:

@@ -78,7 +78,8 @@ LAYERS = [
     ["request"],
     ["attention"],
     ["explain"],
-    ["nn", "parallel", "cache", "compat", "show", "testing"],
+    ["cache"],
+    ["nn", "parallel", "compat", "show", "testing"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -24,10 +24,21 @@ from ..shapes import Array, Bool, Float, Form, Int, UInt32
 
 @pytree
 class Dropout:
-    """Dropout on the weights: the rate, and a seed of two words."""
+    """Dropout on the weights: the rate, and a seed of two words.
+
+    Where it is `shared`, the same cells `(q, k)` drop in all batch rows and heads.
+    """
 
     rate: Any
     seed: UInt32[Array, "2"]
+    shared: bool = static(default=False)
+
+    def rows(
+        self, b: Int[Array, "..."], h: Int[Array, "..."], q: Int[Array, "..."]
+    ) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+        """Two words for each row of weights at positions that broadcast; see `row_keys`."""
+        nowhere = jnp.zeros((), jnp.int32)
+        return row_keys(self.seed, *((nowhere, nowhere) if self.shared else (b, h)), q)
 
 
 @pytree

@@ -71,7 +71,7 @@ def head(call: Call, q: Any, k: Any, v: Any, b: Any, h: Any, q_at: Any, k_at: An
     lse = jnp.where(row_seen, top + jnp.log(total), -jnp.inf)
     p = p / total[:, None]
     if call.dropout is not None:
-        keys = base.row_keys(call.dropout.seed, b, h, q_at[:, None])
+        keys = call.dropout.rows(b, h, q_at[:, None])
         keep = base.keeps(keys, k_at[None, :], call.dropout.rate)
         p = jnp.where(keep, p * base.kept_scale(call.dropout.rate, dtype), 0)
     # The row's own `where`: whatever cotangent its zero receives, nothing comes of it.

@@ -155,7 +155,7 @@ def _dropout(call: Call) -> tuple[Array, ...]:
     sizes = call.sizes
     at = call.positions.filled(sizes.B, sizes.N, sizes.T, sizes.S)
     b, h = at.b[:, None, None], at.h[None, :, None]
-    first, second = base.row_keys(call.dropout.seed, b, h, at.q[:, None, :])
+    first, second = call.dropout.rows(b, h, at.q[:, None, :])
     shape = (sizes.B, sizes.N, sizes.T)
     rate = jnp.asarray(call.dropout.rate, base.accumulator(call.query.dtype))
     return (

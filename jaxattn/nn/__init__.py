@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["linen"]
+from .adapters import attention_fn
+from .heads import RoPE
+
+__all__ = ["RoPE", "attention_fn", "linen", "nnx"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in ("linen", "nnx"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

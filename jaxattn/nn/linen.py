@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..algebra import Mask, as_mask
-from ..attention import attention
-from ..scores import Score
-from ..shapes import Array, Float
+from ..cache import Cache, KVCache
+from ..shapes import Array, Float, Int
+from . import heads
+from .adapters import attention_fn
+from .heads import RoPE
+
+__all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 
 
 class MultiHeadAttention(nn.Module):
     """Multi-head attention: projections, `jaxattn.attention`, and a projection back.
 
     `out = concat_h(attention(x W_q, y W_k, y W_v)) W_o`, with the parameters named and shaped as in
-    `flax.linen.MultiHeadDotProductAttention`: `query`, `key`, `value` with kernels
-    `[features, heads, head dim]` and `out` with `[heads, head dim, features]`.
+    `flax.linen.MultiHeadDotProductAttention`, so that a checkpoint of one is one of the other:
+    `query`, `key`, `value` with kernels `[features, heads, head dim]`, `out` with
+    `[heads, head dim, features]`, `query_ln` and `key_ln` where `normalize_qk`.
 
     Attributes:
       num_heads: query heads N.
       num_kv_heads: key and value heads K, a divisor of N (grouped queries); N by default.
       qkv_features: N times the head dimension; by default the features of `inputs_q`.
+      head_dim: H, where it is not `qkv_features / num_heads`.
       out_features: of the output; by default the features of `inputs_q`.
-      mask: a mask without leaves, or a factory `() -> mask`, used in every call, with `&` the
+      mask: a mask without arrays, or a factory `() -> mask`, used in every call, with `&` the
         mask of the call.
-      score: a score without leaves, or a factory `() -> score`, used where the call gives none.
+      score: a score without arrays, or a factory `() -> score`, used where the call gives none.
+      rope: turns queries and keys by their positions: a `RoPE`, or any function of
+        `[B, T, N, H]` and positions `[T]` or `[B, T]`.
+      sinks: whether each head learns a logit that takes weight and gives no value.
+      normalize_qk: whether queries and keys pass a LayerNorm first (2302.05442).
       dropout_rate: of the attention weights; drawn from the rng collection "dropout".
       deterministic: True turns dropout off; may be given in the call instead.
       use_bias: whether projections have a bias.
@@ -35,6 +46,9 @@ class MultiHeadAttention(nn.Module):
       param_dtype: of the parameters.
       precision: of all matrix products.
       kernel_init, bias_init: initialisers of the projections.
+      out_kernel_init, out_bias_init: of the last one, where they differ.
+      sharding: names of mesh axes for (features, heads, head dimension) of all parameters, as
+        `("data", "model", None)`; kept as `flax.linen.Partitioned`.
       backend: of `jaxattn.attention`.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762; grouped queries: arXiv 2305.13245.
@@ -43,9 +57,13 @@ class MultiHeadAttention(nn.Module):
     num_heads: int
     num_kv_heads: int | None = None
     qkv_features: int | None = None
+    head_dim: int | None = None
     out_features: int | None = None
     mask: Any = None
     score: Any = None
+    rope: Callable[[Array, Array], Array] | None = None
+    sinks: bool = False
+    normalize_qk: bool = False
     dropout_rate: float = 0.0
     deterministic: bool | None = None
     use_bias: bool = True
@@ -54,94 +72,250 @@ class MultiHeadAttention(nn.Module):
     precision: Any = None
     kernel_init: Any = nn.linear.default_kernel_init
     bias_init: Any = nn.initializers.zeros_init()
+    out_kernel_init: Any = None
+    out_bias_init: Any = None
+    sharding: tuple[str | None, str | None, str | None] | None = None
     backend: str = "auto"
 
-    @nn.compact
     def __call__(
         self,
         inputs_q: Float[Array, "*B T features"],
-        inputs_kv: Float[Array, "*B S kv_features"] | None = None,
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
         *,
         mask: Any = None,
         score: Any = None,
         positions: Any = None,
+        rope_positions: Int[Array, "*Bp T"] | None = None,
+        cache: Cache | None = None,
+        counts: Int[Array, "B"] | None = None,
         deterministic: bool | None = None,
-    ) -> Float[Array, "*B T out_features"]:
+        sow_weights: bool = False,
+    ) -> Any:
         """Queries from `inputs_q`, keys and values from `inputs_kv` (by default the same).
 
         Args:
           inputs_q: `[B, T, features]` or `[T, features]`.
-          inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention.
+          inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention; or what `remember`
+            made of it, so that it is projected once and not at every step.
           mask: which query may see which key, as in `jaxattn.attention`.
           score: what changes the logits, as in `jaxattn.attention`.
-          positions: what masks and scores see, as in `jaxattn.attention`.
+          positions: what masks, scores and `rope` see, as in `jaxattn.attention`.
+          rope_positions: what `rope` sees instead, of queries and of keys: positions within packed
+            documents, depths in a tree of drafts.
+          cache: keys and values of the tokens before; those of this call are appended.
+          counts: how many of the tokens of each row are real, `[B]`, for the cache.
           deterministic: True turns dropout off.
+          sow_weights: put the weights `[B, N, T, S]`, before dropout, into the collection
+            "intermediates" as "attention_weights": O(T * S) memory.
 
         Returns:
-          `[B, T, out_features]` or `[T, out_features]`.
+          `[B, T, out_features]` or `[T, out_features]`; with a cache, that and the cache after.
 
         Raises:
           ValueError: for head counts that do not divide the features.
         """
-        features = self.qkv_features or inputs_q.shape[-1]
-        kv_heads = self.num_kv_heads or self.num_heads
-        if features % self.num_heads:
-            raise ValueError(
-                f"MultiHeadAttention(qkv_features): got {features}, expected a multiple of "
-                f"num_heads={self.num_heads}"
-            )
-        if self.num_heads % kv_heads:
-            raise ValueError(
-                f"MultiHeadAttention(num_kv_heads): got {kv_heads}, expected a divisor of "
-                f"num_heads={self.num_heads}"
-            )
-        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
-        head_dim = features // self.num_heads
+        return self._all(
+            inputs_q,
+            inputs_kv,
+            mask=mask,
+            score=score,
+            positions=positions,
+            rope_positions=rope_positions,
+            cache=cache,
+            counts=counts,
+            deterministic=deterministic,
+            sow_weights=sow_weights,
+        )
 
-        def projection(name: str, features: Any, axis: Any) -> nn.DenseGeneral:
-            return nn.DenseGeneral(
-                features=features,
-                axis=axis,
+    def remember(self, inputs_kv: Float[Array, "B S kv_features"]) -> KVCache:
+        """Keys and values of `inputs_kv`, to be given as `inputs_kv` to any number of calls.
+
+        Needs `head_dim` or `qkv_features` where the queries' features are not those of `inputs_kv`.
+        """
+        return self._all(None, inputs_kv)
+
+    @nn.compact
+    def _all(self, inputs_q: Any, inputs_kv: Any, **call: Any) -> Any:
+        inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        features = self.qkv_features or (inputs_kv if inputs_q is None else inputs_q).shape[-1]
+        kv_heads, head_dim = heads.sizes(
+            "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
+        )
+        by_feature, by_head, by_dim = self.sharding or (None, None, None)
+
+        def placed(init: Any, *names: str | None) -> Any:
+            return init if self.sharding is None else nn.with_partitioning(init, names)
+
+        def projected(name: str, number: int, x: Array) -> Array:
+            projection = nn.DenseGeneral(
+                features=(number, head_dim),
                 use_bias=self.use_bias,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 precision=self.precision,
-                kernel_init=self.kernel_init,
-                bias_init=self.bias_init,
+                kernel_init=placed(self.kernel_init, by_feature, by_head, by_dim),
+                bias_init=placed(self.bias_init, by_head, by_dim),
                 name=name,
-            )
+            )(x)
+            if not self.normalize_qk or name == "value":
+                return projection
+            return nn.LayerNorm(
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                scale_init=placed(nn.initializers.ones_init(), by_dim),
+                name=f"{name}_ln",
+            )(projection)
 
-        query = projection("query", (self.num_heads, head_dim), -1)(inputs_q)
-        key = projection("key", (kv_heads, head_dim), -1)(inputs_kv)
-        value = projection("value", (kv_heads, head_dim), -1)(inputs_kv)
+        memory = inputs_kv if isinstance(inputs_kv, Cache) else None
+        key: Any = None
+        value: Any = None
+        if memory is None:
+            key = projected("key", kv_heads, inputs_kv)
+            value = projected("value", kv_heads, inputs_kv)
+        if inputs_q is None:
+            return heads.remembered(key, value, self.rope)
+        query = projected("query", self.num_heads, inputs_q)
 
+        deterministic, sow_weights = call.pop("deterministic"), call.pop("sow_weights")
         rate, seed = 0.0, None
         if self.dropout_rate > 0:
             is_off = nn.merge_param("deterministic", self.deterministic, deterministic)
             rate = 0.0 if is_off else self.dropout_rate
             seed = None if is_off else self.make_rng("dropout")
-        out = attention(
+        sinks = None
+        if self.sinks:
+            init = placed(nn.initializers.zeros_init(), by_head)
+            sinks = self.param("sinks", init, (self.num_heads,), self.param_dtype)
+        own_mask = heads.made("MultiHeadAttention", "mask", self.mask)
+        own_score = heads.made("MultiHeadAttention", "score", self.score)
+        mask, score = call.pop("mask"), call.pop("score")
+        out, cache = heads.attend(
             query,
             key,
             value,
-            mask=_both(made(self.mask), mask),
-            score=made(self.score) if score is None else score,
-            positions=positions,
+            memory=memory,
+            rope=self.rope,
+            mask=heads.both(own_mask, mask),
+            score=own_score if score is None else score,
+            sinks=sinks,
             dropout_rate=rate,
             dropout_seed=seed,
             precision=self.precision,
             backend=self.backend,
+            sow=partial(self.sow, "intermediates", "attention_weights") if sow_weights else None,
+            **call,
         )
-        return projection("out", self.out_features or inputs_q.shape[-1], (-2, -1))(out)
+        out = nn.DenseGeneral(
+            features=self.out_features or inputs_q.shape[-1],
+            axis=(-2, -1),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=placed(
+                self.out_kernel_init or self.kernel_init, by_head, by_dim, by_feature
+            ),
+            bias_init=placed(self.out_bias_init or self.bias_init, by_feature),
+            name="out",
+        )(out)
+        return out if cache is None else (out, cache)
 
 
-def made(attribute: Any) -> Any:
-    """A mask or score given as a module's attribute: itself, or what its factory makes."""
-    is_factory = callable(attribute) and not isinstance(attribute, (Mask, Score))
-    return attribute() if is_factory else attribute
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention if there is a memory, and a feed-forward network.
 
+    Each adds to its input: `x + f(norm(x))` (pre, 2002.04745), or `norm(x + f(x))` (post,
+    1706.03762).
 
-def _both(first: Any, second: Any) -> Any:
-    if first is None or second is None:
-        return second if first is None else first
-    return as_mask(first) & second
+    Attributes:
+      attention: makes the attention, as `partial(MultiHeadAttention, num_heads=8)`; given a `name`.
+      mlp_features: width of the feed-forward network.
+      norm: "pre" or "post".
+      activation: of the feed-forward network.
+      dropout_rate: of what is added, drawn from the rng collection "dropout".
+      deterministic: True turns dropout off; may be given in the call instead.
+      dtype, param_dtype: of the norms and of the feed-forward network.
+    """
+
+    attention: Callable[..., nn.Module]
+    mlp_features: int
+    norm: Literal["pre", "post"] = "pre"
+    activation: Callable[[Array], Array] = nn.gelu
+    dropout_rate: float = 0.0
+    deterministic: bool | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        mask: Any = None,
+        score: Any = None,
+        positions: Any = None,
+        rope_positions: Int[Array, "*Bp T"] | None = None,
+        cache: Cache | None = None,
+        counts: Int[Array, "B"] | None = None,
+        memory: Float[Array, "*B S memory_features"] | Cache | None = None,
+        memory_mask: Any = None,
+        deterministic: bool | None = None,
+        sow_weights: bool = False,
+    ) -> Any:
+        """The block's output, in the shape of its input; with a cache, that and the cache after.
+
+        Args:
+          x: `[B, T, features]` or `[T, features]`.
+          mask, score, positions, rope_positions, cache, counts: of self-attention, as in
+            `MultiHeadAttention`.
+          memory: what cross-attention attends to, `[B, S, features]`, or what `remember` made of
+            it.
+          memory_mask: which query may see which part of the memory.
+          deterministic: True turns dropout off.
+          sow_weights: as in `MultiHeadAttention`, for both attentions.
+        """
+        deterministic = self.deterministic if deterministic is None else deterministic
+        both = {"deterministic": deterministic, "sow_weights": sow_weights}
+        own = {"mask": mask, "score": score, "positions": positions, "cache": cache}
+        own |= {"rope_positions": rope_positions, "counts": counts, **both}
+        return self._all(x, memory, own, {"mask": memory_mask, **both})
+
+    def remember(self, memory: Float[Array, "B S memory_features"]) -> KVCache:
+        """Keys and values of the memory, to be given as `memory` to any number of calls."""
+        return self._all(None, memory, {}, {})
+
+    @nn.compact
+    def _all(self, x: Any, memory: Any, own: dict[str, Any], cross: dict[str, Any]) -> Any:
+        heads.check_norm(self.norm)
+        if x is None:
+            return self.attention(name="cross_attention").remember(memory)
+
+        def norm(name: str, x: Array) -> Array:
+            return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
+
+        def add(name: str, f: Callable[[Array], Array], x: Array) -> Array:
+            y = f(norm(name, x) if self.norm == "pre" else x)
+            if self.dropout_rate > 0:
+                y = nn.Dropout(self.dropout_rate)(y, deterministic=own["deterministic"])
+            return x + y if self.norm == "pre" else norm(name, x + y)
+
+        after = []
+
+        def attend(x: Array) -> Array:
+            out = self.attention(name="attention")(x, **own)
+            if own["cache"] is None:
+                return out
+            after.append(out[1])
+            return out[0]
+
+        def mlp(x: Array) -> Array:
+            dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+            hidden = self.activation(dense(self.mlp_features, name="mlp_in")(x))
+            return dense(x.shape[-1], name="mlp_out")(hidden)
+
+        x = add("attention_norm", attend, x)
+        if memory is not None:
+            attention = self.attention(name="cross_attention")
+            x = add("cross_norm", lambda x: attention(x, memory, **cross), x)
+        x = add("mlp_norm", mlp, x)
+        return (x, *after) if after else x

@@ -1,0 +1,189 @@
+"""What attention modules do between their projections, whichever Flax they are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..algebra import Mask, Positions, as_mask
+from ..attention import attention, attention_weights
+from ..cache import Cache, KVCache
+from ..scores import Score
+from ..shapes import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary position embeddings: pairs of features turn with the position.
+
+    `x[i], x[i + d/2]` turn by the angle `position * theta ** (-2 i / d)`, so that `q . k` depends
+    on the positions through `q - k` alone. Pairs are halves apart, as in Llama and `flax.nnx.RoPE`.
+
+    Attributes:
+      theta: the base of the frequencies.
+      fraction: of the head dimension that turns; the rest stays (GPT-NeoX).
+
+    Source: Su et al. 2021, arXiv 2104.09864.
+    """
+
+    theta: float = 10_000.0
+    fraction: float = 1.0
+
+    def __call__(
+        self, x: Float[Array, "*B T N H"], positions: Int[Array, "*Bp T"]
+    ) -> Float[Array, "*B T N H"]:
+        """`x` turned by `positions`, `[T]` or `[B, T]`; angles are float32."""
+        d = int(x.shape[-1] * self.fraction)
+        if d % 2 or d < 2:
+            raise ValueError(
+                f"RoPE(fraction): got {self.fraction}, {d} features of a head dimension of "
+                f"{x.shape[-1]}, expected an even number"
+            )
+        rates = self.theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
+        # [(B,) T, 1, d / 2]
+        at = positions.reshape(*(1,) * (x.ndim - 2 - positions.ndim), *positions.shape, 1, 1)
+        angles = at.astype(jnp.float32) * rates.reshape(*(1,) * (at.ndim - 1), -1)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        turning = x[..., :d].astype(jnp.float32)
+        first, second = turning[..., : d // 2], turning[..., d // 2 :]
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        return jnp.concatenate([turned.astype(x.dtype), x[..., d:]], -1)
+
+
+def sizes(
+    module: str, features: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """Key heads and head dimension, checked.
+
+    Raises:
+      ValueError: for head counts that do not divide.
+    """
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if head_dim is None and features % num_heads:
+        raise ValueError(
+            f"{module}(qkv_features): got {features}, expected a multiple of "
+            f"num_heads={num_heads}; or say head_dim"
+        )
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"{module}(num_kv_heads): got {kv_heads}, expected a divisor of num_heads={num_heads}"
+        )
+    return kv_heads, features // num_heads if head_dim is None else head_dim
+
+
+def made(module: str, name: str, attribute: Any) -> Any:
+    """A mask or score given as a module's attribute: itself, or what its factory makes.
+
+    Raises:
+      ValueError: for one with arrays: as part of a module they would be constants of the program.
+    """
+    if attribute is None:
+        return None
+    if isinstance(attribute, (Mask, Score)):
+        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(attribute)):
+            raise ValueError(
+                f"{module}({name}): got {attribute!r}, which holds arrays; expected one without, "
+                f"or a function that makes it; the call takes it as {name}=, where its arrays are "
+                "arguments of the program"
+            )
+        return attribute
+    return attribute()
+
+
+def check_norm(norm: str) -> None:
+    """Checks where a block has its norms."""
+    if norm not in ("pre", "post"):
+        raise ValueError(f"TransformerBlock(norm): got {norm!r}, expected 'pre' or 'post'")
+
+
+def both(first: Any, second: Any) -> Any:
+    """The mask that both allow; `None` stands for everything."""
+    if first is None or second is None:
+        return second if first is None else first
+    return as_mask(first) & second
+
+
+def remembered(
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    rope: Callable[[Array, Array], Array] | None,
+) -> KVCache:
+    """Projected keys and values, to be read by any number of calls."""
+    if key.ndim != 4:
+        raise ValueError(
+            f"remember(inputs_kv): got keys of shape {list(key.shape)}, expected a batch: "
+            "inputs [B, S, features]"
+        )
+    B, S, K, H = key.shape
+    key = key if rope is None else rope(key, jnp.arange(S))
+    empty = KVCache.create(B, S, K, H, value_dim=value.shape[-1], dtype=key.dtype)
+    return empty.append(key, value)
+
+
+def attend(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"] | None,
+    value: Float[Array, "*B S K Hv"] | None,
+    *,
+    memory: Cache | None = None,
+    cache: Cache | None = None,
+    counts: Int[Array, "B"] | None = None,
+    rope: Callable[[Array, Array], Array] | None = None,
+    rope_positions: Int[Array, "*Bp T"] | None = None,
+    positions: Positions | None = None,
+    sow: Callable[[Array], Any] | None = None,
+    **options: Any,
+) -> tuple[Array, Cache | None]:
+    """Rotary embeddings, the cache, and attention, in that order.
+
+    Args:
+      query, key, value: projected; no key and value where there is a memory.
+      memory: what is attended to as it is.
+      cache: what key and value are appended to.
+      sow: is given the weights.
+      **options: those of `attention`.
+
+    Returns:
+      The output, and the cache after; `None` without one.
+    """
+    given = positions or Positions()
+    T = query.shape[-3]
+    if cache is not None and (memory is not None or positions is not None):
+        name = "inputs_kv" if memory is not None else "positions"
+        raise ValueError(f"{name}: got a {type(cache).__name__} too; a cache says where keys stand")
+    if (cache is not None or memory is not None) and query.ndim != 4:
+        raise ValueError(
+            f"inputs_q: got queries of shape {list(query.shape)} with a cache, expected a batch: "
+            "inputs [B, T, features]"
+        )
+    q_at = cache.upcoming(T) if cache is not None else _counted(given.q, T)
+    if rope is not None:
+        turn_q = q_at if rope_positions is None else jnp.asarray(rope_positions)
+        query = rope(query, turn_q)
+        if key is not None:
+            of_keys = q_at if cache is not None else _counted(given.k, key.shape[-3])
+            key = rope(key, of_keys if rope_positions is None else turn_q)
+    if cache is not None:
+        assert key is not None
+        assert value is not None
+        cache = cache.append(key, value, counts)
+    source = memory if cache is None else cache
+    if source is not None:
+        key, value = source.read()
+        q_at = jnp.broadcast_to(q_at, query.shape[:2])
+        given = Positions(b=given.b, h=given.h, q=q_at, k=source.positions)
+        options["mask"] = both(options["mask"], source.mask)
+    assert key is not None
+    assert value is not None
+    if sow is not None:
+        seen = ("mask", "score", "sinks", "precision")
+        sow(attention_weights(query, key, positions=given, **{n: options[n] for n in seen}))
+    return attention(query, key, value, positions=given, **options), cache
+
+
+def _counted(positions: Any, length: int) -> Int[Array, "..."]:
+    return jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)
