@@ -34,7 +34,8 @@ def _recent(b: Any, h: Any, q: Any, k: Any, window: Any) -> Any:
     return q - k <= window
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
+def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
+    """Room for keys or values: zeros, and with int8 a scale for each head of each token."""
     held = jnp.zeros(shape, dtype)
     if held.dtype == jnp.int8:
         return held, jnp.zeros((*shape[:-1], 1), jnp.float32)
@@ -43,7 +44,7 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
     return (held,)
 
 
-def _packed(array: Array, dtype: Any) -> tuple[Array, ...]:
+def packed(array: Array, dtype: Any) -> tuple[Array, ...]:
     """What is held of new keys or values: themselves, or as int8 with a scale for each head."""
     if dtype != jnp.int8:
         return (array.astype(dtype),)
@@ -53,7 +54,8 @@ def _packed(array: Array, dtype: Any) -> tuple[Array, ...]:
     return whole.astype(jnp.int8), scale
 
 
-def _unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
+def unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
+    """What `packed` packed."""
     if len(held) == 1:
         return held[0].astype(dtype)
     whole, scale = held
@@ -75,7 +77,7 @@ def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
     return jnp.clip(array.astype(jnp.int32), 0, T)
 
 
-def _check_room(length: Array, room: Any) -> None:
+def check_room(length: Array, room: Any) -> None:
     """Raises for a row that overflows, where that can be seen."""
     lengths, places = known(length), known(room)
     if lengths is None or places is None or not (lengths > places).any():
@@ -89,7 +91,8 @@ def _check_room(length: Array, room: Any) -> None:
     )
 
 
-def _check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
+def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
+    """Raises for a size that is no integer, or too small."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < least:
             raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
@@ -198,8 +201,8 @@ class Cache:
                 f"cache.append(value): got {value.shape[1]} tokens, expected the {T} of the keys"
             )
         return (
-            _packed(key, self.key[0].dtype),
-            _packed(value, self.value[0].dtype),
+            packed(key, self.key[0].dtype),
+            packed(value, self.value[0].dtype),
             _counts(counts, B, T),
         )
 
@@ -249,11 +252,11 @@ class KVCache(Cache):
             token by its largest number, in a quarter of float32's memory: errors of 1/254 of it.
         """
         sizes = {"batch": batch, "capacity": capacity, "heads": heads, "head_dim": head_dim}
-        _check_sizes("KVCache.create", sizes)
+        check_sizes("KVCache.create", sizes)
         hold = dtype if stored is None else stored
         return cls(
-            _empty((batch, capacity, heads, head_dim), hold),
-            _empty((batch, capacity, heads, value_dim or head_dim), hold),
+            empty((batch, capacity, heads, head_dim), hold),
+            empty((batch, capacity, heads, value_dim or head_dim), hold),
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
             jnp.dtype(dtype),
@@ -282,8 +285,8 @@ class KVCache(Cache):
           chunk: the most tokens that one `append` brings, and that `truncate` takes back.
           batch, heads, head_dim, value_dim, dtype, stored: as in `create`.
         """
-        _check_sizes("KVCache.rolling", {"window": window}, least=0)
-        _check_sizes("KVCache.rolling", {"chunk": chunk})
+        check_sizes("KVCache.rolling", {"window": window}, least=0)
+        check_sizes("KVCache.rolling", {"chunk": chunk})
         made = cls.create(
             batch, window + chunk, heads, head_dim, value_dim=value_dim, dtype=dtype, stored=stored
         )
@@ -308,7 +311,7 @@ class KVCache(Cache):
         return held if self.window is None else held & Predicate(_recent, (self.window,))
 
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        return _unpacked(self.key, self.dtype), _unpacked(self.value, self.dtype)
+        return unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
 
     def append(
         self,
@@ -319,7 +322,7 @@ class KVCache(Cache):
         new_key, new_value, number = self._tokens(key, value, counts)
         T = new_key[0].shape[1]
         if self.window is None:
-            _check_room(self.length + number, self.capacity)
+            check_room(self.length + number, self.capacity)
         elif self.capacity < self.window + T:
             raise ValueError(
                 f"cache.append(key): got {T} tokens, expected at most the "
@@ -376,185 +379,3 @@ class KVCache(Cache):
         """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
         order = jnp.asarray(rows)
         return jax.tree.map(lambda a: a[order], self)
-
-
-@pytree
-class PagedKVCache(Cache):
-    """Keys and values in pages that the rows share: long rows take many, short rows few.
-
-    Memory is that of `pages`, not of the longest row times the batch. `append` takes pages as it
-    needs them and `free` gives them back.
-
-    Attributes:
-      table: int32 `[B, pages a row]`: the pages of each row in order, -1 where it has none.
-    """
-
-    key: tuple[Array, ...]
-    value: tuple[Array, ...]
-    table: Int[Array, "B P"]
-    length: Int[Array, "B"]
-    overflowed: Bool[Array, "B"]
-    dtype: Any = static()
-
-    @classmethod
-    def create(
-        cls,
-        batch: int,
-        pages: int,
-        page: int,
-        heads: int,
-        head_dim: int,
-        *,
-        pages_per_row: int | None = None,
-        value_dim: int | None = None,
-        dtype: Any = jnp.float32,
-        stored: Any = None,
-    ) -> PagedKVCache:
-        """An empty cache.
-
-        Args:
-          batch: rows B.
-          pages: how many pages all rows share.
-          page: tokens in a page.
-          pages_per_row: the most that one row can have; by default all of them.
-          heads, head_dim, value_dim, dtype, stored: as in `KVCache.create`.
-        """
-        columns = pages if pages_per_row is None else pages_per_row
-        sizes = {"batch": batch, "pages": pages, "page": page, "heads": heads}
-        sizes |= {"head_dim": head_dim, "pages_per_row": columns}
-        _check_sizes("PagedKVCache.create", sizes)
-        hold = dtype if stored is None else stored
-        return cls(
-            _empty((pages, page, heads, head_dim), hold),
-            _empty((pages, page, heads, value_dim or head_dim), hold),
-            jnp.full((batch, columns), -1, jnp.int32),
-            jnp.zeros(batch, jnp.int32),
-            jnp.zeros(batch, bool),
-            jnp.dtype(dtype),
-        )
-
-    @property
-    def page(self) -> int:
-        """Tokens in a page."""
-        return int(self.key[0].shape[1])
-
-    @property
-    def capacity(self) -> int:
-        return int(self.table.shape[1]) * self.page
-
-    @property
-    def positions(self) -> Int[Array, "B S"]:
-        places = jnp.arange(self.capacity, dtype=jnp.int32)
-        return jnp.broadcast_to(places, (self.table.shape[0], self.capacity))
-
-    @property
-    def available(self) -> Int[Array, ""]:
-        """How many pages nobody has."""
-        return (~self._taken()).sum(dtype=jnp.int32)
-
-    def _taken(self) -> Bool[Array, "pages"]:
-        pages = self.key[0].shape[0]
-        at = jnp.where(self.table < 0, pages, self.table)
-        return jnp.zeros(pages, bool).at[at].set(True, mode="drop")
-
-    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        pages = jnp.maximum(self.table, 0)
-
-        def gathered(held: tuple[Array, ...]) -> Array:
-            rows = tuple(a[pages].reshape(len(pages), -1, *a.shape[2:]) for a in held)
-            return _unpacked(rows, self.dtype)
-
-        return gathered(self.key), gathered(self.value)
-
-    def allocate(self, counts: Int[ArrayLike, "B"] | int) -> PagedKVCache:
-        """The cache with pages for `counts` more tokens of each row, as far as there are any."""
-        number = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), self.length.shape)
-        has = (self.table >= 0).sum(1, dtype=jnp.int32)
-        wants = jnp.minimum(-(-(self.length + number) // self.page), self.table.shape[1])
-        need = jnp.maximum(wants - has, 0)
-        taken = self._taken()
-        pages = taken.size
-        rank = jnp.cumsum(~taken, dtype=jnp.int32) - 1
-        numbers = jnp.arange(pages, dtype=jnp.int32)
-        # The n-th free page, and -1 beyond the last.
-        free = jnp.full(pages, -1, jnp.int32)
-        free = free.at[jnp.where(taken, pages, rank)].set(numbers, mode="drop")
-        column = jnp.arange(self.table.shape[1], dtype=jnp.int32)[None] - has[:, None]
-        nth = (jnp.cumsum(need, dtype=jnp.int32) - need)[:, None] + column
-        given = jnp.where(nth < pages, free[jnp.clip(nth, 0, pages - 1)], -1)
-        table = jnp.where((column >= 0) & (column < need[:, None]), given, self.table)
-        return PagedKVCache(self.key, self.value, table, self.length, self.overflowed, self.dtype)
-
-    def free(self, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
-        """The cache with these rows empty and their pages given back."""
-        gone = jnp.asarray(rows)
-        if gone.dtype != jnp.bool_ or gone.shape != self.length.shape:
-            raise ValueError(
-                f"cache.free(rows): got {gone.dtype}{list(gone.shape)}, expected booleans [B] = "
-                f"[{self.length.shape[0]}], True for a row to be freed"
-            )
-        return PagedKVCache(
-            self.key,
-            self.value,
-            jnp.where(gone[:, None], -1, self.table),
-            jnp.where(gone, 0, self.length),
-            self.overflowed & ~gone,
-            self.dtype,
-        )
-
-    def append(
-        self,
-        key: Float[ArrayLike, "B T K H"],
-        value: Float[ArrayLike, "B T K Hv"],
-        counts: Int[ArrayLike, "B"] | None = None,
-    ) -> PagedKVCache:
-        return self._put(*self._tokens(key, value, counts))
-
-    def _put(
-        self, key: tuple[Array, ...], value: tuple[Array, ...], number: Int[Array, "B"]
-    ) -> PagedKVCache:
-        grown = self.allocate(number)
-        room = (grown.table >= 0).sum(1, dtype=jnp.int32) * self.page
-        _check_room(self.length + number, room)
-        T = key[0].shape[1]
-        at = self.upcoming(T)
-        fits = (jnp.arange(T, dtype=jnp.int32)[None] < number[:, None]) & (at < room[:, None])
-        column = jnp.minimum(at // self.page, self.table.shape[1] - 1)
-        pages = jnp.take_along_axis(grown.table, column, axis=1)
-        pages = jnp.where(fits, pages, self.key[0].shape[0])
-
-        def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
-            inside = at % self.page
-            return tuple(
-                a.at[pages, inside].set(n, mode="drop") for a, n in zip(held, new, strict=True)
-            )
-
-        length = self.length + number
-        most = jnp.minimum(length, room)
-        return PagedKVCache(
-            put(self.key, key),
-            put(self.value, value),
-            grown.table,
-            most,
-            self.overflowed | (most < length),
-            self.dtype,
-        )
-
-    def truncate(self, length: Int[ArrayLike, "B"] | int) -> PagedKVCache:
-        """The cache without the tokens from position `length` on; a row keeps its pages."""
-        shorter = jnp.minimum(self.length, jnp.maximum(jnp.asarray(length, jnp.int32), 0))
-        over = self.overflowed & (shorter > 0)
-        return PagedKVCache(self.key, self.value, self.table, shorter, over, self.dtype)
-
-    def reorder(self, rows: Int[ArrayLike, "B"]) -> PagedKVCache:
-        """The cache whose row b is this one's row `rows[b]`, copied to pages of its own."""
-        order = jnp.asarray(rows)
-        pages = jnp.maximum(self.table, 0)[order]
-
-        def copied(held: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(a[pages].reshape(order.shape[0], -1, *a.shape[2:]) for a in held)
-
-        new = self.free(jnp.ones_like(self.overflowed))
-        new = new._put(copied(self.key), copied(self.value), self.length[order])
-        over = new.overflowed | self.overflowed[order]
-        return PagedKVCache(new.key, new.value, new.table, new.length, over, new.dtype)
