@@ -32,7 +32,15 @@ ROOT = HERE.parent
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
 Mask = Literal[
-    "full", "causal", "window", "documents", "prefix", "padding", "dilated", "neighbourhood"
+    "full",
+    "causal",
+    "window",
+    "documents",
+    "prefix",
+    "padding",
+    "dilated",
+    "neighbourhood",
+    "decode",
 ]
 Passes = Literal["forward", "forward+backward"]
 OURS = "jaxattn"
@@ -45,6 +53,7 @@ class Config:
 
     masks: tuple[Mask, ...] = (
         "full", "causal", "window", "documents", "prefix", "padding", "dilated", "neighbourhood",
+        "decode",
     )  # fmt: skip
     passes: tuple[Passes, ...] = ("forward", "forward+backward")
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
@@ -189,7 +198,7 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
         if config.maps:
             contestant = Contestant(OURS)
             for mask in config.masks:
-                if mask != "full":
+                if mask not in ("full", "decode"):
                     reply = contestant.ask(map={"mask": mask, "T": config.maps})
                     report["maps"][mask] = reply.get("seconds", reply.get("error"))
             contestant.close()

@@ -43,6 +43,7 @@ def our_mask(name: str, T: int) -> Any:
     return {
         "full": lambda: None,
         "causal": lambda: masks.causal(),
+        "decode": lambda: masks.causal(),
         "window": lambda: masks.sliding_window(WINDOW),
         "documents": lambda: masks.segments(jnp.arange(T) // DOCUMENT) & masks.causal(),
         "prefix": lambda: masks.prefix_lm(prefix_length(T)),
@@ -52,14 +53,23 @@ def our_mask(name: str, T: int) -> Any:
     }[name]()
 
 
+def lengths(case: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Of query, key, value, and the output's cotangent: in decoding one query sees all keys."""
+    T = case["T"]
+    return (1, T, T, 1) if case["mask"] == "decode" else (T, T, T, T)
+
+
 def jax_run(attend: Callable[..., Any], case: dict[str, Any]) -> Run:
     """The jitted call or, for both passes, its gradients for a fixed cotangent."""
     import jax
     import jax.numpy as jnp
 
-    shape, dtype = (case["B"], case["T"], case["N"], case["H"]), jnp.dtype(case["dtype"])
+    dtype = jnp.dtype(case["dtype"])
     keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (jax.random.normal(key, shape, jnp.float32).astype(dtype) for key in keys)
+    q, k, v, g = (
+        jax.random.normal(key, (case["B"], n, case["N"], case["H"])).astype(dtype)
+        for key, n in zip(keys, lengths(case), strict=True)
+    )
     if case["passes"] == "forward":
         run = jax.jit(attend)
         return lambda: jax.block_until_ready(run(q, k, v))
@@ -73,10 +83,19 @@ def jax_run(attend: Callable[..., Any], case: dict[str, Any]) -> Run:
 
 
 def jaxattn(case: dict[str, Any], backend: str) -> Run:
+    import jax.numpy as jnp
+
     import jaxattn as ja
 
-    mask = our_mask(case["mask"], case["T"])
-    return jax_run(lambda q, k, v: ja.attention(q, k, v, mask=mask, backend=backend), case)
+    mask, options = our_mask(case["mask"], case["T"]), {}
+    if case["mask"] == "decode":
+        # As from a cache: the query stands at its end.
+        options["positions"] = ja.Positions(q=jnp.array([case["T"] - 1]))
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return ja.attention(q, k, v, mask=mask, backend=backend, **options)
+
+    return jax_run(attend, case)
 
 
 # --- peers -------------------------------------------------------------------------------------
@@ -89,6 +108,7 @@ def jax_nn(case: dict[str, Any]) -> Run:
     name, T = case["mask"], case["T"]
     native: dict[str, dict[str, Any]] = {
         "full": {},
+        "decode": {},
         "causal": {"is_causal": True},
         "window": {"local_window_size": (WINDOW, 0)},
         "padding": {"key_value_seq_lengths": jnp.full(case["B"], real_length(T), jnp.int32)},
@@ -113,6 +133,7 @@ def torch_mask(name: str, T: int) -> Any:
 
     return {
         "full": None,
+        "decode": None,
         "causal": lambda b, h, q, k: q >= k,
         "window": lambda b, h, q, k: (q - k <= WINDOW) & (q >= k),
         "documents": lambda b, h, q, k: (documents[q] == documents[k]) & (q >= k),
@@ -127,10 +148,12 @@ def torch_run(attend: Callable[..., Any], case: dict[str, Any]) -> Run:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = (case["B"], case["N"], case["T"], case["H"])
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[case["dtype"]]
     torch.manual_seed(0)
-    q, k, v, g = (torch.randn(shape, dtype=dtype, device=device) for _ in range(4))
+    q, k, v, g = (
+        torch.randn((case["B"], case["N"], n, case["H"]), dtype=dtype, device=device)
+        for n in lengths(case)
+    )
 
     def wait() -> None:
         if device == "cuda":
@@ -154,7 +177,7 @@ def torch_sdpa(case: dict[str, Any]) -> Run:
     from torch.nn.functional import scaled_dot_product_attention as attend
 
     name, T = case["mask"], case["T"]
-    if name in ("full", "causal"):
+    if name in ("full", "causal", "decode"):
         return torch_run(lambda q, k, v: attend(q, k, v, is_causal=name == "causal"), case)
     positions = torch.arange(T, device="cuda" if torch.cuda.is_available() else "cpu")
     mask = torch_mask(name, T)(0, 0, positions[:, None], positions[None, :]).expand(T, T)
