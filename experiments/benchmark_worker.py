@@ -87,13 +87,12 @@ def jaxattn(case: dict[str, Any], backend: str) -> Run:
 
     import jaxattn as ja
 
-    mask, options = our_mask(case["mask"], case["T"]), {}
-    if case["mask"] == "decode":
-        # As from a cache: the query stands at its end.
-        options["positions"] = ja.Positions(q=jnp.array([case["T"] - 1]))
+    mask = our_mask(case["mask"], case["T"])
+    # As from a cache: the query stands at its end.
+    decoding = ja.Positions(q=jnp.array([case["T"] - 1])) if case["mask"] == "decode" else None
 
     def attend(q: Any, k: Any, v: Any) -> Any:
-        return ja.attention(q, k, v, mask=mask, backend=backend, **options)
+        return ja.attention(q, k, v, mask=mask, positions=decoding, backend=backend)
 
     return jax_run(attend, case)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Positions
-from .backends import base, dense, tiled
+from .backends import base, decode, dense, tiled
 from .backends.base import Call
 from .request import request
 from .shapes import Array, ArrayLike, Float
@@ -24,10 +24,10 @@ _SMALL = 2**20
 _SMALL_ACCELERATED = 2**26
 # Few queries of many keys, as in decoding: the definition copies all keys and values to make those
 # that nobody sees 0, where tiles copy what they need. From 0.25 to 0.5 million numbers on the tiled
-# backend is ahead, for 1 to 64 queries.
+# backend is ahead in float32, for 1 to 64 queries; in 16 bits it converts them, and is not.
 _SMALL_CACHE = 2**19
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "tiled": tiled}
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "decode": decode, "tiled": tiled}
 
 
 def attention(
@@ -209,20 +209,22 @@ def choose(call: Call, backend: str) -> Choice:
     platform = base.platform(call)
     most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
     held = call.key.size + call.value.size
+    others = {"decode": decode.refuse(call) or "faster only from a KVCache, which asks for it"}
     refused = tiled.refuse(call)
     if refused is not None:
-        return Choice("dense", f"nothing else can: {refused}", {"tiled": refused})
-    if logits <= most and platform == "cpu" and held > _SMALL_CACHE:
+        return Choice("dense", f"nothing else can: {refused}", {"tiled": refused, **others})
+    wide = call.query.dtype.itemsize >= 4
+    if logits <= most and platform == "cpu" and wide and held > _SMALL_CACHE:
         return Choice(
             "tiled",
             f"{logits} logits are few, but dense would copy keys and values ({held} numbers)",
-            {"dense": f"slower above {_SMALL_CACHE} numbers in keys and values on cpu"},
+            {"dense": f"slower above {_SMALL_CACHE} numbers in keys and values on cpu", **others},
         )
     if logits <= most:
         why = f"{logits} logits are few: up to {most} dense is faster on {platform}"
-        return Choice("dense", why, {"tiled": "slower for so few logits"})
+        return Choice("dense", why, {"tiled": "slower for so few logits", **others})
     return Choice(
         "tiled",
         f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",
-        {"dense": f"O(T * S) memory, and slower above {most} logits on {platform}"},
+        {"dense": f"O(T * S) memory, and slower above {most} logits on {platform}", **others},
     )

@@ -19,6 +19,7 @@ import numpy as np
 
 from .algebra import Mask, Positions, Predicate, as_mask, known, pytree, static
 from .attention import attention
+from .backends import decode
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 # The largest number of an int8, kept symmetric.
@@ -171,7 +172,8 @@ class Cache:
           at: their positions, what `upcoming` said before they were appended.
           mask: which query may see which key, by position. Without one a query sees the whole
             cache, later tokens of its own chunk included.
-          **options: those of `attention`, but for `positions`.
+          **options: those of `attention`, but for `positions`; without a `backend`, few queries
+            take "decode".
 
         Returns:
           What `attention` returns.
@@ -179,6 +181,11 @@ class Cache:
         key, value = self.read()
         held = self.mask if mask is None else as_mask(mask) & self.mask
         positions = Positions(q=jnp.asarray(at), k=self.positions)
+        _, T, N, _ = jnp.shape(query)
+        # XLA on CPU converts keys of 16 bits before it multiplies them, and dense does it best.
+        direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
+        if direct and T * (N // key.shape[2]) <= decode.MOST:
+            options = {"backend": "decode"} | options
         return attention(query, key, value, mask=held, positions=positions, **options)
 
     def _tokens(self, key: Any, value: Any, counts: Any) -> tuple[Any, Any, Int[Array, "B"]]:
@@ -186,7 +193,7 @@ class Cache:
         parts = []
         for name, given, held in (("key", key, self.key), ("value", value, self.value)):
             array = jnp.asarray(given)
-            expected = (self.length.shape[0], *held[0].shape[2:])
+            expected = (self.length.shape[0], held[0].shape[1], held[0].shape[3])
             if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != expected:
                 B, K, H = expected
                 raise ValueError(
@@ -210,6 +217,9 @@ class Cache:
 @pytree
 class KVCache(Cache):
     """Keys and values of each row in places of its own: `capacity` of them, or a ring.
+
+    `key[0]` is `[B, K, capacity, H]`: with heads first, decoding reads it as it lies, several times
+    faster than in the layout of the inputs.
 
     Example:
       >>> import jax.numpy as jnp, jaxattn as ja
@@ -255,8 +265,8 @@ class KVCache(Cache):
         check_sizes("KVCache.create", sizes)
         hold = dtype if stored is None else stored
         return cls(
-            empty((batch, capacity, heads, head_dim), hold),
-            empty((batch, capacity, heads, value_dim or head_dim), hold),
+            empty((batch, heads, capacity, head_dim), hold),
+            empty((batch, heads, capacity, value_dim or head_dim), hold),
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
             jnp.dtype(dtype),
@@ -294,7 +304,7 @@ class KVCache(Cache):
 
     @property
     def capacity(self) -> int:
-        return int(self.key[0].shape[1])
+        return int(self.key[0].shape[2])
 
     @property
     def positions(self) -> Int[Array, "B S"]:
@@ -311,7 +321,8 @@ class KVCache(Cache):
         return held if self.window is None else held & Predicate(_recent, (self.window,))
 
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        return unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
+        key, value = unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
+        return jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
 
     def append(
         self,
@@ -338,7 +349,8 @@ class KVCache(Cache):
         rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
 
         def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(a.at[rows, at].set(n, mode="drop") for a, n in zip(held, new, strict=True))
+            pairs = zip(held, new, strict=True)
+            return tuple(a.at[rows, :, at].set(n, mode="drop") for a, n in pairs)
 
         length = self.length + number
         most = length if self.window is not None else jnp.minimum(length, self.capacity)

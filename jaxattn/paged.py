@@ -58,8 +58,8 @@ class PagedKVCache(Cache):
         check_sizes("PagedKVCache.create", sizes)
         hold = dtype if stored is None else stored
         return cls(
-            empty((pages, page, heads, head_dim), hold),
-            empty((pages, page, heads, value_dim or head_dim), hold),
+            empty((pages, heads, page, head_dim), hold),
+            empty((pages, heads, page, value_dim or head_dim), hold),
             jnp.full((batch, columns), -1, jnp.int32),
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
@@ -69,7 +69,7 @@ class PagedKVCache(Cache):
     @property
     def page(self) -> int:
         """Tokens in a page."""
-        return int(self.key[0].shape[1])
+        return int(self.key[0].shape[2])
 
     @property
     def capacity(self) -> int:
@@ -94,8 +94,8 @@ class PagedKVCache(Cache):
         pages = jnp.maximum(self.table, 0)
 
         def gathered(held: tuple[Array, ...]) -> Array:
-            rows = tuple(a[pages].reshape(len(pages), -1, *a.shape[2:]) for a in held)
-            return unpacked(rows, self.dtype)
+            rows = unpacked(tuple(a[pages] for a in held), self.dtype)  # [B, P, K, page, H]
+            return jnp.moveaxis(rows, 2, 3).reshape(len(pages), self.capacity, *rows.shape[2::2])
 
         return gathered(self.key), gathered(self.value)
 
@@ -158,9 +158,8 @@ class PagedKVCache(Cache):
 
         def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
             inside = at % self.page
-            return tuple(
-                a.at[pages, inside].set(n, mode="drop") for a, n in zip(held, new, strict=True)
-            )
+            pairs = zip(held, new, strict=True)
+            return tuple(a.at[pages, :, inside].set(n, mode="drop") for a, n in pairs)
 
         length = self.length + number
         most = jnp.minimum(length, room)
@@ -185,7 +184,8 @@ class PagedKVCache(Cache):
         pages = jnp.maximum(self.table, 0)[order]
 
         def copied(held: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(a[pages].reshape(order.shape[0], -1, *a.shape[2:]) for a in held)
+            rows = (jnp.moveaxis(a[pages], 2, 3) for a in held)
+            return tuple(a.reshape(a.shape[0], self.capacity, *a.shape[3:]) for a in rows)
 
         new = self.free(jnp.ones_like(self.overflowed))
         new = new._put(copied(self.key), copied(self.value), self.length[order])

@@ -99,7 +99,7 @@ def test_a_ring_is_a_window(name: str) -> None:
         got, cache = in_pieces(ring(), pieces, mask)
         want = whole(mask & masks.sliding_window(4))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-        assert cache.key[0].shape[1] == 9
+        assert cache.key[0].shape[2] == 9
         assert not cache.overflowed.any()
 
 
@@ -336,7 +336,7 @@ def test_what_no_place_holds_is_not_felt() -> None:
     query, key, value = sequence()
     cache = contiguous().append(key[:, :4], value[:, :4])
     at = cache.upcoming(1) - 1
-    dirty = jax.tree.map(lambda a: a.at[:, 4:].set(jnp.nan) if a.ndim == 4 else a, cache)
+    dirty = jax.tree.map(lambda a: a.at[:, :, 4:].set(jnp.nan) if a.ndim == 4 else a, cache)
     np.testing.assert_array_equal(cache.attend(query[:, :1], at), dirty.attend(query[:, :1], at))
 
 

@@ -105,6 +105,23 @@ def sentinel(dtype: Any) -> float:
     return float(jnp.finfo(dtype).min) / 2
 
 
+def softmax(
+    seen: Bool[Array, "*lead T S"], logits: Float[Array, "*lead T S"]
+) -> tuple[Float[Array, "*lead T S"], Float[Array, "*lead T"]]:
+    """Weights of what is seen, `exp(logits - lse)`, and the LSE of each query; 0 and -inf if none."""
+    # Over visible cells alone: theirs may lie below any sentinel, as a bias of finfo.min does.
+    lowest = float(jnp.finfo(logits.dtype).min)
+    top = jnp.where(seen, logits, lowest).max(-1, keepdims=True, initial=lowest)
+    top = jax.lax.stop_gradient(top)
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
+    total = p.sum(-1, keepdims=True)
+    # A bias of -inf on all that a query sees leaves it nothing, as if nothing were visible.
+    some = seen.any(-1, keepdims=True) & (total > 0)
+    total = jnp.where(some, total, 1)
+    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
+    return p / total, lse[..., 0]
+
+
 # --- dropout: a counter-based hash of (seed, b, h, q, k) -----------------------------------------
 
 
@@ -155,4 +172,5 @@ __all__ = [
     "kept_scale",
     "row_keys",
     "sentinel",
+    "softmax",
 ]

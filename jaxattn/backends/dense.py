@@ -60,22 +60,13 @@ def head(call: Call, q: Any, k: Any, v: Any, b: Any, h: Any, q_at: Any, k_at: An
     if call.score is not None:
         logits = cells(call.score, logits)(b, h, q_at, k_at)
 
-    # Over visible cells alone: theirs may lie below any sentinel, as a bias of finfo.min does.
-    lowest = float(jnp.finfo(dtype).min)
-    top = jax.lax.stop_gradient(jnp.where(seen, logits, lowest).max(1, initial=lowest))
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top[:, None], 0)), 0)
-    total = p.sum(1)
-    # A bias of -inf on all that a query sees leaves it nothing, as if nothing were visible.
-    row_seen &= total > 0
-    total = jnp.where(row_seen, total, 1)
-    lse = jnp.where(row_seen, top + jnp.log(total), -jnp.inf)
-    p = p / total[:, None]
+    p, lse = base.softmax(seen, logits)
     if call.dropout is not None:
         keys = call.dropout.rows(b, h, q_at[:, None])
         keep = base.keeps(keys, k_at[None, :], call.dropout.rate)
         p = jnp.where(keep, p * base.kept_scale(call.dropout.rate, dtype), 0)
     # The row's own `where`: whatever cotangent its zero receives, nothing comes of it.
-    out = jnp.where(row_seen[:, None], dot(p, v.astype(dtype)), 0)
+    out = jnp.where(lse[:, None] > -jnp.inf, dot(p, v.astype(dtype)), 0)
     return out, lse, p
 
 

@@ -155,6 +155,10 @@ def attend(
     if cache is not None and (memory is not None or positions is not None):
         name = "inputs_kv" if memory is not None else "positions"
         raise ValueError(f"{name}: got a {type(cache).__name__} too; a cache says where keys stand")
+    if memory is not None and (given.b, given.h, given.k) != (None, None, None):
+        raise ValueError(
+            "positions: got more than q with a memory, which says where its keys stand"
+        )
     if (cache is not None or memory is not None) and query.ndim != 4:
         raise ValueError(
             f"inputs_q: got queries of shape {list(query.shape)} with a cache, expected a batch: "
@@ -172,17 +176,25 @@ def attend(
         assert value is not None
         cache = cache.append(key, value, counts)
     source = memory if cache is None else cache
-    if source is not None:
-        key, value = source.read()
-        q_at = jnp.broadcast_to(q_at, query.shape[:2])
-        given = Positions(b=given.b, h=given.h, q=q_at, k=source.positions)
-        options["mask"] = both(options["mask"], source.mask)
-    assert key is not None
-    assert value is not None
+    if source is None:
+        assert key is not None
+        assert value is not None
+        if sow is not None:
+            sow(attention_weights(query, key, positions=given, **_seen(options)))
+        return attention(query, key, value, positions=given, **options), cache
+    q_at = jnp.broadcast_to(q_at, query.shape[:2])
     if sow is not None:
-        seen = ("mask", "score", "sinks", "precision")
-        sow(attention_weights(query, key, positions=given, **{n: options[n] for n in seen}))
-    return attention(query, key, value, positions=given, **options), cache
+        seen = _seen(options) | {"mask": both(options["mask"], source.mask)}
+        at = Positions(q=q_at, k=source.positions)
+        sow(attention_weights(query, source.read()[0], positions=at, **seen))
+    if options["backend"] == "auto":
+        del options["backend"]
+    return source.attend(query, q_at, **options), cache
+
+
+def _seen(options: dict[str, Any]) -> dict[str, Any]:
+    """What the weights depend on."""
+    return {name: options[name] for name in ("mask", "score", "sinks", "precision")}
 
 
 def _counted(positions: Any, length: int) -> Int[Array, "..."]:
