@@ -108,7 +108,7 @@ def sentinel(dtype: Any) -> float:
 def softmax(
     seen: Bool[Array, "*lead T S"], logits: Float[Array, "*lead T S"]
 ) -> tuple[Float[Array, "*lead T S"], Float[Array, "*lead T"]]:
-    """Weights of what is seen, `exp(logits - lse)`, and the LSE of each query; 0 and -inf if none."""
+    """Weights of what is seen, `exp(logits - lse)`, and the LSE; 0 and -inf where nothing is."""
     # Over visible cells alone: theirs may lie below any sentinel, as a bias of finfo.min does.
     lowest = float(jnp.finfo(logits.dtype).min)
     top = jnp.where(seen, logits, lowest).max(-1, keepdims=True, initial=lowest)
