@@ -214,6 +214,7 @@ def batches(
     widths: Sequence[int],
     tokens: int,
     rng: np.random.Generator | None = None,
+    multiple: int = 1,
 ) -> Iterator[Batch]:
     """One pass over the examples, in batches of about `tokens` padded tokens a side.
 
@@ -222,6 +223,7 @@ def batches(
       widths: the padded widths; an example goes to the first that holds both of its sides.
       tokens: padded tokens a batch and side; the number of rows of a width follows from it.
       rng: shuffles the examples and the order of batches; None keeps the order given.
+      multiple: rows of a batch are a multiple of it, for so many devices.
     """
     size = np.array([max(len(s), len(t) - 1) for s, t in zip(sources, targets, strict=True)])
     order = np.arange(len(size)) if rng is None else rng.permutation(len(size))
@@ -229,7 +231,7 @@ def batches(
     chunks = []
     for index, width in enumerate(widths):
         members = order[bucket == index]
-        rows = max(1, tokens // width)
+        rows = max(1, tokens // width // multiple) * multiple
         chunks += [(members[i : i + rows], width, rows) for i in range(0, len(members), rows)]
     if rng is not None:
         chunks = [chunks[i] for i in rng.permutation(len(chunks))]

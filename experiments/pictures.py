@@ -34,29 +34,27 @@ def draw_curve(path: Path, rows: Sequence[dict[str, float]]) -> None:
 
 def draw_attention(
     path: Path,
-    maps: Float[np.ndarray, "N T S"],
+    maps: Float[np.ndarray, "layers N T S"],
     source: Sequence[str],
     target: Sequence[str],
 ) -> None:
-    """One panel a head: rows are target tokens as they are written, columns source tokens.
+    """A line of panels a layer, one a head: rows are target tokens, columns source tokens.
 
     Args:
       maps: attention weights; each row of each head sums to 1.
       source, target: a label a token; the target's are what each row predicts.
     """
-    heads = len(maps)
-    columns = 2 if heads > 1 else 1
-    lines = -(-heads // columns)
-    size = (columns * (1.5 + 0.35 * len(source)), lines * (1.5 + 0.3 * len(target)))
-    figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for index, axis in enumerate(panels.flat):
-        if index >= heads:
-            axis.axis("off")
-            continue
-        axis.imshow(maps[index], cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    layers, heads = maps.shape[:2]
+    size = (heads * (1.5 + 0.35 * len(source)), layers * (1.5 + 0.3 * len(target)))
+    figure, panels = plt.subplots(
+        layers, heads, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for layer, head in np.ndindex(layers, heads):
+        axis = panels[layer, head]
+        axis.imshow(maps[layer, head], cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(source)), source, rotation=90)
         axis.set_yticks(range(len(target)), target)
-        axis.set_title(f"head {index}")
-    figure.suptitle("cross-attention, last decoder layer: target token (row) to source token")
-    figure.savefig(path, dpi=120)
+        axis.set_title(f"layer {layer}, head {head}")
+    figure.suptitle("cross-attention of the decoder: target token (row) to source token")
+    figure.savefig(path, dpi=100)
     plt.close(figure)

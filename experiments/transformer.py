@@ -1,6 +1,6 @@
 """The encoder-decoder Transformer of "Attention Is All You Need" (1706.03762), in Flax linen.
 
-Post-norm, sinusoidal positions and one embedding for both languages and the output, as in the
+Sinusoidal positions and one embedding for both languages and the output, as in the
 paper. Every attention is `jaxattn`'s, and who may see whom is said once, in `source_mask` and
 `target_mask`; the cross mask is the source's.
 """
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data import BOS, EOS, PAD
+from data import PAD
 
 import jaxattn as ja
 from jaxattn.nn.linen import MultiHeadAttention, TransformerBlock
-from jaxattn.shapes import Array, Bool, Float, Int
+from jaxattn.shapes import Array, Float, Int
 
 Params = dict[str, Any]
 
@@ -39,11 +39,11 @@ def target_mask(target: Int[Array, "B T"]) -> ja.Mask:
     return ja.masks.causal() & ja.masks.key_padding(lengths=lengths(target))
 
 
-def sinusoids(length: int, features: int) -> Float[np.ndarray, "length features"]:
+def sinusoids(positions: Int[Array, "T"], features: int) -> Float[Array, "T features"]:
     """sin and cos of position / 10000 ** (2i / features), in the two halves of the features."""
     rates = 10_000.0 ** (-np.arange(features // 2) / (features // 2))
-    angles = np.arange(length)[:, None] * rates
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    angles = positions[:, None] * jnp.asarray(rates, jnp.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
 class Transformer(nn.Module):
@@ -55,33 +55,51 @@ class Transformer(nn.Module):
     heads: int
     d_ff: int
     dropout: float
+    norm: Literal["pre", "post"] = "post"
+    dtype: Any = jnp.float32  # of the computation; weights and logits are float32
 
     def setup(self) -> None:
         init = nn.initializers.normal(self.d_model**-0.5)
         self.embedding = nn.Embed(self.vocabulary, self.d_model, embedding_init=init)
         self.dropper = nn.Dropout(self.dropout)
-        attention = partial(MultiHeadAttention, num_heads=self.heads, dropout_rate=self.dropout)
         layer = partial(
             TransformerBlock,
-            attention,
+            partial(
+                MultiHeadAttention,
+                num_heads=self.heads,
+                dropout_rate=self.dropout,
+                dtype=self.dtype,
+            ),
             self.d_ff,
-            norm="post",
+            norm=self.norm,
             activation=nn.relu,
             dropout_rate=self.dropout,
+            dtype=self.dtype,
         )
         self.encoder = [layer(name=f"encoder_{i}") for i in range(self.layers)]
         self.decoder = [layer(name=f"decoder_{i}") for i in range(self.layers)]
+        if self.norm == "pre":
+            # The sum of all layers, which no norm has seen yet.
+            self.encoder_norm = nn.LayerNorm(dtype=self.dtype)
+            self.decoder_norm = nn.LayerNorm(dtype=self.dtype)
 
-    def embed(self, tokens: Int[Array, "B T"], train: bool) -> Float[Array, "B T D"]:
+    def embed(
+        self, tokens: Int[Array, "B T"], train: bool = False, first: Int[Array, ""] | int = 0
+    ) -> Float[Array, "B T D"]:
+        """Embeddings of tokens whose positions count from `first`."""
         x = self.embedding(tokens) * self.d_model**0.5
-        x = x + sinusoids(tokens.shape[1], self.d_model)
-        return self.dropper(x, deterministic=not train)
+        x = x + sinusoids(first + jnp.arange(tokens.shape[1]), self.d_model)
+        return self.dropper(x, deterministic=not train).astype(self.dtype)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        x = self.decoder_norm(x) if self.norm == "pre" else x
+        return self.embedding.attend(x.astype(jnp.float32))
 
     def encode(self, source: Int[Array, "B S"], train: bool = False) -> Float[Array, "B S D"]:
         x = self.embed(source, train)
         for layer in self.encoder:
             x = layer(x, mask=source_mask(source), deterministic=not train)
-        return x
+        return self.encoder_norm(x) if self.norm == "pre" else x
 
     def decode(
         self,
@@ -89,10 +107,9 @@ class Transformer(nn.Module):
         source: Int[Array, "B S"],
         memory: Float[Array, "B S D"],
         train: bool = False,
-        only: Int[Array, ""] | None = None,
         sow_weights: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits of what follows each target token, or the one at index `only` (then T = 1)."""
+        """Logits of what follows each target token."""
         x = self.embed(target, train)
         for layer in self.decoder:
             x = layer(
@@ -103,14 +120,48 @@ class Transformer(nn.Module):
                 deterministic=not train,
                 sow_weights=sow_weights,
             )
-        if only is not None:
-            x = jax.lax.dynamic_slice_in_dim(x, only, 1, axis=1)
-        return self.embedding.attend(x)
+        return self.logits(x)
 
     def __call__(
         self, source: Int[Array, "B S"], target: Int[Array, "B T"], train: bool = False
     ) -> Float[Array, "B T V"]:
         return self.decode(target, source, self.encode(source, train), train)
+
+    def begin(
+        self, source: Int[Array, "B S"], beams: int, length: int
+    ) -> tuple[tuple[ja.KVCache, ...], tuple[ja.KVCache, ...]]:
+        """What decoding starts from: what each layer remembers of the source, and empty caches.
+
+        Each source has as many rows as beams, next to each other; a row can hold `length` tokens.
+        """
+        memory = self.encode(source)
+        kept = tuple(layer.remember(memory) for layer in self.decoder)
+        kept = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), kept)
+        rows, head_dim = len(source) * beams, self.d_model // self.heads
+        empty = ja.KVCache.create(rows, length, self.heads, head_dim, dtype=self.dtype)
+        return kept, (empty,) * self.layers
+
+    def proceed(
+        self,
+        token: Int[Array, "B 1"],
+        source: Int[Array, "B S"],
+        memories: tuple[ja.KVCache, ...],
+        caches: tuple[ja.KVCache, ...],
+    ) -> tuple[Float[Array, "B V"], tuple[ja.KVCache, ...]]:
+        """Logits of what follows one more token of each row, and the caches with it."""
+        x = self.embed(token, first=caches[0].length[0])
+        after = []
+        for layer, memory, cache in zip(self.decoder, memories, caches, strict=True):
+            x, cache = layer(
+                x,
+                mask=ja.masks.causal(),
+                cache=cache,
+                memory=memory,
+                memory_mask=source_mask(source),
+                deterministic=True,
+            )
+            after.append(cache)
+        return self.logits(x)[:, 0], tuple(after)
 
 
 # --------------------------------------------------------------------------- what it is trained for
@@ -142,45 +193,15 @@ def inverse_sqrt(d_model: int, warmup: int, factor: float) -> Callable[[Any], Ar
     return schedule
 
 
-# -------------------------------------------------------------------------------------- using it
-
-
-def greedy(
-    model: Transformer, params: Params, source: Int[Array, "B S"], length: int
-) -> Int[Array, "B length"]:
-    """The likeliest next token, again and again, until every row has ended or is full.
-
-    Args:
-      source: padded token ids; a row of padding only is not translated.
-      length: how many target tokens there may be, the end among them.
-
-    Returns:
-      Target tokens without the start; after its end a row holds padding.
-    """
-    memory = model.apply({"params": params}, source, method="encode")
-
-    def proceed(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
-        _, ended, i = carry
-        return (i < length) & ~jnp.all(ended)
-
-    def step(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        target, ended, i = carry
-        inputs = target[:, :-1], source, memory
-        logits = model.apply({"params": params}, *inputs, only=i, method="decode")
-        token = jnp.where(ended, PAD, jnp.argmax(logits[:, 0], axis=-1)).astype(target.dtype)
-        return target.at[:, i + 1].set(token), ended | (token == EOS), i + 1
-
-    start = jnp.full((source.shape[0], length + 1), PAD, jnp.int32).at[:, 0].set(BOS)
-    carry = start, lengths(source) == 0, jnp.array(0)
-    target, _, _ = jax.lax.while_loop(proceed, step, carry)
-    return target[:, 1:]
+# --------------------------------------------------------------------------------- looking at it
 
 
 def attention_maps(
     model: Transformer, params: Params, source: Int[Array, "B S"], target: Int[Array, "B T"]
-) -> Float[Array, "B N T S"]:
-    """How much each target token looks at each source token, in the last decoder layer's heads."""
+) -> Float[Array, "B layers N T S"]:
+    """How much each target token looks at each source token, in every decoder layer and head."""
     bound = model.bind({"params": params}, mutable=["intermediates"])
     bound.decode(target, source, bound.encode(source), sow_weights=True)
-    last = bound.variables["intermediates"][f"decoder_{model.layers - 1}"]
-    return last["cross_attention"]["attention_weights"][0]
+    found = bound.variables["intermediates"]
+    layers = [found[f"decoder_{i}"]["cross_attention"] for i in range(model.layers)]
+    return jnp.stack([layer["attention_weights"][0] for layer in layers], 1)

@@ -3,54 +3,44 @@
     python experiments/translate.py                                    # the built-in corpus
     python experiments/translate.py --source train.fr.gz --target train.en.gz
     python experiments/translate.py --pairs por.txt --columns 2 1      # Anki: English stands first
+    python experiments/translate.py --config RUN/config.json --resume  # go on where it stopped
     python experiments/translate.py translate "trezentos e vinte e um"
 
-It trains, decodes what was held out, and leaves under `--out`: metrics.csv, loss.png,
-attention.png, and model/, which `translate` reads. A corpus that cannot be used gets one line on
-stderr and exit status 2. README.md has the measured results.
+It trains, decodes what was held out, and leaves under `--out`: config.json, checkpoints/,
+metrics.csv, loss.png, attention.png, and model/, which `translate` reads. Ctrl-C saves. A corpus
+that cannot be used gets one line on stderr and exit status 2. README.md has the measured results.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import corpus
 import data
+import decoding
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from corpus import Pair
-from data import Batch, Corpus, DataError, Tokens
+from data import Corpus, DataError
 from flax import serialization
-from flax.training.train_state import TrainState
 from pictures import draw_attention, draw_curve
-from report import Report
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from transformer import (
-    Params,
-    Transformer,
-    attention_maps,
-    greedy,
-    inverse_sqrt,
-    masked_loss_and_accuracy,
-)
-
-from jaxattn.shapes import Array, Float, Int
+from training import Checkpoints, Encoded, Schedule, train
+from transformer import Params, Transformer, attention_maps
 
 OUT = Path(__file__).parent / "results" / "translate"
 
@@ -65,6 +55,8 @@ class Train:
     target: Path | None = None  # the translation of each line of --source
     test_source: Path | None = None  # held-out lines; else one in 20 is held out by a hash
     test_target: Path | None = None  # the translation of each line of --test-source
+    valid_source: Path | None = None  # lines for the held-out loss; else the test lines are
+    valid_target: Path | None = None  # the translation of each line of --valid-source
     out: Path = OUT  # where metrics, pictures and the model go
 
     vocabulary: int | None = None  # sub-words of both languages; 1000, or 8000 for files
@@ -75,6 +67,8 @@ class Train:
     heads: int = 4
     d_ff: int = 256  # half the paper's ratio: a quarter fewer operations a step, and enough here
     dropout: float = 0.1
+    norm: Literal["pre", "post"] = "post"  # as in the paper; "pre" trains deep stacks better
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
 
     steps: int = 700  # about one pass over the built-in corpus
     minutes: float | None = None  # stop training after so many, whatever --steps says
@@ -83,7 +77,11 @@ class Train:
     factor: float = 0.5  # of the paper's schedule; the peak is factor / sqrt(d_model * warmup)
     smoothing: float = 0.1
     averaging: float = 0.99  # over about 100 steps; the paper averages its last checkpoints
+    beams: int = 1  # in the translation at the end; the paper has 4
+    penalty: float = 0.6  # of length, with beams
     seed: int = 0  # of weights, dropout and batch order; the corpus does not depend on it
+    save_every: int = 100  # steps between checkpoints: what a killed run loses at most
+    resume: bool = False  # go on from the last checkpoint under --out
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,9 @@ class Translate:
 
     texts: Annotated[tuple[str, ...], tyro.conf.Positional]
     model: Path = OUT / "model"  # what a training run saved
+    beams: int = 4
+    penalty: float = 0.6  # of length, with beams
+    cache: bool = True  # --no-cache computes every prefix anew, with one beam: for measuring
 
 
 # ------------------------------------------------------------------------------------- the corpus
@@ -103,8 +104,9 @@ def load(config: Train) -> Corpus:
         raise DataError("--pairs and --source/--target are two ways to say the same; give one")
     if bool(config.source) != bool(config.target):
         raise DataError("--source and --target go together; give both")
-    if bool(config.test_source) != bool(config.test_target):
-        raise DataError("--test-source and --test-target go together; give both")
+    for name in ("test", "valid"):
+        if bool(getattr(config, f"{name}_source")) != bool(getattr(config, f"{name}_target")):
+            raise DataError(f"--{name}-source and --{name}-target go together; give both")
     if config.pairs:
         pairs = data.read_pairs(config.pairs, config.columns)
     elif config.source and config.target:
@@ -118,142 +120,24 @@ def load(config: Train) -> Corpus:
     return data.split(pairs)
 
 
-# --------------------------------------------------------------------------------------- training
-
-
-@partial(jax.jit, static_argnames=("smoothing", "averaging"), donate_argnames="state")
-def train_step(
-    state: State,
-    source: Int[Array, "B S"],
-    target: Int[Array, "B T+1"],
-    key: Array,
-    smoothing: float,
-    averaging: float,
-) -> tuple[State, Float[Array, "2"]]:
-    """One Adam step; also the loss and the token accuracy before it."""
-
-    def loss_fn(params: Params) -> tuple[Array, Array]:
-        rngs = {"dropout": jax.random.fold_in(key, state.step)}
-        logits = state.apply_fn({"params": params}, source, target[:, :-1], True, rngs=rngs)
-        return masked_loss_and_accuracy(logits, target[:, 1:], smoothing)
-
-    (loss, accuracy), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    state = state.apply_gradients(grads=gradients)
-    # The rate starts at 0.9 and ends at `averaging`, so that the first weights are soon forgotten.
-    rate = jnp.minimum(averaging, (1 + state.step) / (10 + state.step))
-    average = optax.incremental_update(state.params, state.average, 1 - rate)
-    return state.replace(average=average), jnp.stack([loss, accuracy])
-
-
-@partial(jax.jit, static_argnames=("model", "smoothing"))
-def held_out_step(
-    model: Transformer,
-    params: Params,
-    source: Int[Array, "B S"],
-    target: Int[Array, "B T+1"],
-    smoothing: float,
-) -> Float[Array, "3"]:
-    """Loss and token accuracy given the true prefix, each times the number of tokens; and that."""
-    logits = model.apply({"params": params}, source, target[:, :-1])
-    measured = masked_loss_and_accuracy(logits, target[:, 1:], smoothing)
-    count = jnp.sum(target[:, 1:] != data.PAD)
-    return jnp.stack([*measured, jnp.array(1.0)]) * count
-
-
-def held_out(
-    config: Train, model: Transformer, params: Params, probe: Sequence[Batch]
-) -> dict[str, float]:
-    """Mean loss and token accuracy over the held-out batches, as metrics."""
-    parts = [held_out_step(model, params, b.source, b.target, config.smoothing) for b in probe]
-    loss, accuracy, count = np.sum([np.asarray(part) for part in parts], axis=0)
-    return {
-        "held_out_loss": float(loss / count),
-        "held_out_token_accuracy": float(accuracy / count),
-    }
-
-
-class State(TrainState):
-    """Flax's training state, and a moving average of its weights, which is what is evaluated."""
-
-    average: Params
-
-
-Encoded = tuple[list[Tokens], list[Tokens]]
-
-
-def train(
-    config: Train,
-    model: Transformer,
-    examples: Encoded,
-    test: Encoded,
-    widths: Sequence[int],
-    console: Console,
-) -> tuple[Params, list[dict[str, float]]]:
-    """Train for `steps` or `minutes`; the weights, and one row of metrics every 20 steps."""
-    # XLA's own generator: dropout by the default one costs a tenth of a step on a CPU, and half a
-    # minute of compilation.
-    init_key, dropout_key = jax.random.split(jax.random.key(config.seed, impl="rbg"))
-    rng = np.random.default_rng(config.seed)
-    schedule = inverse_sqrt(config.d_model, config.warmup, config.factor)
-    tokens = jnp.ones((1, 4), jnp.int32)
-    params = jax.jit(model.init)(init_key, tokens, tokens)["params"]
-    state = State.create(
-        apply_fn=model.apply,
-        params=params,
-        average=jax.tree.map(jnp.copy, params),  # a copy: the state's buffers are donated
-        tx=optax.adam(schedule, b1=0.9, b2=0.98, eps=1e-9),
-    )
-    # Enough held-out pairs for a curve; all of them are decoded at the end.
-    some = [slice(None, None, max(1, len(side) // 500)) for side in test]
-    probe = list(data.batches(test[0][some[0]], test[1][some[1]], widths[-1:], config.batch_tokens))
-
-    def stream() -> Iterator[tuple[int, Batch]]:
-        for epoch in itertools.count(1):
-            for batch in data.batches(*examples, widths, config.batch_tokens, rng):
-                yield epoch, batch
-
-    rates = config.smoothing, config.averaging
-    rows: list[dict[str, float]] = []
-    waiting: list[Array] = []
-    report, started = Report(console, config.steps, config.minutes), time.monotonic()
-    since, seen = started, 0
-    with report.progress:
-        for step, (epoch, batch) in zip(range(1, config.steps + 1), stream(), strict=False):
-            state, measured = train_step(state, batch.source, batch.target, dropout_key, *rates)
-            waiting.append(measured)
-            seen += int(np.sum(batch.target[:, 1:] != data.PAD))
-            # Reading a result waits for the device, so that is done every 20 steps only.
-            if step == 1 or step % 20 == 0 or step == config.steps:
-                loss, accuracy = np.mean([np.asarray(m) for m in waiting], axis=0)
-                now = time.monotonic()
-                late = config.minutes is not None and now - started > 60 * config.minutes
-                row = {
-                    "step": step,
-                    "epoch": epoch,
-                    "seconds": now - started,
-                    "loss": float(loss),
-                    "token_accuracy": float(accuracy),
-                    "learning_rate": float(schedule(step)),
-                    "tokens_per_second": seen / (now - since),
-                }
-                if step % 100 == 0 or step == config.steps or late:
-                    row |= held_out(config, model, state.average, probe)
-                rows.append(row)
-                report.update(row)
-                waiting, seen, since = [], 0, time.monotonic()
-                if late:
-                    break
-    return state.average, rows
-
-
 # ------------------------------------------------------------------------------------- evaluation
 
 
 def translator(
-    model: Transformer, params: Params, tokenizer: Tokenizer, width: int, rows: int
+    model: Transformer,
+    params: Params,
+    tokenizer: Tokenizer,
+    width: int,
+    rows: int,
+    beams: int = 1,
+    penalty: float = 0.6,
+    cache: bool = True,
 ) -> Callable[[Sequence[str]], list[str]]:
-    """A function from texts to their greedy translations; one compiled shape, [rows, width]."""
-    decode = jax.jit(greedy, static_argnames=("model", "length"))
+    """A function from texts to their translations; one compiled shape, [rows, width]."""
+    find: Callable[..., Any] = partial(decoding.recomputed, model)
+    if cache:
+        find = partial(decoding.search, model, beams=beams, penalty=penalty)
+    decode = jax.jit(find, static_argnames="length")
 
     def translate(texts: Sequence[str]) -> list[str]:
         whole = data.encode_source(tokenizer, texts)
@@ -272,9 +156,8 @@ def translator(
             padded = np.full((rows, width), data.PAD, np.int32)
             for row, i in enumerate(members):
                 padded[row, : len(sources[i])] = sources[i]
-            for i, ids in zip(
-                members, np.asarray(decode(model, params, padded, width)), strict=False
-            ):
+            found = np.asarray(decode(params, padded, length=width))
+            for i, ids in zip(members, found, strict=False):
                 out[i] = data.decode_tokens(tokenizer, ids.tolist())
         return out
 
@@ -319,33 +202,78 @@ def model_of(config: Train, tokenizer: Tokenizer) -> Transformer:
         heads=config.heads,
         d_ff=config.d_ff,
         dropout=config.dropout,
+        norm=config.norm,
+        dtype=jnp.dtype(config.dtype),
     )
 
 
-def save(
-    folder: Path, config: Train, params: Params, tokenizer: Tokenizer, widths: Sequence[int]
-) -> None:
-    """Everything `translate` needs: weights, tokenizer, and the sizes of the model."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(folder: Path, params: Params, tokenizer: Tokenizer, widths: Sequence[int]) -> None:
+    """What `translate` needs besides the configuration: weights, tokenizer, widths."""
     (folder / "params.msgpack").write_bytes(serialization.to_bytes(params))
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = asdict(config) | {"widths": list(widths)}
-    (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n")
+    (folder / "widths.json").write_text(json.dumps(list(widths)) + "\n")
 
 
-def load_translator(folder: Path) -> tuple[Callable[[Sequence[str]], list[str]], Tokenizer, int]:
-    """A saved model's translate function, its tokenizer, and how many tokens it takes."""
+def save_config(path: Path, config: Train) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever repeats a run that was resumed wants all of it.
+    settings = asdict(config) | {"resume": False}
+    path.write_text(json.dumps(settings, indent=2, default=str) + "\n")
+
+
+def load_config(path: Path) -> Train:
+    """The configuration of a run, from what it saved."""
     try:
-        settings = json.loads((folder / "config.json").read_text())
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; runs save theirs as config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a saved configuration ({error})") from None
+    unknown = set(found) - {field.name for field in fields(Train)}
+    if unknown:
+        raise DataError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
+    paths = {field.name for field in fields(Train) if "Path" in str(field.type)}
+    settings: dict[str, Any] = {}
+    for name, value in found.items():
+        kind: Any = Path if name in paths and value is not None else type(value)
+        settings[name] = (tuple if kind is list else kind)(value) if value is not None else None
+    return Train(**settings)
+
+
+# What may differ between a run and its continuation: how long it goes on, and what comes after.
+FREE = ("out", "steps", "minutes", "resume", "save_every", "beams", "penalty")
+
+
+def check_resumable(config: Train) -> None:
+    """Refuses to continue a run with other settings than it was begun with."""
+    begun = load_config(config.out / "config.json")
+    changed = [
+        f"--{field.name.replace('_', '-')} was {getattr(begun, field.name)}"
+        for field in fields(Train)
+        if field.name not in FREE and getattr(begun, field.name) != getattr(config, field.name)
+    ]
+    if changed:
+        raise DataError(
+            f"{config.out}: cannot resume with other settings: {', '.join(changed)}; give the same "
+            f"ones, or --config {config.out / 'config.json'}"
+        )
+
+
+def load_translator(
+    config: Translate,
+) -> tuple[Callable[[Sequence[str]], list[str]], Tokenizer, int]:
+    """A saved model's translate function, its tokenizer, and how many tokens it takes."""
+    folder = config.model
+    try:
+        width = json.loads((folder / "widths.json").read_text())[-1]
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         weights = (folder / "params.msgpack").read_bytes()
     except FileNotFoundError:
         raise DataError(f"{folder}: no saved model; train one first (translate.py)") from None
-    width = settings.pop("widths")[-1]
-    known: dict[str, Any] = {name: settings[name] for name in Train.__dataclass_fields__}
-    model = model_of(Train(**known), tokenizer)
+    model = model_of(load_config(folder / "config.json"), tokenizer)
     params = serialization.msgpack_restore(weights)
-    return translator(model, params, tokenizer, width, rows=1), tokenizer, width
+    how: dict[str, Any] = {name: getattr(config, name) for name in ("beams", "penalty", "cache")}
+    return translator(model, params, tokenizer, width, rows=1, **how), tokenizer, width
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -361,6 +289,8 @@ def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
 
 def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     """The whole experiment; returns exact matches and pairs of each category."""
+    if config.resume:
+        check_resumable(config)
     started = time.monotonic()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     pairs = load(config)
@@ -383,21 +313,34 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
         + (f"; {left_out:,} longer pairs left out" if left_out else "")
     )
 
-    params, rows = train(config, model, examples, test, widths, console)
+    save_config(config.out / "config.json", config)
+    schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
+    checkpoints = Checkpoints(config.out / "checkpoints", config.resume)
+    valid = test
+    if config.valid_source and config.valid_target:
+        valid = encode(data.read_aligned(config.valid_source, config.valid_target))
+    params, rows, interrupted = train(
+        schedule, model, examples, valid, widths, checkpoints, console
+    )
+    if interrupted:
+        say(f"stopped after {int(rows[-1]['step'])} steps, and saved; to go on:")
+        say(f"  python experiments/translate.py --config {config.out / 'config.json'} --resume")
+        raise KeyboardInterrupt
     trained = time.monotonic()
-    config.out.mkdir(parents=True, exist_ok=True)
-    save(config.out / "model", config, params, tokenizer, widths)
+    save_config(config.out / "model" / "config.json", config)
+    save(config.out / "model", params, tokenizer, widths)
     write_metrics(config.out / "metrics.csv", rows)
     draw_curve(config.out / "loss.png", rows)
 
-    translate = translator(model, params, tokenizer, widths[-1], rows=128)
+    how: dict[str, Any] = {"beams": config.beams, "penalty": config.penalty}
+    translate = translator(model, params, tokenizer, widths[-1], rows=128 // config.beams, **how)
     found = translate([pair.source for pair in pairs.test])
     result = scores(pairs.test, found)
     draw_example(config.out / "attention.png", model, params, tokenizer, pairs.test, found)
 
     say("\nheld-out samples (! is the right answer where ours is wrong)")
     show_samples(console, pairs.test, found)
-    table = Table("category", "held-out pairs", "exact match", title="greedy translation")
+    table = Table("category", "held-out pairs", "exact match", title=f"{config.beams} beams")
     for category, (right, count) in result.items():
         table.add_row(category, str(count), f"{right / count:.1%}")
     console.print(table)
@@ -447,7 +390,7 @@ def draw_example(
 def run_translate(config: Translate) -> None:
     if not config.texts:
         raise DataError('nothing to translate; give sentences, as in: translate "vinte e um"')
-    translate, tokenizer, width = load_translator(config.model)
+    translate, tokenizer, width = load_translator(config)
     for text, ids in zip(config.texts, data.encode_source(tokenizer, config.texts), strict=True):
         if len(ids) > width:
             raise DataError(
@@ -464,11 +407,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["translate"]:
             run_translate(tyro.cli(Translate, prog="translate.py translate", args=given[1:]))
         else:
-            run_train(tyro.cli(Train, prog="translate.py", args=given), Console())
+            default, given = from_config(given)
+            run_train(tyro.cli(Train, prog="translate.py", args=given, default=default), Console())
     except DataError as error:
         print(f"translate.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def from_config(given: list[str]) -> tuple[Train, list[str]]:
+    """The configuration that `--config FILE` names, as defaults, and the other arguments."""
+    if "--config" not in given:
+        return Train(), given
+    at = given.index("--config")
+    if at + 1 == len(given):
+        raise DataError("--config: name the config.json of a run")
+    return load_config(Path(given[at + 1])), given[:at] + given[at + 2 :]
 
 
 if __name__ == "__main__":

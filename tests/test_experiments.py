@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import corpus  # noqa: E402
 import data  # noqa: E402
+import decoding  # noqa: E402
 import sentences  # noqa: E402
+import training  # noqa: E402
 import transformer  # noqa: E402
 import translate  # noqa: E402
 
@@ -351,11 +354,17 @@ def test_padding_and_later_tokens_are_not_felt(tiny):
     assert float(jnp.abs(later[:, 3] - found[:, 3]).max()) > 1e-3
 
 
+@pytest.fixture(scope="module")
+def search():
+    return jax.jit(decoding.search, static_argnums=(0, 3, 4))
+
+
 @scripts
-def test_greedy_is_the_argmax_of_each_prefix(tiny):
+def test_greedy_is_the_argmax_of_each_prefix(tiny, search):
+    """Token by token from caches, and the same tokens without them."""
     model, params = tiny
     source = jnp.array([[5, 6, 2, 0], [7, 8, 9, 2], [0, 0, 0, 0]])
-    found = np.asarray(jax.jit(transformer.greedy, static_argnums=(0, 3))(model, params, source, 6))
+    found = np.asarray(search(model, params, source, 6, 1))
     assert found.shape == (3, 6)
     assert not found[2].any()  # an empty row is not translated
     logits = jax.jit(lambda target: model.apply({"params": params}, source, target))
@@ -367,6 +376,52 @@ def test_greedy_is_the_argmax_of_each_prefix(tiny):
                 assert found[row, i] == data.PAD
             else:
                 assert found[row, i] == likeliest[row]
+    anew = jax.jit(decoding.recomputed, static_argnums=(0, 3))(model, params, source, 6)
+    np.testing.assert_array_equal(found, anew)
+
+
+@scripts
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_enough_beams_find_the_best(tiny, search, penalty):
+    """As many beams as words: every first word survives, so that no pair of words is missed."""
+    model, params = tiny
+    # Sharper than at random, so that beams matter.
+    params = params | {"embedding": jax.tree.map(lambda p: p * 4, params["embedding"])}
+    source = jnp.array([[5, 6, 2, 0]])
+    found = np.asarray(search(model, params, source, 2, 50, penalty))[0]
+    targets = jnp.stack([jnp.full(50, data.BOS), jnp.arange(50)], 1)
+    logits = model.apply({"params": params}, jnp.repeat(source, 50, 0), targets)
+    gain = np.asarray(jax.nn.log_softmax(logits))
+    best, words = -np.inf, None
+    for first in range(50):
+        for second in range(50):
+            ended = first == data.EOS
+            total = gain[0, 0, first] + (0 if ended else gain[first, 1, second])
+            rank = total / ((5 + (1 if ended else 2)) / 6) ** penalty
+            if rank > best:
+                best, words = rank, (first, data.PAD if ended else second)
+    assert tuple(found) == words
+
+
+@scripts
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_norms_and_bfloat16(norm):
+    """Both places of the norm decode from caches as they train; 16 bits are near 32."""
+    logits = {}
+    tokens, target = jnp.array([[5, 6, 7, 2]]), jnp.array([[1, 8, 9, 10]])
+    for dtype in (jnp.float32, jnp.bfloat16):
+        model = transformer.Transformer(50, 16, 1, 2, 32, 0.0, norm=norm, dtype=dtype)
+        params = model.init(jax.random.key(0), tokens, target)["params"]
+        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+        logits[dtype] = model.apply({"params": params}, tokens, target)
+        assert logits[dtype].dtype == jnp.float32
+        bound = model.bind({"params": params})
+        memories, caches = bound.begin(tokens, 1, 4)
+        for i in range(4):
+            step, caches = bound.proceed(target[:, i : i + 1], tokens, memories, caches)
+            tolerance = 1e-5 if dtype == jnp.float32 else 0.1
+            np.testing.assert_allclose(step, logits[dtype][:, i], atol=tolerance)
+    np.testing.assert_allclose(logits[jnp.bfloat16], logits[jnp.float32], atol=0.2)
 
 
 @scripts
@@ -374,7 +429,7 @@ def test_attention_maps_are_the_weights_of_the_library(tiny):
     model, params = tiny
     source, target = jnp.array([[5, 6, 7, 2, 0]]), jnp.array([[1, 8, 9]])
     maps = jax.jit(transformer.attention_maps, static_argnums=0)(model, params, source, target)
-    assert maps.shape == (1, 2, 3, 5)
+    assert maps.shape == (1, model.layers, 2, 3, 5)
     np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
     assert not maps[..., 4].any()
 
@@ -412,14 +467,59 @@ def test_scores_and_bleu():
 # ------------------------------------------------------------------------------------ a whole run
 
 
-@scripts
-def test_a_short_run_leaves_its_files_and_a_model_that_translates(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_corpus(monkeypatch):
     small = dict.fromkeys(corpus.CATEGORIES, 120)
     monkeypatch.setattr(corpus, "generate", lambda generate=corpus.generate: generate(0, small, 12))
-    # One width and no dropout: most of this test's time is compilation.
+    # One width: most of these tests' time is compilation.
     monkeypatch.setattr(data, "bucket_widths", lambda lengths, longest: (28,))
-    sizes = ["--d-model", "16", "--d-ff", "32", "--layers", "1", "--heads", "2", "--dropout", "0"]
-    arguments = ["--out", str(tmp_path), "--steps", "25", "--batch-tokens", "512", *sizes]
+    return ["--d-model", "16", "--d-ff", "32", "--layers", "1", "--heads", "2",
+            "--batch-tokens", "512"]  # fmt: skip
+
+
+@scripts
+def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys, small_corpus):
+    """Ctrl-C saves, and --resume goes on: the same bits, dropout and data order included."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    stop = []
+
+    class Stopping(training.Report):
+        def update(self, row):
+            super().update(row)
+            if stop and row["step"] == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "Report", Stopping)
+
+    def run(name, *more):
+        return translate.main(
+            ["--out", str(tmp_path / name), "--steps", "13", *small_corpus, *more]
+        )
+
+    assert run("whole") == 0
+    stop.append(True)
+    assert run("parts") == 130
+    assert "stopped after 2 steps, and saved" in capsys.readouterr().out
+    assert not (tmp_path / "parts" / "model").exists()
+    assert run("parts", "--resume", "--dropout", "0") == 2
+    assert "cannot resume with other settings: --dropout was 0.1" in capsys.readouterr().err
+    saved = str(tmp_path / "parts" / "config.json")
+    assert translate.main(["--config", saved, "--resume"]) == 0
+    ends = [
+        (tmp_path / name / "model" / "params.msgpack").read_bytes() for name in ("whole", "parts")
+    ]
+    assert ends[0] == ends[1]
+    with (tmp_path / "parts" / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "13"]
+    assert translate.main(["--config", str(tmp_path / "nowhere.json")]) == 2
+    assert "nowhere.json: no such file" in capsys.readouterr().err
+
+
+@scripts
+def test_a_short_run_leaves_its_files_and_a_model_that_translates(tmp_path, capsys, small_corpus):
+    """On all the devices there are, here eight."""
+    arguments = ["--out", str(tmp_path), "--steps", "25", "--dropout", "0", *small_corpus]
     assert translate.main(arguments) == 0
     out = capsys.readouterr().out
     assert "step 25/25" in out
