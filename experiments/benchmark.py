@@ -183,7 +183,7 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
             mine = result["seconds"].get(OURS, float("nan")) * 1e3
             console.print(
                 f"{case['mask']:>14} {case['passes']:<17} {case['dtype']:<9} T={case['T']}: "
-                f"{mine:.0f} ms; {ratios} {result['errors'] or ''}"
+                f"{mine:.3g} ms; {ratios} {result['errors'] or ''}"
             )
             bar.advance(task)
         for case in growth:
@@ -238,7 +238,7 @@ def tables(report: dict[str, Any], console: Console) -> str:
         rows = [
             [
                 case["mask"],
-                f"{case['seconds'].get(OURS, float('nan')) * 1e3:.0f} ms",
+                f"{case['seconds'].get(OURS, float('nan')) * 1e3:.3g} ms",
                 *(f"{case['ratio'][n]:.2f}x" if n in case["ratio"] else "-" for n in names),
                 f"{case['first_call_seconds'].get(OURS, float('nan')):.1f} s",
             ]

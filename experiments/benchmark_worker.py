@@ -43,7 +43,6 @@ def our_mask(name: str, T: int) -> Any:
     return {
         "full": lambda: None,
         "causal": lambda: masks.causal(),
-        "decode": lambda: masks.causal(),
         "window": lambda: masks.sliding_window(WINDOW),
         "documents": lambda: masks.segments(jnp.arange(T) // DOCUMENT) & masks.causal(),
         "prefix": lambda: masks.prefix_lm(prefix_length(T)),
@@ -59,17 +58,22 @@ def lengths(case: dict[str, Any]) -> tuple[int, int, int, int]:
     return (1, T, T, 1) if case["mask"] == "decode" else (T, T, T, T)
 
 
+def jax_inputs(case: dict[str, Any]) -> list[Any]:
+    """Query, key, value, and the output's cotangent."""
+    import jax
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [
+        jax.random.normal(key, (case["B"], n, case["N"], case["H"])).astype(case["dtype"])
+        for key, n in zip(keys, lengths(case), strict=True)
+    ]
+
+
 def jax_run(attend: Callable[..., Any], case: dict[str, Any]) -> Run:
     """The jitted call or, for both passes, its gradients for a fixed cotangent."""
     import jax
-    import jax.numpy as jnp
 
-    dtype = jnp.dtype(case["dtype"])
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, g = (
-        jax.random.normal(key, (case["B"], n, case["N"], case["H"])).astype(dtype)
-        for key, n in zip(keys, lengths(case), strict=True)
-    )
+    q, k, v, g = jax_inputs(case)
     if case["passes"] == "forward":
         run = jax.jit(attend)
         return lambda: jax.block_until_ready(run(q, k, v))
@@ -83,18 +87,31 @@ def jax_run(attend: Callable[..., Any], case: dict[str, Any]) -> Run:
 
 
 def jaxattn(case: dict[str, Any], backend: str) -> Run:
-    import jax.numpy as jnp
+    import jaxattn as ja
+
+    if case["mask"] == "decode":
+        return from_cache(case)
+    mask = our_mask(case["mask"], case["T"])
+    return jax_run(lambda q, k, v: ja.attention(q, k, v, mask=mask, backend=backend), case)
+
+
+def from_cache(case: dict[str, Any]) -> Run:
+    """One query, at the end of a full cache."""
+    import jax
 
     import jaxattn as ja
 
-    mask = our_mask(case["mask"], case["T"])
-    # As from a cache: the query stands at its end.
-    decoding = ja.Positions(q=jnp.array([case["T"] - 1])) if case["mask"] == "decode" else None
+    if case["passes"] != "forward":
+        raise ValueError("decoding has no backward pass")
+    q, k, v, _ = jax_inputs(case)
+    size = {"batch": case["B"], "capacity": case["T"], "heads": case["N"], "head_dim": case["H"]}
+    cache = ja.KVCache.create(**size, dtype=q.dtype).append(k, v)
 
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        return ja.attention(q, k, v, mask=mask, positions=decoding, backend=backend)
+    @jax.jit
+    def run(cache: ja.KVCache, q: Any) -> Any:
+        return cache.attend(q, cache.upcoming(1) - 1, mask=ja.masks.causal())
 
-    return jax_run(attend, case)
+    return lambda: jax.block_until_ready(run(cache, q))
 
 
 # --- peers -------------------------------------------------------------------------------------

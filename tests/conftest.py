@@ -23,7 +23,10 @@ jaxtyping.install_import_hook("jaxattn", "typechecker.check")
 import jaxattn  # noqa: E402
 
 # Pytrees are also built of what is no array: partition specs, axes of vmap, None.
-for _tree in (jaxattn.Positions, jaxattn.backends.base.Call, jaxattn.backends.base.Dropout):
+_base = jaxattn.backends.base
+for _tree in (
+    jaxattn.Positions, jaxattn.KVCache, jaxattn.PagedKVCache, _base.Call, _base.Dropout,
+):  # fmt: skip
     _tree.__init__ = inspect.unwrap(_tree.__init__)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -331,6 +331,17 @@ def test_decoding_in_a_scan(kind: str) -> None:
     np.testing.assert_allclose(jnp.moveaxis(outs, 0, 1), whole(mask), rtol=1e-5, atol=1e-5)
 
 
+def test_decoding_copies_no_keys() -> None:
+    """They are read as they lie: no program that copies or turns them is compiled."""
+    cache = ja.KVCache.create(B, 77, K, H).append(*(jnp.ones((B, 5, K, H)),) * 2)
+    query = jnp.ones((B, 1, N, H))
+    program = jax.jit(lambda c, q: c.attend(q, c.upcoming(1) - 1, mask=masks.causal()))
+    text = program.lower(cache, query).compile().as_text()
+    whole = [line for line in text.splitlines() if f"f32[{B},{K},77,{H}]" in line]
+    assert whole
+    assert not [line for line in whole if " copy(" in line or " transpose(" in line]
+
+
 def test_what_no_place_holds_is_not_felt() -> None:
     """Stale and empty places may hold anything."""
     query, key, value = sequence()

@@ -43,22 +43,34 @@ def footprint(call: Call) -> int:
 @jax.custom_jvp
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    out, lse, finite = _attend(call, careful=False)
-    return jax.lax.cond(finite, lambda: (out, lse), lambda: _attend(call, careful=True)[:2])
+    # Turned out here: a branch that turned them would be given a copy to turn.
+    arrays = _heads_first(call)
+    out, lse, finite = _attend(call, *arrays, careful=False)
+    return jax.lax.cond(
+        finite, lambda: (out, lse), lambda: _attend(call, *arrays, careful=True)[:2]
+    )
 
 
 @run.defjvp
 def _differentiated(primals: tuple[Call], tangents: tuple[Call]) -> Any:
     # The backward multiplies keys too, by zeros where nobody sees them.
-    return jax.jvp(lambda call: _attend(call, careful=True)[:2], primals, tangents)
+    def careful(call: Call) -> Any:
+        return _attend(call, *_heads_first(call), careful=True)[:2]
+
+    return jax.jvp(careful, primals, tangents)
 
 
-def _attend(call: Call, careful: bool) -> tuple[Array, Array, Array]:
+def _heads_first(call: Call) -> tuple[Array, ...]:
+    return tuple(jnp.moveaxis(x, 1, 2) for x in (call.query, call.key, call.value))
+
+
+def _attend(
+    call: Call, query: Array, key: Array, value: Array, careful: bool
+) -> tuple[Array, Array, Array]:
     """Output, LSE, and whether all is finite; with care, whatever those hold whom nobody sees."""
     B, T, S, N, K, _, _ = call.sizes
     at = call.positions.filled(B, N, T, S)
     seen = over_grid(full() if call.mask is None else call.mask, at)  # [B, N, T, S]
-    query, key, value = (jnp.moveaxis(x, 1, 2) for x in (call.query, call.key, call.value))
     if careful:
         nothing = jnp.zeros((), query.dtype)
         query = jnp.where(seen.any(-1)[..., None], query, nothing)
