@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,28 +118,38 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
-    def save(self, state: State, rows: Rows, done: float) -> None:
-        """The state after `state.step` steps, which took so many seconds."""
-        step = int(state.step)
+    def save(self, step: int, arrays: Any, rows: Rows, done: float) -> None:
+        """What there is after so many steps, which took so many seconds."""
         if step != self.manager.latest_step():
             parts = {
-                "state": ocp.args.StandardSave(_arrays(state)),
+                "state": ocp.args.StandardSave(arrays),
                 "rows": ocp.args.JsonSave({"rows": rows, "seconds": done}),
             }
             self.manager.save(step, args=ocp.args.Composite(**parts))
 
-    def latest(self, state: State) -> tuple[State, Rows, float]:
-        """The last state saved, or the one given if there is none."""
+    def latest(self, arrays: Any) -> tuple[Any, Rows, float]:
+        """The last arrays saved, or those given if there are none."""
         step = self.manager.latest_step()
         if step is None:
-            return state, [], 0.0
-        parts = {"state": ocp.args.StandardRestore(_arrays(state)), "rows": ocp.args.JsonRestore()}
+            return arrays, [], 0.0
+        parts = {"state": ocp.args.StandardRestore(arrays), "rows": ocp.args.JsonRestore()}
         found = self.manager.restore(step, args=ocp.args.Composite(**parts))
-        return state.replace(**found["state"]), found["rows"]["rows"], found["rows"]["seconds"]
+        return found["state"], found["rows"]["rows"], found["rows"]["seconds"]
 
 
 def _arrays(state: State) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("step", "params", "opt_state", "average")}
+
+
+@contextmanager
+def interruptions() -> Iterator[list[bool]]:
+    """A list that is no longer empty after Ctrl-C, which raises nothing meanwhile."""
+    found: list[bool] = []
+    kept = signal.signal(signal.SIGINT, lambda *_: found.append(True))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, kept)
 
 
 def everywhere() -> tuple[Callable[[Any], Any], Callable[[Batch], Any], int]:
@@ -181,7 +192,8 @@ def train(
         tx=optax.adam(rate, b1=0.9, b2=0.98, eps=1e-9),
     )
     on_all, place, count = everywhere()
-    state, rows, before = checkpoints.latest(state)
+    found, rows, before = checkpoints.latest(_arrays(state))
+    state = state.replace(**found)
     state = on_all(state.replace(step=jnp.asarray(state.step, jnp.int32)))
     # Enough held-out pairs for a curve; all of them are decoded at the end.
     some = [slice(None, None, max(1, len(side) // 500)) for side in test]
@@ -199,48 +211,44 @@ def train(
                 else:
                     skip -= 1
 
-    interrupted = []
-    kept = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
     first = int(state.step) + 1
     waiting: list[Array] = []
     report = Report(console, schedule.steps, schedule.minutes)
     started = since = time.monotonic()
     seen = 0
-    try:
-        with report.progress:
-            for step, (epoch, batch) in zip(
-                range(first, schedule.steps + 1), stream(first - 1), strict=False
-            ):
-                state, measured = train_step(
-                    state, *place(batch), dropout_key, schedule.smoothing, schedule.averaging
-                )
-                waiting.append(measured)
-                seen += int(np.sum(batch.target[:, 1:] != data.PAD))
-                last = step == schedule.steps or bool(interrupted)
-                # Reading a result waits for the device, so that is done every 20 steps only.
-                if step == 1 or step % 20 == 0 or last:
-                    loss, accuracy = np.mean([np.asarray(m) for m in waiting], axis=0)
-                    now = time.monotonic()
-                    seconds = before + now - started
-                    last |= schedule.minutes is not None and seconds > 60 * schedule.minutes
-                    row = {
-                        "step": step,
-                        "epoch": epoch,
-                        "seconds": seconds,
-                        "loss": float(loss),
-                        "token_accuracy": float(accuracy),
-                        "learning_rate": float(rate(step)),
-                        "tokens_per_second": seen / (now - since),
-                    }
-                    if step % 100 == 0 or last:
-                        row |= held_out(model, state.average, probe, schedule.smoothing, place)
-                    rows.append(row)
-                    report.update(row)
-                    waiting, seen, since = [], 0, time.monotonic()
-                if last or step % schedule.save_every == 0:
-                    checkpoints.save(state, rows, before + time.monotonic() - started)
-                if last:
-                    break
-    finally:
-        signal.signal(signal.SIGINT, kept)
+    with interruptions() as interrupted, report.progress:
+        for step, (epoch, batch) in zip(
+            range(first, schedule.steps + 1), stream(first - 1), strict=False
+        ):
+            state, measured = train_step(
+                state, *place(batch), dropout_key, schedule.smoothing, schedule.averaging
+            )
+            waiting.append(measured)
+            seen += int(np.sum(batch.target[:, 1:] != data.PAD))
+            last = step == schedule.steps or bool(interrupted)
+            # Reading a result waits for the device, so that is done every 20 steps only.
+            if step == 1 or step % 20 == 0 or last:
+                loss, accuracy = np.mean([np.asarray(m) for m in waiting], axis=0)
+                now = time.monotonic()
+                seconds = before + now - started
+                last |= schedule.minutes is not None and seconds > 60 * schedule.minutes
+                row = {
+                    "step": step,
+                    "epoch": epoch,
+                    "seconds": seconds,
+                    "loss": float(loss),
+                    "token_accuracy": float(accuracy),
+                    "learning_rate": float(rate(step)),
+                    "tokens_per_second": seen / (now - since),
+                }
+                if step % 100 == 0 or last:
+                    row |= held_out(model, state.average, probe, schedule.smoothing, place)
+                rows.append(row)
+                report.update(row)
+                waiting, seen, since = [], 0, time.monotonic()
+            if last or step % schedule.save_every == 0:
+                done = before + time.monotonic() - started
+                checkpoints.save(step, _arrays(state), rows, done)
+            if last:
+                break
     return jax.device_get(state.average), rows, bool(interrupted)

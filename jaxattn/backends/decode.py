@@ -60,12 +60,13 @@ def _differentiated(primals: tuple[Call], tangents: tuple[Call]) -> Any:
     return jax.jvp(careful, primals, tangents)
 
 
-def _heads_first(call: Call) -> tuple[Array, ...]:
-    return tuple(jnp.moveaxis(x, 1, 2) for x in (call.query, call.key, call.value))
+def _heads_first(call: Call) -> tuple[Array, Array, Array]:
+    query, key, value = (jnp.moveaxis(x, 1, 2) for x in (call.query, call.key, call.value))
+    return query, key, value
 
 
 def _attend(
-    call: Call, query: Array, key: Array, value: Array, careful: bool
+    call: Call, query: Array, key: Array, value: Array, *, careful: bool
 ) -> tuple[Array, Array, Array]:
     """Output, LSE, and whether all is finite; with care, whatever those hold whom nobody sees."""
     B, T, S, N, K, _, _ = call.sizes
