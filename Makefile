@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-deep check format experiment faults benchmark peers clean
+.PHONY: test test-deep check format experiment language-model faults benchmark peers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ format: $(VENV)/ready
 
 experiment: $(VENV)/ready  ## train a Transformer that translates, and use it
 	$(BIN)/python experiments/translate.py
+
+language-model: $(VENV)/ready  ## train a language model on packed documents, and sample
+	$(BIN)/python experiments/language_model.py
 
 faults: $(VENV)/ready  ## train small models with wrong masks, and see what shows it
 	$(BIN)/python experiments/mask_faults.py

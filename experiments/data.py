@@ -143,17 +143,25 @@ def train_tokenizer(pairs: Sequence[Pair], vocabulary: int) -> Tokenizer:
 
     It works on bytes, so no text is outside it. Sources are lower-cased (see `encode_source`).
     """
+    texts = [text for pair in pairs for text in (pair.source.lower(), pair.target)]
+    return byte_pairs(texts, vocabulary, SPECIAL, sentences=True)
+
+
+def byte_pairs(
+    texts: Sequence[str], vocabulary: int, special: Sequence[str], *, sentences: bool
+) -> Tokenizer:
+    """A byte-pair encoding learnt from texts; of sentences, the first word is like any other."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    if sentences:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=sentences)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for pair in pairs for text in (pair.source.lower(), pair.target)]
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

@@ -1,9 +1,10 @@
-"""The two pictures of a run: the loss curve and an attention map."""
+"""The pictures of the runs: curves, attention maps, growth with the context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -57,4 +58,38 @@ def draw_attention(
         axis.set_title(f"layer {layer}, head {head}")
     figure.suptitle("cross-attention of the decoder: target token (row) to source token")
     figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_losses(path: Path, rows: Sequence[dict[str, float]]) -> None:
+    """Training loss, and bits per byte of what is held out, over steps."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    held = [row for row in rows if "held_out_loss" in row]
+    left.plot([r["step"] for r in rows], [r["loss"] for r in rows], label="training")
+    left.plot([r["step"] for r in held], [r["held_out_loss"] for r in held], "o-", label="held out")
+    left.set(xlabel="step", title="loss, nats a token")
+    left.legend()
+    right.plot([r["step"] for r in held], [r["bits_per_byte"] for r in held], "o-")
+    right.set(xlabel="step", title="bits per byte, held out")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_context(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Time and peak memory against the length of a row, by backend."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, name, scale, title in zip(
+        panels, ("seconds", "peak"), (1, 2**20), ("seconds", "peak memory, MiB"), strict=True
+    ):
+        for backend in dict.fromkeys(row["backend"] for row in rows):
+            mine = [row for row in rows if row["backend"] == backend]
+            label = {"auto": "jaxattn", "dense": "dense attention"}[backend]
+            values = [row[name] / scale for row in mine]
+            axis.loglog([row["length"] for row in mine], values, "o-", label=label)
+        axis.set(xlabel="tokens in a row", title=f"forward and backward: {title}")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
     plt.close(figure)

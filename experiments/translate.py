@@ -13,7 +13,6 @@ that cannot be used gets one line on stderr and exit status 2. README.md has the
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import sys
@@ -36,6 +35,7 @@ from corpus import Pair
 from data import Corpus, DataError
 from flax import serialization
 from pictures import draw_attention, draw_curve
+from report import write_metrics
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -277,14 +277,6 @@ def load_translator(
 
 
 # --------------------------------------------------------------------------------------- commands
-
-
-def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
 
 
 def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:

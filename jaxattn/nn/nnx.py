@@ -285,7 +285,10 @@ class TransformerBlock(nnx.Module):
         self.mlp_in = nnx.Linear(in_features, mlp_features, **options)
         self.mlp_out = nnx.Linear(mlp_features, in_features, **options)
         self.mlp_norm = nnx.LayerNorm(in_features, **options)
-        self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+        self.dropout_rate = dropout_rate
+        if dropout_rate > 0:
+            # Only then, so that a module without dropout has no state but its parameters.
+            self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
     def __call__(
         self,
@@ -325,7 +328,7 @@ class TransformerBlock(nnx.Module):
 
         def add(norm: nnx.Module, f: Callable[[Array], Array], x: Array) -> Array:
             y = f(norm(x) if self.norm == "pre" else x)
-            if self.dropout.rate > 0:
+            if self.dropout_rate > 0:
                 y = self.dropout(y, deterministic=off)
             return x + y if self.norm == "pre" else norm(x + y)
 

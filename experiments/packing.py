@@ -1,0 +1,126 @@
+"""Documents of Python's standard library, or of any files, packed into rows of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from data import DataError, Tokens, read_lines
+from tokenizers import Tokenizer
+
+from jaxattn.shapes import Int
+
+BEGIN, END = 0, 1
+SPECIAL = ("[BEGIN]", "[END]")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents to train on, and those of files that were held out."""
+
+    train: list[str]
+    test: list[str]
+
+
+def standard_library() -> list[Path]:
+    """The modules that every Python has, tests and generated tables left out."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3", "__pycache__"}
+    found = sorted(p for p in folder.rglob("*.py") if p.stat().st_size > 0)
+    return [p for p in found if not skipped.intersection(p.relative_to(folder).parts)]
+
+
+def read(files: Sequence[Path]) -> Texts:
+    """One document a definition: files are cut where a line at the margin begins a new one.
+
+    One file in twenty, by a hash of its name, is held out.
+    """
+    texts = Texts([], [])
+    for path in files:
+        text = "\n".join(read_lines(path))
+        side = hashlib.sha256(path.name.encode()).digest()[0] % 20 == 0
+        parts = re.split(r"\n(?=(?:def|class|async def|@)[ \w])", text)
+        (texts.test if side else texts.train).extend(part + "\n" for part in parts if part.strip())
+    if not texts.test:
+        # Few files: one document in twenty instead.
+        whole = texts.train
+        texts = Texts([d for i, d in enumerate(whole) if i % 20], whole[::20])
+    if not texts.train or not texts.test:
+        raise DataError("too little text to train on some and hold out other; give more files")
+    return texts
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[str], longest: int) -> list[Tokens]:
+    """Documents between BEGIN and END, in pieces of at most `longest` tokens."""
+    pieces = []
+    for row in tokenizer.encode_batch(list(documents)):
+        ids = np.array([BEGIN, *row.ids, END], np.int32)
+        pieces += [ids[i : i + longest] for i in range(0, len(ids), longest)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of documents, one after the other; what is left of a row belongs to no document.
+
+    Attributes:
+      tokens: the documents' tokens, 0 where there is none.
+      ids: which document of its row a token is of, from 0; -1 where there is none.
+      places: where a token stands in its document.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    ids: Int[np.ndarray, "B T"]
+    places: Int[np.ndarray, "B T"]
+
+
+def pack(rows: Sequence[Sequence[Tokens]], length: int) -> Packed:
+    """Rows of documents as arrays."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    ids, places = np.full_like(tokens, -1), np.zeros_like(tokens)
+    for row, documents in enumerate(rows):
+        start = 0
+        for n, document in enumerate(documents):
+            here = slice(start, start + len(document))
+            tokens[row, here], ids[row, here] = document, n
+            places[row, here] = np.arange(len(document))
+            start += len(document)
+    return Packed(tokens, ids, places)
+
+
+def filled(
+    documents: Sequence[Tokens], rows: int, length: int, rng: np.random.Generator | None = None
+) -> Iterator[list[list[Tokens]]]:
+    """Batches of so many rows, each filled with the next documents until one does not fit.
+
+    Args:
+      documents: no longer than `length`.
+      rows, length: of a batch.
+      rng: shuffles the documents; None keeps their order.
+    """
+    order = np.arange(len(documents)) if rng is None else rng.permutation(len(documents))
+    batch: list[list[Tokens]] = [[]]
+    room = length
+    for i in order:
+        document = documents[i]
+        if len(document) > room:
+            if len(batch) == rows:
+                yield batch
+                batch = []
+            batch.append([])
+            room = length
+        batch[-1].append(document)
+        room -= len(document)
+    if rng is None:
+        yield batch + [[]] * (rows - len(batch))
+
+
+def padded(batch: Sequence[Sequence[Tokens]], multiple: int) -> list[list[Tokens]]:
+    """The same documents, each in a row of its own, and empty rows up to a multiple."""
+    rows = [[document] for row in batch for document in row]
+    return rows + [[]] * (-len(rows) % multiple)
