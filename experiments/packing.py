@@ -46,9 +46,9 @@ def read(files: Sequence[Path]) -> Texts:
         side = hashlib.sha256(path.name.encode()).digest()[0] % 20 == 0
         parts = re.split(r"\n(?=(?:def|class|async def|@)[ \w])", text)
         (texts.test if side else texts.train).extend(part + "\n" for part in parts if part.strip())
-    if not texts.test:
+    if not texts.train or not texts.test:
         # Few files: one document in twenty instead.
-        whole = texts.train
+        whole = texts.train + texts.test
         texts = Texts([d for i, d in enumerate(whole) if i % 20], whole[::20])
     if not texts.train or not texts.test:
         raise DataError("too little text to train on some and hold out other; give more files")
