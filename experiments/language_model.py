@@ -68,7 +68,7 @@ class Train:
     window: int = 128  # of the layers that have one
     full_every: int = 2  # every second layer sees everything
 
-    steps: int = 1200
+    steps: int = 900
     minutes: float | None = 4.0  # stop training after so many, whatever --steps says
     warmup: int = 50
     rate: float = 3e-3  # at its peak; a cosine of the steps takes it to a tenth
@@ -95,7 +95,7 @@ class Packing:
 
     steps: int = 60
     length: int = 512
-    rows: int = 8
+    rows: int = 4
     out: Path = OUT
 
 
