@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .shapes import Array, ArrayLike, Bool, Int
+
+if TYPE_CHECKING:
+    from .why import Why
 
 Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
@@ -202,6 +205,18 @@ class Mask:
         given = positions or Positions()
         check_extents(self, given, batch, heads, T, S)
         return over_grid(self, given.filled(batch, heads, T, S))
+
+    def why(self, q: int, k: int, b: int = 0, h: int = 0) -> Why:
+        """Why the query at position `q` may see the key at `k`, or may not; see `jaxattn.why`."""
+        from .why import why
+
+        return why(self, q, k, b, h)
+
+    def show(self, T: int | None = None, S: int | None = None, **options: Any) -> None:
+        """Prints a picture of the mask; `jaxattn.show.text` has the options."""
+        from .show import text
+
+        print(text(self, T, S, **options))
 
 
 def as_mask(given: Any, where: str = "mask") -> Mask:

@@ -8,15 +8,18 @@ Where an argument may differ by batch row or by head its shape says so (`[B]`, `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, PerHead, Positions, Predicate, as_mask, dense, known
+from .algebra import Mask, MaskLike, PerHead, Positions, Predicate, as_mask, dense, known
 from .conventions import Convention, kept
 from .shapes import Array, ArrayLike, Bool, Int, Shaped
+
+if TYPE_CHECKING:
+    from .show import Diff
 
 __all__ = [
     "Mask",
@@ -26,6 +29,7 @@ __all__ = [
     "causal",
     "chunked",
     "dense",
+    "diff",
     "dilated",
     "empty",
     "from_array",
@@ -611,3 +615,39 @@ inside |
         f"from_array(array): got shape {list(keep.shape)}, expected rank 2, 3 or 4: [T, S] or "
         "[B, S], [B|1, T|1, S|1], [B|1, N|1, T|1, S|1]"
     )
+
+
+def diff(
+    a: MaskLike,
+    b: MaskLike,
+    T: int,
+    S: int | None = None,
+    *,
+    row: int = 0,
+    head: int = 0,
+    color: bool | None = None,
+) -> Diff:
+    """Where two masks differ: for checking one that was rewritten against the old one.
+
+    Args:
+      a, b: masks, callables `(b, h, q, k) -> bool`, or boolean arrays.
+      T, S: numbers of queries and of keys; S is T by default.
+      row, head: the batch row and the query head that are compared.
+      color: whether to colour by ANSI codes; by default on a terminal, unless `NO_COLOR` is set.
+
+    Returns:
+      A `Diff`, true if they differ, to be printed: `-` where only `a` allows, `+` where only `b`
+      does. Above 4 million pairs masks are compared by bounds and, where these cannot tell, tile by
+      tile: O(T * S) time, O(tile) memory.
+
+    Example:
+      >>> from jaxattn import masks
+      >>> print(masks.diff(masks.causal(), lambda b, h, q, k: q > k, 3))
+      3 of 9 pairs differ; the first: query 0, key 0, which only the first mask allows
+       - · ·
+      ██ - ·
+      ████ -
+    """
+    from .show import diff
+
+    return diff(a, b, T, S, row=row, head=head, color=color)

@@ -78,6 +78,7 @@ LAYERS = [
     ["request"],
     ["attention"],
     ["explain"],
+    ["why"],
     ["cache"],
     ["paged"],
     ["nn", "parallel", "compat", "show", "testing"],
