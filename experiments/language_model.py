@@ -38,11 +38,11 @@ from decoder import Decoder, loss_of, sample
 from flax import nnx, serialization
 from packing import Packed
 from pictures import draw_context, draw_losses
-from report import Report, write_metrics
+from report import write_metrics
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
-from training import Checkpoints, Rows, interruptions
+from training import Checkpoints, Pace, Rows, loop
 
 from jaxattn.shapes import Array, Float, Int
 
@@ -206,46 +206,31 @@ def train(
     found, rows, before = checkpoints.latest({"params": pure, "state": jax.tree.leaves(state)})
     nnx.replace_by_pure_dict(params, found["params"])
     state = jax.tree.unflatten(jax.tree.structure(state), found["state"])
-    first = int(rows[-1]["step"]) + 1 if rows else 1
-    report = Report(console, config.steps, config.minutes)
-    started = since = time.monotonic()
-    waiting: list[Array] = []
-    seen = 0
-    with interruptions() as interrupted, report.progress:
-        stream = batches(examples, config, first - 1)
-        for step, (epoch, batch) in zip(range(first, config.steps + 1), stream, strict=False):
-            packed = packing.pack(batch, config.length)
-            rate = learning_rate(config, step)
-            given = arrays(packed), jnp.float32(rate)
-            params, state, loss = train_step(graph, tx, params, state, *given)
-            waiting.append(loss)
-            seen += int(np.sum(packed.ids >= 0))
-            last = step == config.steps or bool(interrupted)
-            # Reading a result waits for the device, so that is done every 20 steps only.
-            if step == 1 or step % 20 == 0 or last:
-                mean = float(np.mean([np.asarray(x) for x in waiting]))
-                now = time.monotonic()
-                seconds = before + now - started
-                last |= config.minutes is not None and seconds > 60 * config.minutes
-                row = {
-                    "step": step,
-                    "epoch": epoch,
-                    "seconds": seconds,
-                    "loss": mean,
-                    "learning_rate": rate,
-                    "tokens_per_second": seen / (now - since),
-                }
-                if step % 100 == 0 or last:
-                    row |= held_out(graph, params, probe, bytes_)
-                rows.append(row)
-                report.update(row)
-                waiting, seen, since = [], 0, time.monotonic()
-            if last or step % config.save_every == 0:
-                kept = {"params": nnx.to_pure_dict(params), "state": jax.tree.leaves(state)}
-                checkpoints.save(step, kept, rows, before + time.monotonic() - started)
-            if last:
-                break
-    return nnx.merge(graph, params), rows, bool(interrupted)
+
+    def do(step: int, batch: list[list[Tokens]]) -> tuple[Array, int]:
+        nonlocal params, state
+        packed = packing.pack(batch, config.length)
+        given = arrays(packed), jnp.float32(learning_rate(config, step))
+        params, state, loss = train_step(graph, tx, params, state, *given)
+        return loss[None], int(np.sum(packed.ids >= 0))
+
+    def save(step: int, rows: Rows, seconds: float) -> None:
+        kept = {"params": nnx.to_pure_dict(params), "state": jax.tree.leaves(state)}
+        checkpoints.save(step, kept, rows, seconds)
+
+    interrupted = loop(
+        Pace(config.steps, config.minutes, config.save_every),
+        batches(examples, config, int(rows[-1]["step"]) if rows else 0),
+        rows,
+        before,
+        do=do,
+        names=("loss",),
+        rate=partial(learning_rate, config),
+        evaluate=lambda: held_out(graph, params, probe, bytes_),
+        save=save,
+        console=console,
+    )
+    return nnx.merge(graph, params), rows, interrupted
 
 
 def learning_rate(config: Train, step: int) -> float:

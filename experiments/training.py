@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import data
 import jax
@@ -168,6 +168,78 @@ def everywhere() -> tuple[Callable[[Any], Any], Callable[[Batch], Any], int]:
     return put, lambda b: jax.device_put((b.source, b.target), rows), len(devices)
 
 
+class Pace(NamedTuple):
+    """How long a run goes on, and how often it saves."""
+
+    steps: int
+    minutes: float | None
+    save_every: int
+
+
+def loop(
+    pace: Pace,
+    batches: Iterator[tuple[int, Any]],
+    rows: Rows,
+    before: float,
+    *,
+    do: Callable[[int, Any], tuple[Array, int]],
+    names: Sequence[str],
+    rate: Callable[[int], Any],
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[int, Rows, float], None],
+    console: Console,
+) -> bool:
+    """Steps from the one after the last row's on: metrics, checkpoints, Ctrl-C.
+
+    Args:
+      pace: when to stop and to save.
+      batches: epochs and batches, beginning with the first that is not done yet.
+      rows: metrics so far; every 20 steps one is added.
+      before: seconds that the run took before.
+      do: one step; what it measured, and how many tokens it saw.
+      names: of what is measured.
+      rate: the learning rate of a step.
+      evaluate: what is held out, every 100 steps.
+      save: given the step, the rows, and the seconds so far.
+
+    Returns:
+      Whether it was interrupted, after it saved.
+    """
+    report = Report(console, pace.steps, pace.minutes)
+    started = since = time.monotonic()
+    waiting: list[Array] = []
+    seen = 0
+    first = int(rows[-1]["step"]) + 1 if rows else 1
+    with interruptions() as interrupted, report.progress:
+        for step, (epoch, batch) in zip(range(first, pace.steps + 1), batches, strict=False):
+            measured, tokens = do(step, batch)
+            waiting.append(measured)
+            seen += tokens
+            last = step == pace.steps or bool(interrupted)
+            # Reading a result waits for the device, so that is done every 20 steps only.
+            if step == 1 or step % 20 == 0 or last or step % pace.save_every == 0:
+                means = np.mean([np.asarray(m) for m in waiting], axis=0)
+                now = time.monotonic()
+                seconds = before + now - started
+                last |= pace.minutes is not None and seconds > 60 * pace.minutes
+                row = {"step": step, "epoch": epoch, "seconds": seconds}
+                row |= dict(zip(names, map(float, means), strict=True))
+                row |= {
+                    "learning_rate": float(rate(step)),
+                    "tokens_per_second": seen / (now - since),
+                }
+                if step % 100 == 0 or last:
+                    row |= evaluate()
+                rows.append(row)
+                report.update(row)
+                waiting, seen, since = [], 0, time.monotonic()
+            if last or step % pace.save_every == 0:
+                save(step, rows, before + time.monotonic() - started)
+            if last:
+                break
+    return bool(interrupted)
+
+
 def train(
     schedule: Schedule,
     model: Transformer,
@@ -211,44 +283,28 @@ def train(
                 else:
                     skip -= 1
 
-    first = int(state.step) + 1
-    waiting: list[Array] = []
-    report = Report(console, schedule.steps, schedule.minutes)
-    started = since = time.monotonic()
-    seen = 0
-    with interruptions() as interrupted, report.progress:
-        for step, (epoch, batch) in zip(
-            range(first, schedule.steps + 1), stream(first - 1), strict=False
-        ):
-            state, measured = train_step(
-                state, *place(batch), dropout_key, schedule.smoothing, schedule.averaging
-            )
-            waiting.append(measured)
-            seen += int(np.sum(batch.target[:, 1:] != data.PAD))
-            last = step == schedule.steps or bool(interrupted)
-            # Reading a result waits for the device, so that is done every 20 steps only.
-            if step == 1 or step % 20 == 0 or last:
-                loss, accuracy = np.mean([np.asarray(m) for m in waiting], axis=0)
-                now = time.monotonic()
-                seconds = before + now - started
-                last |= schedule.minutes is not None and seconds > 60 * schedule.minutes
-                row = {
-                    "step": step,
-                    "epoch": epoch,
-                    "seconds": seconds,
-                    "loss": float(loss),
-                    "token_accuracy": float(accuracy),
-                    "learning_rate": float(rate(step)),
-                    "tokens_per_second": seen / (now - since),
-                }
-                if step % 100 == 0 or last:
-                    row |= held_out(model, state.average, probe, schedule.smoothing, place)
-                rows.append(row)
-                report.update(row)
-                waiting, seen, since = [], 0, time.monotonic()
-            if last or step % schedule.save_every == 0:
-                done = before + time.monotonic() - started
-                checkpoints.save(step, _arrays(state), rows, done)
-            if last:
-                break
-    return jax.device_get(state.average), rows, bool(interrupted)
+    def do(step: int, batch: Batch) -> tuple[Array, int]:
+        nonlocal state
+        given = *place(batch), dropout_key, schedule.smoothing, schedule.averaging
+        state, measured = train_step(state, *given)
+        return measured, int(np.sum(batch.target[:, 1:] != data.PAD))
+
+    def evaluate() -> dict[str, float]:
+        return held_out(model, state.average, probe, schedule.smoothing, place)
+
+    def save(step: int, rows: Rows, seconds: float) -> None:
+        checkpoints.save(step, _arrays(state), rows, seconds)
+
+    interrupted = loop(
+        Pace(schedule.steps, schedule.minutes, schedule.save_every),
+        stream(int(state.step)),
+        rows,
+        before,
+        do=do,
+        names=("loss", "token_accuracy"),
+        rate=rate,
+        evaluate=evaluate,
+        save=save,
+        console=console,
+    )
+    return jax.device_get(state.average), rows, interrupted

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import decoder
 import language_model
 import packing
+import training
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +117,13 @@ def test_a_run_stops_goes_on_and_is_used(
     """Ctrl-C saves, --resume ends with the same bits, and `sample` continues a text."""
     stop = []
 
-    class Stopping(language_model.Report):
+    class Stopping(training.Report):
         def update(self, row: Any) -> None:
             super().update(row)
             if stop and row["step"] == 1:
                 signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(language_model, "Report", Stopping)
+    monkeypatch.setattr(training, "Report", Stopping)
 
     def run(name: str, *more: str) -> int:
         return language_model.main(["--out", str(tmp_path / name), *texts, *SIZES, *more])
