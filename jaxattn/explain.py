@@ -15,6 +15,9 @@ from .request import request
 from .split import split
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
 
+# Up to so many pairs every one is looked at for queries that see nothing; beyond, tiles are.
+_LOOKED_AT = 2**22
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -32,8 +35,8 @@ class Explanation:
       dense_flops: of the forward pass over all pairs.
       bytes: of what the chosen backend holds beside inputs and output in the forward pass.
       dense_bytes: the same for the dense backend: logits and weights.
-      notes: what is worth knowing: operations that make tiles PARTIAL for want of a rule, and
-        what is gathered on the tile.
+      notes: what is worth knowing: queries that see nothing and keys that nobody sees, operations
+        that make tiles PARTIAL for want of a rule, and what is gathered on the tile.
     """
 
     backend: str
@@ -121,7 +124,7 @@ def explain(
         dense_flops=2.0 * pairs * (H + Hv),
         bytes=BACKENDS[choice.backend].footprint(call),
         dense_bytes=BACKENDS["dense"].footprint(call),
-        notes=_notes(call),
+        notes=(*_blind(call, tiles), *_notes(call)),
     )
 
 
@@ -138,6 +141,40 @@ def _tiles(call: Call) -> TileMap | None:
 
 def _traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _blind(call: Call, tiles: TileMap | None) -> tuple[str, ...]:
+    """Queries that see nothing, and keys that nobody sees."""
+    if tiles is None or call.mask is None:
+        return ()
+    B, T, S, N, *_ = call.sizes
+    states = np.asarray(tiles.states)
+    if B * N * T * S <= _LOOKED_AT:
+        seen, least = np.asarray(tiles.mask.dense(T, S, B, N, call.positions)), ""
+    else:
+        # Empty tiles are certain; a mixed one may hold more.
+        seen, least = states != EMPTY, "at least "
+    notes = []
+    for axis, name, said, extent in (
+        (3, "queries", "see nothing: their output is 0", (T, tiles.tile[0])),
+        (2, "keys", "are seen by nobody", (S, tiles.tile[1])),
+    ):
+        blind = ~seen.any(axis)
+        if not blind.any():
+            continue
+        b, h, first = (int(n) for n in np.argwhere(blind)[0])
+        if least:
+            length, tile = extent
+            size = np.minimum(tile, length - tile * np.arange(blind.shape[2]))
+            count = int((blind * size).sum()) * (B * N // (blind.shape[0] * blind.shape[1]))
+            first *= tile
+        else:
+            count = int(blind.sum())
+        notes.append(
+            f"{least}{count} of {B * N * extent[0]} {name} {said} (the first: row {b}, head {h}, "
+            f"{first})"
+        )
+    return tuple(notes)
 
 
 def _notes(call: Call) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,32 @@ def test_the_backend_asked_for_is_the_one_that_runs() -> None:
         assert ja.explain(query, LARGE, LARGE, backend=name).backend == name
     with pytest.raises(ValueError, match="backend: got 'flash'"):
         ja.explain(*[LARGE] * 3, backend="flash")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_queries_and_keys_left_out_are_named(exact: bool, monkeypatch: Any) -> None:
+    """Pair by pair in small calls; in large ones those that whole tiles leave out, at least."""
+    monkeypatch.setitem(ja.explain.__globals__, "_LOOKED_AT", 2**30 if exact else 0)
+    B, T, N, _ = LARGE.shape
+    lengths = jnp.asarray([T, 300])
+    padding = masks.causal() & masks.key_padding(lengths=lengths)
+    mask = padding & masks.query_padding(lengths=lengths)
+    blind = (T - 300) * N
+    found = ja.explain(*[LARGE] * 3, mask=mask).notes
+    if exact:
+        assert found == (
+            f"{blind} of {B * N * T} queries see nothing: their output is 0 (the first: row 1, "
+            "head 0, 300)",
+            f"{blind} of {B * N * T} keys are seen by nobody (the first: row 1, head 0, 300)",
+        )
+    else:
+        tiles = (T - 512) * N
+        assert found[0].startswith(f"at least {tiles} of {B * N * T} queries see nothing")
+        assert found[1] == (
+            f"at least {tiles} of {B * N * T} keys are seen by nobody (the first: row 1, head 0, "
+            "512)"
+        )
+    assert ja.explain(*[LARGE] * 3, mask=masks.causal()).notes == ()
 
 
 def test_tiles_density_and_flops() -> None:
