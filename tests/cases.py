@@ -601,12 +601,19 @@ def attend(
         if sinks is not None:
             grads["sinks"] = -d_share.sum((0, 2, 3))
             d_norm = d_norm + d_share
+            # Rounding of each row's output and LSE, which add up as random numbers do.
+            rows = np.abs(d * plain).sum(-1, keepdims=True) * (1 + np.abs(np.where(alive, lse, 0)))
+            largest["sinks"] = float(np.sqrt((rows**2).sum((0, 2, 3))).max(initial=0))
         d_plain = d * share
         d_p = d_plain @ v.swapaxes(2, 3)
         if keep is not None:
             d_p = np.where(keep, d_p / dtype(1 - rate), 0)
         d_logits = p * (d_p - (p * d_p).sum(-1, keepdims=True) + d_norm)
         d_raw = d_logits
+        # The two sides of `d_p - sum(p d_p)` may be equal, as where a query sees a single key. And
+        # weights computed again differ by what rounding did to their logits.
+        rounded = p * np.abs(np.where(seen, logits, 0))
+        errors = (p + rounded) * np.abs(d_p)
         if score is not None:
             # The formula's own slope, exact: the imaginary part of a step too small to be felt.
             wide = raw.astype(np.float64)
@@ -614,13 +621,13 @@ def attend(
             d_raw = (d_logits * slope).astype(dtype)
             for i, param in enumerate(score.params):
                 grads[f"param{i}"] = _slope(score, i, param, wide, place, d_logits)
+                # Errors of the cells add up as random numbers do.
+                squares = _slope(score, i, param, wide, place, errors, power=2)
+                largest[f"param{i}"] = float(np.sqrt(squares).max(initial=0))
         d_q = (d_raw @ k) * scale
         d_k = (d_raw.swapaxes(2, 3) @ q) * scale
-        # The two sides of `d_p - sum(p d_p)` may be equal, as where a query sees a single key. And
-        # weights computed again differ by what rounding did to their logits.
-        rounded = p * np.abs(np.where(seen, logits, 0))
-        term = float(((p + rounded) * np.abs(d_p)).max(initial=0) * abs(scale))
-        largest = {
+        term = float(errors.max(initial=0) * abs(scale))
+        largest |= {
             "query": term * np.abs(k).max(initial=0),
             "key": term * np.abs(q).max(initial=0),
             "value": float(rounded.max(initial=0)) * np.abs(d_plain).max(initial=0),
@@ -633,14 +640,20 @@ def attend(
 
 
 def _slope(
-    score: ScoreCase, i: int, param: np.ndarray, raw: Any, place: Any, d_logits: Any
+    score: ScoreCase,
+    i: int,
+    param: np.ndarray,
+    raw: Any,
+    place: Any,
+    d_logits: Any,
+    power: int = 1,
 ) -> np.ndarray:
-    """Gradient of `sum(d_logits * score)` for one parameter, element by element."""
+    """Gradient of `sum(d_logits * score)` for one parameter, its terms to a power."""
     gradient = np.zeros(param.shape)
     if param.shape == raw.shape:
         # Every cell reads one element of its own, at its position.
         params = (*score.params[:i], param + 1e-30j, *score.params[i + 1 :])
-        terms = d_logits * score.value(raw, *place, *params).imag / 1e-30
+        terms = (d_logits * score.value(raw, *place, *params).imag / 1e-30) ** power
         np.add.at(gradient, tuple(np.broadcast_arrays(*place)), terms)
         return gradient
     # Heads that have elements of their own are moved together.
@@ -649,7 +662,7 @@ def _slope(
         moved = np.array(param, np.complex128)
         moved[(slice(None), *index) if own else index] += 1e-30j
         params = (*score.params[:i], moved, *score.params[i + 1 :])
-        terms = d_logits * score.value(raw, *place, *params).imag / 1e-30
+        terms = (d_logits * score.value(raw, *place, *params).imag / 1e-30) ** power
         if own:
             gradient[(slice(None), *index)] = terms.sum((0, 2, 3))
         else:
