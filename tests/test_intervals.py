@@ -271,6 +271,16 @@ CONDITIONS = st.recursive(
     max_leaves=4,
 )
 
+
+def divided(op):
+    """A division of what is not the lowest integer: by -1 that traps, in XLA's compiler too."""
+
+    def run(x, y):
+        return op(jnp.maximum(x, LEAST + 1) if x.dtype == jnp.int32 else x, y)
+
+    return run
+
+
 OPS = {
     "neg": jnp.negative,
     "abs": jnp.abs,
@@ -285,10 +295,10 @@ OPS = {
     "mul": lax.mul,
     "max": lax.max,
     "min": lax.min,
-    "div": lax.div,
-    "rem": lax.rem,
-    "//": jnp.floor_divide,
-    "%": jnp.remainder,
+    "div": divided(lax.div),
+    "rem": divided(lax.rem),
+    "//": divided(jnp.floor_divide),
+    "%": divided(jnp.remainder),
     "and": lax.bitwise_and,
     "or": lax.bitwise_or,
     "xor": lax.bitwise_xor,
