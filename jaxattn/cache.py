@@ -11,6 +11,7 @@ same call, and equal what one pass over the whole sequence gives.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
@@ -99,7 +100,7 @@ def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
             raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
 
 
-class Cache:
+class Cache(ABC):
     """What every cache can do; how keys are kept is each class's own.
 
     Attributes:
@@ -117,19 +118,20 @@ class Cache:
     dtype: Any
 
     @property
+    @abstractmethod
     def capacity(self) -> int:
         """Places of a row."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def positions(self) -> Int[Array, "B S"]:
         """The position of the key in each place, in storage order; `mask` says if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         """Keys and values in storage order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def append(
         self,
         key: Float[ArrayLike, "B T K H"],
@@ -146,7 +148,6 @@ class Cache:
           ValueError: for shapes that do not fit, and, outside `jit`, for a row that overflows.
             Inside, what does not fit is dropped, and `overflowed` says so.
         """
-        raise NotImplementedError
 
     @property
     def mask(self) -> Mask:
