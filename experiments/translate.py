@@ -349,12 +349,17 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
 
 
 def bleu(found: Sequence[str], references: Sequence[str]) -> str:
-    """Corpus BLEU by sacreBLEU (1804.08771) with the signature that makes it comparable."""
+    """Corpus BLEU by sacreBLEU (1804.08771) with the signatures that make it comparable.
+
+    Of the text as it is, and, as many papers measure, of the text in lower case.
+    """
     import sacrebleu
 
-    metric = sacrebleu.BLEU()
-    score = metric.corpus_score(list(found), [list(references)])
-    return f"BLEU {score.score:.1f} ({metric.get_signature()})"
+    lines = []
+    for metric in sacrebleu.BLEU(), sacrebleu.BLEU(lowercase=True):
+        score = metric.corpus_score(list(found), [list(references)])
+        lines.append(f"BLEU {score.score:.1f} ({metric.get_signature()})")
+    return "\n".join(lines)
 
 
 def draw_example(
