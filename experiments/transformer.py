@@ -174,7 +174,7 @@ def masked_loss_and_accuracy(
 
     loss = -sum_v p_v log softmax(logits)_v with p = (1 - smoothing) onehot + smoothing / V.
     """
-    # Reductions of the logits alone: no second array of [B, T, V] is written, which halves the time.
+    # Reductions of the logits alone: no second array of [B, T, V], and half the time.
     picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     likely = (1 - smoothing) * picked + smoothing * jnp.mean(logits, axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - likely

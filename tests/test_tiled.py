@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxattn import masks, scores
 from jaxattn.algebra import Positions
-from jaxattn.backends import dense, loops, steps, tiled
+from jaxattn.backends import dense, loops, steps, tiled, transforms
 from jaxattn.backends.base import Call
 from jaxattn.tiles import tile_map
 
@@ -197,7 +197,7 @@ def test_grad_of_vmap_sums_what_is_shared():
 
 def test_scan_and_checkpoint():
     call = make(masks.causal(16), K=N)
-    policy = jax.checkpoint_policies.save_only_these_names(*tiled.SAVED)
+    policy = jax.checkpoint_policies.save_only_these_names(*transforms.SAVED)
 
     def model(run: Any, query: Any, ws: Any) -> Any:
         @partial(jax.checkpoint, policy=policy)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from jax import lax
 
 from ..shapes import Array, Float
 from . import base, steps
-from .steps import Inputs, Plan, Tile
+from .inputs import Gradients, Inputs, Plan
+from .steps import Tile
 
 # --- e^x ------------------------------------------------------------------------------------------
 
@@ -134,16 +135,6 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
 
 
 # --- backward -------------------------------------------------------------------------------------
-
-
-class Gradients(NamedTuple):
-    """Cotangents: of query, key, value, scale (`[B]` always), and of the score's operands."""
-
-    query: Array
-    key: Array
-    value: Array
-    scale: Array
-    score: tuple[Array | None, ...]
 
 
 def backward(

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ..program import Program, varying
-from ..shapes import Array, Float, Int
-from ..split import Kind, pointwise
+from ..program import varying
+from ..shapes import Array, Int
+from ..split import pointwise
 from . import base
+from .inputs import Inputs, Plan, Residue
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -26,47 +27,6 @@ STEP_CELLS = 128 * 1024
 # Mixed tiles side by side that one step computes: the three that a window of two tiles has in each
 # row. Of 2, 3 and 4 the best for windows, as good as any for documents, causal and dilated masks.
 RUN = 3
-
-
-class Residue(NamedTuple):
-    """A residue of a mask or score, and how its operands are cut into tiles."""
-
-    program: Program
-    kinds: tuple[Kind, ...]
-
-
-class Plan(NamedTuple):
-    """What is the same for all values: hashable, the key of a compiled loop."""
-
-    mask: Residue | None
-    score: Residue | None
-    dropout: bool
-    precision: Any
-    dtype: Any  # of the factors of products
-    tile: tuple[int, int]
-
-
-class Inputs(NamedTuple):
-    """What the loops work on; extents of operands are 1 where they don't depend on b or h.
-
-    Attributes:
-      query: `[B, T, K, G, H]`.
-      key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
-      states: int8 `[B|1, K|1, G|1, nq, nk]`, or None: everything is FULL.
-      scale: `[B|1]`.
-      mask, score: operands of the residues, `[B|1, K|1, G|1, ...]`.
-      dropout: nothing, or two words for each row `[B, K, G, T]`, positions of keys
-        `[B|1, 1, 1, S]`, and the rate `[B|1, 1, 1]`.
-    """
-
-    query: Float[Array, "B T K G H"]
-    key: Float[Array, "B S K H"]
-    value: Float[Array, "B S K Hv"]
-    states: Int[Array, "..."] | None
-    scale: Float[Array, "..."]
-    mask: tuple[Any, ...]
-    score: tuple[Any, ...]
-    dropout: tuple[Any, ...]
 
 
 # --- tiles ----------------------------------------------------------------------------------------

@@ -1,41 +1,22 @@
 """Attention in plain XLA that computes only the tiles a mask allows: the engine on CPU.
 
-Time follows the active tiles, memory is O(T + S), forward and backward (`loops.py`). This module
-makes the loops behave under JAX's transformations. From the outside in:
-
-- `custom_vjp`: the backward is a loop of its own, over the same tiles;
-- `custom_vmap`: a vmapped axis is folded into the batch axis. A loop batched by JAX would compute
-  every batch row to the length of the longest;
-- `custom_partitioning`: inputs sharded over batch or heads are computed where they are.
+Time follows the active tiles, memory is O(T + S), forward and backward (`loops.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from .. import intervals
-from ..program import varying, varying_alike
 from ..shapes import Array, Float
-from ..split import Operand, Split, split
 from ..tiles import TileMap
-from . import base, loops, steps
-from .base import Call, Sizes
-from .loops import Gradients
-from .steps import Inputs, Plan, Residue
+from . import base, inputs, loops, steps, transforms
+from .base import Call
+from .inputs import Engine, Inputs, Plan
 
-# The names of the results that the backward needs, for `jax.checkpoint` policies.
-SAVED = ("jaxattn_out", "jaxattn_lse")
+ENGINE = Engine(loops.forward, loops.backward)
 
 
 def refuse(call: Call) -> str | None:
@@ -63,56 +44,26 @@ def run(
       call: what to compute.
       tile: queries and keys of a tile; by default chosen by the shapes.
     """
-    plan, inputs = prepare(call, tile)
-    out, lse = _attend(plan)(_varying_alike(inputs))
+    out, lse = transforms.attend(*prepare(call, tile))
     B, T, _, N, _, _, Hv = call.sizes
     return out.reshape(B, T, N, Hv), lse.reshape(B, T, N)
 
 
 def prepare(call: Call, tile: tuple[int, int] | None = None) -> tuple[Plan, Inputs]:
     """What the loops are compiled for, and what they are given."""
-    sizes = call.sizes
-    B, T, S, N, K, _, _ = sizes
-    dtype = base.accumulator(call.query.dtype)
-    states, parts = None, None
-    operands: tuple[Operand, ...] = ()
-    known = call.mask if isinstance(call.mask, TileMap) else None
-    if call.mask is not None:
-        mask = call.mask if known is None else known.mask
-        parts = split(mask, call.positions)
-        operands = parts.operands(call.positions, B, N, T, S)
-    if tile is None:
-        tile = _known_tile(known, T, S) or steps.tile_size(T, S, _heads(sizes, operands))
-    tile = min(tile[0], T), min(tile[1], S)
-    if parts is not None:
-        if known is not None and _known_tile(known, T, S) == tile:
-            states = known.states
-        else:
-            states = intervals.states(parts, operands, *tile, T, S)
-        states = _grouped(sizes, states)
+    return inputs.prepare(call, ENGINE, _factors(call), partial(_tile, call, tile))
 
-    scores, scored = None, tuple[Operand, ...]()
-    if call.score is not None:
-        scores = split(call.score, call.positions, logit=dtype)
-        scored = scores.operands(call.positions, B, N, T, S)
-    plan = Plan(
-        _residue(parts),
-        _residue(scores),
-        call.dropout is not None,
-        call.precision,
-        _factors(call),
-        tile,
-    )
-    return plan, Inputs(
-        call.query.reshape(B, T, K, N // K, -1),
-        call.key,
-        call.value,
-        states,
-        jnp.asarray(call.scale, dtype).reshape(1),
-        tuple(_grouped(sizes, op.array) for op in operands),
-        tuple(_grouped(sizes, op.array) for op in scored),
-        _dropout(call),
-    )
+
+def _tile(
+    call: Call, tile: tuple[int, int] | None, known: TileMap | None, heads: int
+) -> tuple[int, int]:
+    """The tile asked for, or that of the map that came along, if steps of this size would be
+    neither tiny nor huge, or what suits the shapes."""
+    T, S = call.sizes.T, call.sizes.S
+    if tile is None and known is not None and all(64 <= n <= 1024 for n in known.tile):
+        tile = known.tile
+    tile = tile or steps.tile_size(T, S, heads)
+    return min(tile[0], T), min(tile[1], S)
 
 
 def _factors(call: Call) -> Any:
@@ -120,327 +71,3 @@ def _factors(call: Call) -> Any:
     # XLA on CPU multiplies 16-bit floats slowly, and in some layouts not at all.
     on_cpu = base.platform(call) == "cpu"
     return base.accumulator(call.query.dtype) if on_cpu else call.query.dtype
-
-
-def _known_tile(known: TileMap | None, T: int, S: int) -> tuple[int, int] | None:
-    """The tile of a map that was given, if steps of this size would be neither tiny nor huge."""
-    if known is None or not all(64 <= n <= 1024 for n in known.tile):
-        return None
-    return min(known.tile[0], T), min(known.tile[1], S)
-
-
-def _heads(sizes: Sizes, operands: Sequence[Operand]) -> int:
-    """How many heads one step can compute: a mask of its own for each head says one group."""
-    by_b = any(op.array.shape[0] != 1 for op in operands)
-    by_h = any(op.array.shape[1] != 1 for op in operands)
-    if by_h:
-        return sizes.N // sizes.K
-    return sizes.N if by_b else sizes.N * sizes.B
-
-
-def _residue(parts: Split | None) -> Residue | None:
-    return None if parts is None else Residue(parts.program, parts.kinds)
-
-
-def _grouped(sizes: Sizes, array: Array) -> Array:
-    """`[B|1, N|1, ...]` as `[B|1, K|1, G|1, ...]`."""
-    b, n, *rest = array.shape
-    heads = (1, 1) if n == 1 else (sizes.K, sizes.N // sizes.K)
-    return array.reshape(b, *heads, *rest)
-
-
-def _dropout(call: Call) -> tuple[Array, ...]:
-    if call.dropout is None:
-        return ()
-    sizes = call.sizes
-    at = call.positions.filled(sizes.B, sizes.N, sizes.T, sizes.S)
-    b, h = at.b[:, None, None], at.h[None, :, None]
-    first, second = call.dropout.rows(b, h, at.q[:, None, :])
-    shape = (sizes.B, sizes.N, sizes.T)
-    rate = jnp.asarray(call.dropout.rate, base.accumulator(call.query.dtype))
-    return (
-        _grouped(sizes, jnp.broadcast_to(first, shape)),
-        _grouped(sizes, jnp.broadcast_to(second, shape)),
-        at.k[:, None, None, :],
-        rate.reshape(1, 1, 1),
-    )
-
-
-def _varying_alike(x: Inputs) -> Inputs:
-    """All inputs varying over the same axes of a `shard_map`: gradients are then summed outside."""
-    leaves, tree = jax.tree.flatten(x)
-    return cast(Inputs, jax.tree.unflatten(tree, varying_alike(leaves)))
-
-
-# --- differentiation ------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def _attend(plan: Plan) -> Callable[[Inputs], tuple[Array, Array]]:
-    @jax.custom_vjp
-    def attend(x: Inputs) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _forward(plan)(x))
-
-    def forward(x: Inputs) -> Any:
-        out, lse = _forward(plan)(x)
-        out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED, strict=True))
-        return (out, lse), (x, out, lse)
-
-    def backward(saved: Any, cotangents: Any) -> tuple[Inputs]:
-        x, out, lse = saved
-        g: Gradients = _backward(plan, 1)(x, out, lse, *cotangents)
-        scale = g.scale if x.scale.shape[0] != 1 else g.scale.sum(0, keepdims=True)
-        # None stands for zero: masks carry no gradient.
-        return (
-            Inputs(
-                g.query,
-                g.key,
-                g.value,
-                None,
-                scale,
-                (None,) * len(x.mask),
-                g.score,
-                (None,) * len(x.dropout),
-            ),
-        )
-
-    attend.defvjp(forward, backward)
-    return attend
-
-
-# --- vmap -----------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1024)
-def _forward(plan: Plan) -> Any:
-    @custom_vmap
-    def forward(x: Inputs) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _partitioned(None, plan, x))
-
-    @forward.def_vmap
-    def rule(size: int, batched: Any, x: Inputs) -> Any:
-        out, lse = forward(_fold(size, batched[0], x))
-        return (_unfold(size, out), _unfold(size, lse)), (True, True)
-
-    return forward
-
-
-@lru_cache(maxsize=1024)
-def _backward(plan: Plan, groups: int) -> Any:
-    """The backward, with a gradient of each operand that batch rows share for every group of rows.
-
-    Under vmap an array that is not batched still has one cotangent for each element.
-    """
-
-    @custom_vmap
-    def backward(x: Inputs, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Gradients:
-        return cast(Gradients, _partitioned(groups, plan, x, out, lse, d_out, d_lse))
-
-    @backward.def_vmap
-    def rule(size: int, batched: Any, x: Inputs, *rest: Array) -> Any:
-        B = x.query.shape[1 if batched[0].query else 0]
-        folded = _fold(size, batched[0], x)
-        others = (_fold_one(size, yes, B, a) for yes, a in zip(batched[1:], rest, strict=True))
-        g = _backward(plan, groups * size)(folded, *others)
-
-        def unfold(gradient: Array, primal: Array, yes: bool) -> Array:
-            """The gradient for each element: `[size, groups]` or `[size, B]` in front."""
-            extent = primal.shape[1 if yes else 0]
-            target = extent if extent == B and B > 1 else groups
-            gradient = gradient.reshape(size, -1, *gradient.shape[1:])
-            if gradient.shape[1] == target:
-                return gradient
-            parts = gradient.reshape(size, target, -1, *gradient.shape[2:])
-            return parts.sum(2)
-
-        score = tuple(
-            None if part is None else unfold(part, primal, yes)
-            for part, primal, yes in zip(g.score, x.score, batched[0].score, strict=True)
-        )
-        result = Gradients(
-            _unfold(size, g.query),
-            _unfold(size, g.key),
-            _unfold(size, g.value),
-            _unfold(size, g.scale),
-            score,
-        )
-        return result, jax.tree.map(lambda _: True, result)
-
-    return backward
-
-
-def _fold_one(size: int, batched: bool, B: int, array: Array, shared: bool = False) -> Array:
-    """`[size, B, ...]` as `[size * B, ...]`; what is not batched is repeated, unless shared."""
-    if not batched:
-        if shared and array.shape[0] == 1:
-            return array
-        array = jnp.broadcast_to(array, (size, *array.shape))
-    if array.shape[1] != B:
-        array = jnp.broadcast_to(array, (size, B, *array.shape[2:]))
-    return array.reshape(size * B, *array.shape[2:])
-
-
-def _fold(size: int, batched: Inputs, x: Inputs) -> Inputs:
-    B = x.query.shape[1 if batched.query else 0]
-    rows = {"query", "key", "value"}
-    return Inputs(
-        *(
-            jax.tree.map(
-                lambda yes, a, own=name in rows: _fold_one(size, yes, B, a, shared=not own),
-                getattr(batched, name),
-                getattr(x, name),
-            )
-            for name in Inputs._fields
-        )
-    )
-
-
-def _unfold(size: int, array: Array) -> Array:
-    return array.reshape(size, -1, *array.shape[1:])
-
-
-# --- sharding -------------------------------------------------------------------------------------
-
-
-# Names of axes by role. Batch rows b, key heads k and groups g may be sharded; operands have more
-# axes after these, and extents of 1 where they don't depend on b or h.
-_AXES = {
-    "query": "btkgh", "key": "bskh", "value": "bskw", "scale": "b", "operand": "bkg",
-    "out": "btkgw", "lse": "btkg",
-}  # fmt: skip
-
-
-def _partitioned(groups: int | None, plan: Plan, x: Inputs, *rest: Array) -> Any:
-    """The forward, or the backward of so many groups, computed where the inputs are."""
-    args = (x, *rest)
-    fn = _local(groups, plan)
-    if varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes:
-        # Inside a shard_map arrays are local already.
-        return fn(*args)
-
-    def operands(values: Any) -> Any:
-        return jax.tree.map(lambda _: "operand", values)
-
-    own: tuple[Any, ...] = ("query", "key", "value", operands(x.states), "scale")
-    roles = (Inputs(*own, *map(operands, x[5:])), *("out", "lse", "out", "lse")[: len(rest)])
-    shapes = jax.eval_shape(fn, *args)
-    out_roles: Any = ("out", "lse")
-    if groups is not None:
-        query, key, value, _, scale = own
-        out_roles = Gradients(query, key, value, scale, operands(shapes.score))
-    B, _, K, G, _ = x.query.shape
-    extents = {"b": B, "k": K, "g": G}
-    leaves, tree = jax.tree.flatten(args)
-    results, out_tree = jax.tree.flatten(shapes)
-
-    def named(arrays: Any, roles: Any) -> tuple[str, ...]:
-        pairs = zip(arrays, jax.tree.leaves(roles), strict=True)
-        return tuple(_names(a.shape, role, extents) for a, role in pairs)
-
-    op = _operation(groups, plan, tree, named(leaves, roles), out_tree, named(results, out_roles))
-    return jax.tree.unflatten(out_tree, op(*leaves))
-
-
-@lru_cache(maxsize=1024)
-def _local(groups: int | None, plan: Plan) -> Callable[..., Any]:
-    """The loops; traced once for their shapes, for the primal and for the forward rule."""
-    fn = partial(loops.forward, plan) if groups is None else partial(loops.backward, plan, groups)
-    return jax.jit(fn, inline=True)
-
-
-def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
-    """A letter for each axis: b, k, g where it has that extent, "." for what stays whole."""
-    letters = _AXES[role].ljust(len(shape), ".")
-    return "".join(
-        letter if letter in extents and extents[letter] == n else "."
-        for letter, n in zip(letters, shape, strict=True)
-    )
-
-
-@lru_cache(maxsize=1024)
-def _operation(
-    groups: int | None,
-    plan: Plan,
-    tree: Any,
-    names: tuple[str, ...],
-    out_tree: Any,
-    outs: tuple[str, ...],
-) -> Callable[..., Any]:
-    """The loops as an operation that XLA's partitioner may split along b, k and g."""
-
-    def local(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
-        # XLA asks for this while it compiles, under whatever mesh the caller has set; on one
-        # device there is none.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return flat(local_groups, axes, *leaves)
-
-    def flat(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
-        results = jax.tree.leaves(_local(local_groups, plan)(*jax.tree.unflatten(tree, leaves)))
-        # The gradient of what devices share is the sum of theirs.
-        over = [tuple(at for n in "bkg" if n not in out for at in axes[n]) for out in outs]
-        return tuple(
-            lax.psum(a, names) if names else a for a, names in zip(results, over, strict=True)
-        )
-
-    @custom_partitioning
-    def op(*leaves: Array) -> Any:
-        return flat(groups, dict.fromkeys("bkg", ()), *leaves)
-
-    def axes_of(arg_shapes: Any) -> dict[str, Any]:
-        sharding = arg_shapes[0].sharding
-        spec = (*getattr(sharding, "spec", ()), *(None,) * 5)
-        axes = {n: _tuple(spec[i]) for n, i in (("b", 0), ("k", 2), ("g", 3))}
-        if groups is not None and groups > 1:
-            # A gradient for each group of rows: only whole groups are split off.
-            parts = 1
-            for axis in axes["b"]:
-                parts *= sharding.mesh.shape[axis]
-            if groups % parts:
-                axes["b"] = ()
-        return axes
-
-    def shardings(mesh: Any, axes: dict[str, Any], letters: Sequence[str]) -> tuple[Any, ...]:
-        return tuple(
-            NamedSharding(mesh, P(*(axes.get(n) or None for n in word))) for word in letters
-        )
-
-    def infer(mesh: Any, arg_shapes: Any, _: Any) -> Any:
-        return shardings(mesh, axes_of(arg_shapes), outs)
-
-    def partition(mesh: Any, arg_shapes: Any, _: Any) -> Any:
-        axes = axes_of(arg_shapes)
-        parts = 1
-        for axis in axes["b"]:
-            parts *= mesh.shape[axis]
-        local_groups = None if groups is None else max(groups // parts, 1)
-        return (
-            mesh,
-            partial(local, local_groups, axes),
-            shardings(mesh, axes, outs),
-            shardings(mesh, axes, names),
-        )
-
-    # A rule like einsum's: shared letters shard alike, every other axis stays whole.
-    whole: list[str] = []
-
-    def spelled(word: str) -> str:
-        named = []
-        for n in word:
-            if n == ".":
-                whole.append(f"x{len(whole)}")
-                n = whole[-1]
-            named.append(n)
-        return " ".join(named)
-
-    rule = ", ".join(map(spelled, names)) + " -> " + ", ".join(map(spelled, outs))
-    op.def_partition(
-        infer_sharding_from_operands=infer,
-        partition=partition,
-        sharding_rule=rule,
-        need_replication_factors=tuple(whole),
-    )
-    return cast("Callable[..., Any]", op)
-
-
-def _tuple(axes: Any) -> tuple[Any, ...]:
-    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
