@@ -18,6 +18,7 @@ import numpy as np
 from .shapes import Array, ArrayLike, Bool, Int
 
 if TYPE_CHECKING:
+    from .html import Html
     from .why import Why
 
 Scalar: TypeAlias = Any
@@ -25,6 +26,7 @@ Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
 MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
 
 C = TypeVar("C")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def static(**options: Any) -> Any:
@@ -218,6 +220,25 @@ class Mask:
 
         print(text(self, T, S, **options))
 
+    def plot(
+        self, ax: Any = None, T: int | None = None, S: int | None = None, **options: Any
+    ) -> Any:
+        """Draws the mask by matplotlib, and returns the axes; see `jaxattn.plot.plot`."""
+        from .plot import plot
+
+        return plot(self, ax, T, S, **options)
+
+    def html(self, T: int | None = None, S: int | None = None, **options: Any) -> Html:
+        """The mask as a page whose cells say why; see `jaxattn.html.html`."""
+        from .html import html
+
+        return html(self, T, S, **options)
+
+    def _repr_html_(self) -> str | None:
+        from .html import default
+
+        return default(self)
+
 
 def as_mask(given: Any, where: str = "mask") -> Mask:
     """A `Mask` from a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
@@ -256,6 +277,17 @@ def leaf_repr(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
+def written(form: Callable[..., str]) -> Callable[[F], F]:
+    """For the function of a constructor that has another name, or writes its arguments otherwise:
+    how the repr of the mask reads, given those of its leaves."""
+
+    def register(fn: F) -> F:
+        setattr(fn, "written", form)  # noqa: B010
+        return fn
+
+    return register
+
+
 @pytree
 class Predicate(Mask):
     """A mask from a function `fn(b, h, q, k, *args) -> bool` and its array arguments."""
@@ -281,7 +313,10 @@ class Predicate(Mask):
         if isinstance(traced := getattr(self.fn, "name", None), str):
             return traced
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.args)))
+        leaves = list(map(leaf_repr, jax.tree.leaves(self.args)))
+        if (form := getattr(self.fn, "written", None)) is not None:
+            return str(form(*leaves))
+        inner = ", ".join(leaves)
         if getattr(self.fn, "__module__", "").startswith("jaxattn."):
             return f"{name.lstrip('_')}({inner})"
         return f"predicate({', '.join(filter(None, (name, inner)))})"
@@ -322,6 +357,17 @@ def dense(array: Bool[ArrayLike, "..."]) -> Mask:
     return Predicate(_dense, (values,))
 
 
+def _chained(mask: And | Or | Xor, sign: str) -> str:
+    """Two masks with the sign between them, as one would write it."""
+    sides = mask.left, mask.right
+    return f" {sign} ".join(repr(s) if type(s) is type(mask) else _enclosed(s) for s in sides)
+
+
+def _enclosed(part: Mask) -> str:
+    """In parentheses where an operator would take it apart."""
+    return f"({part!r})" if isinstance(part, (And, Or, Xor)) else repr(part)
+
+
 @pytree
 class And(Mask):
     """Both parts allow it."""
@@ -333,7 +379,7 @@ class And(Mask):
         return self.left(b, h, q, k) & self.right(b, h, q, k)
 
     def __repr__(self) -> str:
-        return f"({self.left!r} & {self.right!r})"
+        return _chained(self, "&")
 
 
 @pytree
@@ -347,7 +393,7 @@ class Or(Mask):
         return self.left(b, h, q, k) | self.right(b, h, q, k)
 
     def __repr__(self) -> str:
-        return f"({self.left!r} | {self.right!r})"
+        return _chained(self, "|")
 
 
 @pytree
@@ -361,7 +407,7 @@ class Xor(Mask):
         return self.left(b, h, q, k) ^ self.right(b, h, q, k)
 
     def __repr__(self) -> str:
-        return f"({self.left!r} ^ {self.right!r})"
+        return _chained(self, "^")
 
 
 @pytree
@@ -374,7 +420,7 @@ class Not(Mask):
         return ~self.part(b, h, q, k)
 
     def __repr__(self) -> str:
-        return f"~{self.part!r}"
+        return f"~{_enclosed(self.part)}"
 
 
 @pytree

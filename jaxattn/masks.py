@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, MaskLike, PerHead, Positions, Predicate, as_mask, dense, known
+from .algebra import (
+    Mask,
+    MaskLike,
+    PerHead,
+    Positions,
+    Predicate,
+    as_mask,
+    dense,
+    known,
+    written,
+)
 from .conventions import Convention, kept
 from .shapes import Array, ArrayLike, Bool, Int, Shaped
 
@@ -132,6 +142,7 @@ def _causal(b: Any, h: Any, q: Any, k: Any) -> Any:
     return q >= k
 
 
+@written(lambda offset: f"causal({offset})")
 def _causal_offset(b: Any, h: Any, q: Any, k: Any, offset: Any) -> Any:
     return q + _at(offset, b) >= k
 
@@ -242,10 +253,12 @@ def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | No
     return Predicate(_segments, (queries, keys))
 
 
+@written(lambda valid: f"key_padding({valid})")
 def _key_valid(b: Any, h: Any, q: Any, k: Any, valid: Any) -> Any:
     return _at(valid, b, k)
 
 
+@written(lambda lengths: f"key_padding(lengths={lengths})")
 def _key_length(b: Any, h: Any, q: Any, k: Any, lengths: Any) -> Any:
     return k < _at(lengths, b)
 
@@ -267,10 +280,12 @@ def key_padding(
     return _padding("key_padding", "S", _key_valid, _key_length, valid, lengths)
 
 
+@written(lambda valid: f"query_padding({valid})")
 def _query_valid(b: Any, h: Any, q: Any, k: Any, valid: Any) -> Any:
     return _at(valid, b, q)
 
 
+@written(lambda lengths: f"query_padding(lengths={lengths})")
 def _query_length(b: Any, h: Any, q: Any, k: Any, lengths: Any) -> Any:
     return q < _at(lengths, b)
 
@@ -336,10 +351,12 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
 # --- global tokens, grids, blocks, trees -------------------------------------------------------
 
 
+@written(lambda n: f"global_tokens({n})")
 def _first_tokens(b: Any, h: Any, q: Any, k: Any, n: Any) -> Any:
     return (q < _at(n, b)) | (k < _at(n, b))
 
 
+@written(lambda flags: f"global_tokens({flags})")
 def _flagged_tokens(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
     return _at(flags, b, q) | _at(flags, b, k)
 
@@ -362,6 +379,15 @@ def global_tokens(tokens: Bool[ArrayLike, "*B T"] | Int[ArrayLike, "*B"] | int) 
     return Predicate(_first_tokens, (_integers(tokens, "global_tokens(n)", ("[]", "[B]"), 0),))
 
 
+def _written_grid(*numbers: str) -> str:
+    half = len(numbers) // 2
+    shape, radius = (
+        f"({', '.join(n)}{',' * (half == 1)})" for n in (numbers[:half], numbers[half:])
+    )
+    return f"neighborhood({shape}, {radius})"
+
+
+@written(_written_grid)
 def _neighborhood(b: Any, h: Any, q: Any, k: Any, shape: Any, radius: Any) -> Any:
     near, stride = True, 1
     for extent, reach in zip(reversed(shape), reversed(radius), strict=True):
@@ -450,10 +476,12 @@ def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | N
     return block_sparse(rank < count, block)
 
 
+@written(lambda *ends: f"tree({ends[0]})")
 def _tree(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any) -> Any:
     return (_at(enter, b, k) <= _at(enter, b, q)) & (_at(enter, b, q) < _at(leave, b, k))
 
 
+@written(lambda *ends: f"tree({ends[0]}, start={ends[2]})")
 def _tree_after(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any, start: Any) -> Any:
     first = _at(start, b)
     # Beyond the tree an index would be clamped to its last node.

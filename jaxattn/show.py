@@ -11,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Mask, MaskLike, Positions, as_mask
-from .hoist import hoist
-from .split import split
+from .cells import cells, sizes, tile_of
 from .tiles import EMPTY, FULL, PARTIAL, tile_map
 
 # Up to so many queries and keys every pair is a cell; beyond, a cell is a tile.
 _CELLS = 64
-# A line of a terminal, and a screen of it.
-_COLUMNS, _LINES = 64, 32
+# A screen of a terminal: lines, and cells of two characters in a line.
+_GRID = 32, 64
 # Masks of so many pairs are compared pair by pair; larger ones by bounds first.
 _COMPARED = 2**22
 
@@ -68,22 +67,10 @@ def text(
       ██████
     """
     whole = as_mask(mask)
-    T, S = _sizes(whole, T, S)
-    states, tile = _states(whole, T, S, b, h)
-    if tile == (1, 1):
-        pairs = f"{int((states == FULL).sum())} of {T * S} pairs, {(states == FULL).mean():.1%}"
-    else:
-        size_q, size_k = (
-            np.minimum(size, extent - size * np.arange(count))
-            for size, extent, count in zip(tile, (T, S), states.shape, strict=True)
-        )
-        area = np.outer(size_q, size_k) / (T * S)
-        least, most = (area * (states == FULL)).sum(), (area * (states != EMPTY)).sum()
-        pairs = f"{least:.1%} to {most:.1%} of the pairs; a cell is {tile[0]} by {tile[1]}"
-    where = f", row {b}, head {h}" if (b, h) != (0, 0) else ""
-    title = f"{whole!r}, {T} queries, {S} keys{where}: {pairs}"
-    signs = np.vectorize(_SIGNS.get)(states)
-    return "\n".join([title, *_grid(signs, labels if tile == (1, 1) else None, color)])
+    found = cells(whole, T, S, b, h, most=_CELLS, grid=_GRID, name="show")
+    title = f"{whole!r}, {found.caption()}"
+    signs = np.vectorize(_SIGNS.get)(found.states)
+    return "\n".join([title, *_grid(signs, labels if found.exact else None, color)])
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ def diff(
 ) -> Diff:
     """`jaxattn.masks.diff`, which says what it does."""
     left, right = as_mask(a, "a"), as_mask(b, "b")
-    T, S = _sizes(left, T, T if S is None else S)
+    T, S = sizes(left, T, T if S is None else S, "diff")
     at = Positions(b=jnp.array([row]), h=jnp.array([head]))
     if T * S <= _COMPARED:
         mine, other = (np.asarray(m.dense(T, S, positions=at))[0, 0] for m in (left, right))
@@ -130,10 +117,10 @@ def diff(
             return Diff(True, None, f"the same {int(mine.sum())} of {T * S} pairs")
         q, k = (int(n) for n in np.argwhere(differ)[0])
         count = f"{int(differ.sum())} of {T * S} pairs differ"
-        tile = _tile(T, S)
+        tile = tile_of(T, S, _CELLS, _GRID)
         only = mine & differ, other & differ
     else:
-        tile = _tile(T, S)
+        tile = tile_of(T, S, _CELLS, _GRID)
         either = left ^ right
         shapes = (1, T, 1, 1), (1, S, 1, 1)
         found = tile_map(either, *shapes, positions=at, tile=tile)
@@ -173,37 +160,6 @@ def _first(
         q, k = pairs[0] + (rows[0], columns[0])
         found = min(found, (int(q), int(k)))
     return found
-
-
-def _sizes(mask: Mask, T: int | None, S: int | None) -> tuple[int, int]:
-    """Numbers of queries and of keys, those that are not said by the mask's arrays."""
-    extents: dict[str, int] = {}
-    if T is None or S is None:
-        plan = split(hoist(mask), Positions()).plan
-        extents = {extent.position: extent.extent for _, extent in plan.extents}
-    T = extents.get("q", extents.get("k", S or 16)) if T is None else T
-    S = extents.get("k", T) if S is None else S
-    for name, size in (("T", T), ("S", S)):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"show({name}): got {size!r}, expected an integer >= 1")
-    return int(T), int(S)
-
-
-def _tile(T: int, S: int) -> tuple[int, int]:
-    """Pairs of a cell of the picture."""
-    if max(T, S) <= _CELLS:
-        return 1, 1
-    return -(-T // _LINES), -(-S // _COLUMNS)
-
-
-def _states(mask: Mask, T: int, S: int, b: int, h: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The states of the cells of a picture, and how many pairs a cell has."""
-    tile, at = _tile(T, S), Positions(b=jnp.array([b]), h=jnp.array([h]))
-    if tile == (1, 1):
-        dense = np.asarray(mask.dense(T, S, positions=at))[0, 0]
-        return np.where(dense, FULL, EMPTY), tile
-    found = tile_map(mask, (1, T, 1, 1), (1, S, 1, 1), positions=at, tile=tile)
-    return np.asarray(found.states)[0, 0], tile
 
 
 def _any(flags: np.ndarray, tile: tuple[int, int]) -> np.ndarray:

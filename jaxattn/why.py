@@ -18,6 +18,7 @@ from .hoist import struct
 from .plan import labels
 from .program import Const, Ref, Type, run
 from .reads import Recogniser
+from .shapes import Int
 from .tiles import TileMap
 
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -74,83 +75,119 @@ def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
             raise TypeError(f"why({name}): got {value!r}, expected an integer")
         if value < 0:
             raise ValueError(f"why({name}): got {value}, expected a position, at least 0")
-    whole = as_mask(mask)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(whole)):
-        raise TypeError("why(mask): got arrays that are traced, expected values; ask outside jit")
-    lines: list[str] = []
-    allowed = _walk(whole, (b, h, q, k), 1, lines)
-    verb = "may" if allowed else "may not"
-    return Why(allowed, (f"query {q} {verb} see key {k} (row {b}, head {h})", *lines))
+    asked = Asked(mask, np.array([q]), np.array([k]), b, h)
+    return asked.why(0, 0)
 
 
-def _walk(part: Mask, at: tuple[int, ...], depth: int, lines: list[str]) -> bool:
-    """Whether a part allows the pair; its reasons are added to `lines`."""
-    indent = "  " * depth
-    match part:
-        case TileMap():
-            return _walk(part.mask, at, depth, lines)
-        case PerHead():
-            mine = part.parts[at[1]] if at[1] < len(part.parts) else None
-            if mine is None:
-                lines.append(f"{indent}per_head forbids it: there are {len(part.parts)} heads")
-                return False
-            lines.append(f"{indent}head {at[1]} has its own:")
-            return _walk(mine, at, depth + 1, lines)
-        case And():
-            results = [_walk(each, at, depth, lines) for each in (part.left, part.right)]
-            return all(results)
-        case Or() | Xor() | Not():
-            parts = (part.part,) if isinstance(part, Not) else (part.left, part.right)
-            title = {Or: "one is enough", Xor: "exactly one of these", Not: "the opposite of"}
-            lines.append(f"{indent}{title[type(part)]}:")
-            results = [_walk(each, at, depth + 1, lines) for each in parts]
-            return {Or: any(results), Xor: sum(results) == 1, Not: not results[0]}[type(part)]
-    allowed, reasons = _reasons(part, at)
-    verb = "allows" if allowed else "forbids"
-    said = f": {'; '.join(reasons)}" if reasons else ""
-    lines.append(f"{indent}{_name(part)} {verb} it{said}")
-    return allowed
+class Asked:
+    """A mask asked about every pair of some queries and keys: run once, read pair by pair."""
+
+    def __init__(
+        self, mask: MaskLike, q: Int[np.ndarray, "T"], k: Int[np.ndarray, "S"], b: int, h: int
+    ) -> None:
+        self.mask = as_mask(mask)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self.mask)):
+            raise TypeError(
+                "why(mask): got arrays that are traced, expected values; ask outside jit"
+            )
+        self.q, self.k, self.b, self.h = q, k, b, h
+        self._readers: dict[int, _Reader] = {}
+
+    def why(self, i: int, j: int) -> Why:
+        """Why the i-th query may see the j-th key, or may not."""
+        lines: list[str] = []
+        allowed = self._walk(self.mask, (i, j), 1, lines)
+        verb = "may" if allowed else "may not"
+        pair = f"query {self.q[i]} {verb} see key {self.k[j]} (row {self.b}, head {self.h})"
+        return Why(allowed, (pair, *lines))
+
+    def _walk(self, part: Mask, at: tuple[int, int], depth: int, lines: list[str]) -> bool:
+        """Whether a part allows the pair; its reasons are added to `lines`."""
+        indent = "  " * depth
+        match part:
+            case TileMap():
+                return self._walk(part.mask, at, depth, lines)
+            case PerHead():
+                mine = part.parts[self.h] if self.h < len(part.parts) else None
+                if mine is None:
+                    lines.append(f"{indent}per_head forbids it: there are {len(part.parts)} heads")
+                    return False
+                lines.append(f"{indent}head {self.h} has its own:")
+                return self._walk(mine, at, depth + 1, lines)
+            case And():
+                results = [self._walk(each, at, depth, lines) for each in (part.left, part.right)]
+                return all(results)
+            case Or() | Xor() | Not():
+                parts = (part.part,) if isinstance(part, Not) else (part.left, part.right)
+                title = {Or: "one is enough", Xor: "exactly one of these", Not: "the opposite of"}
+                lines.append(f"{indent}{title[type(part)]}:")
+                results = [self._walk(each, at, depth + 1, lines) for each in parts]
+                return {Or: any(results), Xor: sum(results) == 1, Not: not results[0]}[type(part)]
+        if id(part) not in self._readers:
+            self._readers[id(part)] = self._run(part)
+        allowed, reasons = self._readers[id(part)].read(at)
+        verb = "allows" if allowed else "forbids"
+        said = f": {'; '.join(reasons)}" if reasons else ""
+        lines.append(f"{indent}{_name(part)} {verb} it{said}")
+        return allowed
+
+    def _run(self, part: Mask) -> _Reader:
+        """A part that is a function, run for all pairs."""
+        leaves, tree = jax.tree.flatten(part)
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+
+        def call(*args: Any) -> Any:
+            return jax.tree.unflatten(tree, args[4:])(*args[:4])
+
+        row, head = jnp.int32(self.b), jnp.int32(self.h)
+        jaxpr = jax.make_jaxpr(call)(*map(struct, (row, head, row, row, *arrays)))
+        code = Recogniser()
+        inputs = [code.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
+        code.bare.update(zip(inputs[:4], "bhqk", strict=True))
+        (out,) = code.inline(jaxpr, inputs)
+        # Of arrays only the name is said.
+        said = [ref for ref, type in enumerate(code.types) if type.shape == ()]
+
+        def values(q: Any, k: Any) -> list[Any]:
+            given = row, head, q, k, *arrays, *code.captured
+            found = run(code.steps, dict(zip(code.inputs, given, strict=True)))
+            return [found[ref] for ref in said]
+
+        over = jax.vmap(jax.vmap(values, (None, 0)), (0, None))
+        found = over(jnp.asarray(self.q, jnp.int32), jnp.asarray(self.k, jnp.int32))
+        names = [label.partition("(")[2].rstrip(")") or label for label in labels(part)]
+        return _Reader(
+            code,
+            out,
+            dict(zip(said, map(np.asarray, found), strict=True)),
+            dict(zip(inputs, ("b", "h", "q", "k", *names), strict=True)),
+        )
 
 
 def _name(part: Mask) -> str:
     fn = getattr(part, "fn", None)
     if isinstance(part, Predicate) and fn is not None:
-        name = getattr(fn, "__name__", "predicate").lstrip("_")
-        return "the function" if name.startswith("<") else name
+        said, name = repr(part).partition("(")[0], getattr(fn, "__name__", "<")
+        return said if said != "predicate" else "the function" if name[0] == "<" else name
     return type(part).__name__
 
 
-def _reasons(part: Mask, at: tuple[int, ...]) -> tuple[bool, list[str]]:
-    """Whether a part that is a function allows the pair, and what decided it."""
-    leaves, tree = jax.tree.flatten(part)
-    arrays = [jnp.asarray(leaf) for leaf in leaves]
-
-    def call(*args: Any) -> Any:
-        return jax.tree.unflatten(tree, args[4:])(*args[:4])
-
-    positions = [jnp.asarray(each, jnp.int32) for each in at]
-    jaxpr = jax.make_jaxpr(call)(*map(struct, (*positions, *arrays)))
-    code = Recogniser()
-    inputs = [code.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
-    code.bare.update(zip(inputs[:4], "bhqk", strict=True))
-    (out,) = code.inline(jaxpr, inputs)
-    values = run(
-        code.steps, dict(zip(code.inputs, (*positions, *arrays, *code.captured), strict=True))
-    )
-    names = [label.partition("(")[2].rstrip(")") or label for label in labels(part)]
-    reader = _Reader(code, values, dict(zip(inputs, ("b", "h", "q", "k", *names), strict=True)))
-    return bool(reader.value(out)), reader.reasons(out)
-
-
 class _Reader:
-    """Reads off a program that has run what decided its result."""
+    """Reads off a program that has run what decided its result, pair by pair."""
 
-    def __init__(self, code: Recogniser, values: dict[int, Any], names: dict[int, str]) -> None:
-        self.code, self.values, self.names = code, values, names
+    def __init__(
+        self, code: Recogniser, out: Ref, values: dict[int, np.ndarray], names: dict[int, str]
+    ) -> None:
+        self.code, self.out, self.values, self.names = code, out, values, names
+        self.at = (0, 0)
+
+    def read(self, at: tuple[int, int]) -> tuple[bool, list[str]]:
+        """Whether the pair is allowed, and what decided it."""
+        self.at = at
+        return bool(self.value(self.out)), self.reasons(self.out)
 
     def value(self, ref: Ref) -> Any:
-        found = ref.value if isinstance(ref, Const) else self.values[ref]
-        return np.asarray(found)[()]
+        return np.asarray(ref.value)[()] if isinstance(ref, Const) else self.values[ref][self.at]
 
     def reasons(self, ref: Ref) -> list[str]:
         """What made a boolean what it is, in words."""
@@ -184,9 +221,9 @@ class _Reader:
         return f"{known}{numbers[0]} {sign} {numbers[1]}{verdict}"
 
     def _number(self, ref: Ref) -> str:
-        value = self.value(ref)
-        if np.ndim(value):
+        if self.code.type(ref).shape:
             return "..."
+        value = self.value(ref)
         return f"{value:g}" if isinstance(value, np.floating) else str(value).lower()
 
     def expression(self, ref: Ref) -> str:

@@ -207,7 +207,7 @@ def test_a_mask_has_no_truth_value(use: Any) -> None:
 
 def test_repr_says_what_was_written() -> None:
     mask = ~masks.causal() | (masks.sliding_window(3) & masks.key_padding(lengths=jnp.ones(2, int)))
-    assert repr(mask) == "(~causal() | (sliding_window(3, 0) & key_length(int32[2])))"
+    assert repr(mask) == "~causal() | (sliding_window(3, 0) & key_padding(lengths=int32[2]))"
 
 
 # --- masks as pytrees -----------------------------------------------------------------------------

@@ -78,10 +78,10 @@ LAYERS = [
     ["request"],
     ["attention"],
     ["explain"],
-    ["why"],
+    ["why", "cells"],
     ["cache"],
     ["paged"],
-    ["nn", "parallel", "compat", "show", "testing"],
+    ["nn", "parallel", "compat", "show", "plot", "html", "testing"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -48,7 +48,7 @@ def test_why_walks_the_algebra() -> None:
         "    causal allows it: q >= k: 5 >= 4",
         "    segments forbids it: q_ids[5] == k_ids[4]: 2 == 1 is false",
         "    the opposite of:",
-        "      key_length allows it: k < lengths[0]: 4 < 8",
+        "      key_padding allows it: k < lengths[0]: 4 < 8",
     ]
     near = why(lambda b, h, q, k: (q - k < 2) & (ids[q] == ids[k]), 3, 7)
     assert "the function forbids it" in str(near)
