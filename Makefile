@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What users import; the rest is how it is done.
+REFERENCE := jaxattn jaxattn.show jaxattn.plot jaxattn.html jaxattn.why
 
-.PHONY: test test-deep check format experiment language-model faults benchmark peers clean
+.PHONY: test test-deep check format experiment language-model explain gallery docs faults benchmark peers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +32,15 @@ experiment: $(VENV)/ready  ## train a Transformer that translates, and use it
 
 language-model: $(VENV)/ready  ## train a language model on packed documents, and sample
 	$(BIN)/python experiments/language_model.py
+
+explain: $(VENV)/ready  ## how the mask works, and why -1e9 makes a key vanish, in numbers
+	$(BIN)/python experiments/how_masking_works.py
+
+gallery: $(VENV)/ready  ## a picture of every mask
+	$(BIN)/python experiments/gallery.py
+
+docs: $(VENV)/ready  ## the reference, from the docstrings: build/docs/index.html
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(REFERENCE)
 
 faults: $(VENV)/ready  ## train small models with wrong masks, and see what shows it
 	$(BIN)/python experiments/mask_faults.py

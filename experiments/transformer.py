@@ -54,7 +54,8 @@ class Transformer(nn.Module):
     layers: int
     heads: int
     d_ff: int
-    dropout: float
+    dropout: float  # of embeddings, and of what layers add
+    attention_dropout: float
     norm: Literal["pre", "post"] = "post"
     dtype: Any = jnp.float32  # of the computation; weights and logits are float32
 
@@ -67,7 +68,7 @@ class Transformer(nn.Module):
             partial(
                 MultiHeadAttention,
                 num_heads=self.heads,
-                dropout_rate=self.dropout,
+                dropout_rate=self.attention_dropout,
                 dtype=self.dtype,
             ),
             self.d_ff,

@@ -66,7 +66,8 @@ class Train:
     layers: int = 2  # in the encoder, and again in the decoder
     heads: int = 4
     d_ff: int = 256  # half the paper's ratio: a quarter fewer operations a step, and enough here
-    dropout: float = 0.1
+    dropout: float = 0.1  # of embeddings, and of what layers add
+    attention_dropout: float = 0.1  # of attention weights; the paper has none
     norm: Literal["pre", "post"] = "post"  # as in the paper; "pre" trains deep stacks better
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
 
@@ -202,6 +203,7 @@ def model_of(config: Train, tokenizer: Tokenizer) -> Transformer:
         heads=config.heads,
         d_ff=config.d_ff,
         dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
         norm=config.norm,
         dtype=jnp.dtype(config.dtype),
     )

@@ -128,6 +128,8 @@ def _draw(ax: Any, found: Cells, labels: tuple[Sequence[str], Sequence[str]] | N
         ax.set_xticks(np.arange(found.S + 1) - 0.5, minor=True)
         ax.set_yticks(np.arange(found.T + 1) - 0.5, minor=True)
         ax.grid(which="minor", color="white", linewidth=1)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.yaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(which="both", length=0, labelsize=8)
     if labels is None or not found.exact:
         return

@@ -333,7 +333,7 @@ def test_batches_cover_every_example_once_in_few_shapes(small):
 @pytest.fixture(scope="module")
 def tiny():
     model = transformer.Transformer(
-        vocabulary=50, d_model=16, layers=1, heads=2, d_ff=32, dropout=0.1
+        vocabulary=50, d_model=16, layers=1, heads=2, d_ff=32, dropout=0.1, attention_dropout=0.1
     )
     tokens = jnp.ones((1, 3), jnp.int32)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -410,7 +410,7 @@ def test_norms_and_bfloat16(norm):
     logits = {}
     tokens, target = jnp.array([[5, 6, 7, 2]]), jnp.array([[1, 8, 9, 10]])
     for dtype in (jnp.float32, jnp.bfloat16):
-        model = transformer.Transformer(50, 16, 1, 2, 32, 0.0, norm=norm, dtype=dtype)
+        model = transformer.Transformer(50, 16, 1, 2, 32, 0.0, 0.0, norm=norm, dtype=dtype)
         params = model.init(jax.random.key(0), tokens, target)["params"]
         assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
         logits[dtype] = model.apply({"params": params}, tokens, target)

@@ -1,0 +1,476 @@
+"""How does the mask work in scaled dot-product attention, and why does -1e9 make a key vanish?
+
+    python experiments/how_masking_works.py
+
+Answers step by step, in numbers that are computed as you read them: on the matrices of the tutorial
+"Transformer model for language understanding", in every float type, for every way to mask. A figure
+for each question is left under `--out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import jaxattn as ja
+from jaxattn import masks
+from jaxattn.conventions import Convention
+from jaxattn.shapes import Array, Bool, Float
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+
+OUT = Path(__file__).parent / "results" / "how_masking_works"
+
+# The tutorial's example: four keys, of which the last two are alike, and a query that matches both.
+KEY = jnp.array([[10, 0, 0], [0, 10, 0], [0, 0, 10], [0, 0, 10]], jnp.float32)
+VALUE = jnp.array([[1, 0], [10, 0], [100, 5], [1000, 6]], jnp.float32)
+QUERY = jnp.array([[0, 0, 10]], jnp.float32)
+IGNORED = jnp.array([[0, 0, 0, 1]], jnp.float32)  # 1 where a key is ignored, as the tutorial has it
+
+TYPES = jnp.float32, jnp.bfloat16, jnp.float16
+
+Say = Callable[..., None]
+
+
+# --- the ways to mask --------------------------------------------------------------------------
+
+
+def softmax(logits: Float[Array, "... S"]) -> Float[Array, "... S"]:
+    """exp(x - max) / sum exp(x - max), in the dtype of the logits: what libraries compute."""
+    e = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def added(constant: float) -> Callable[..., Any]:
+    """softmax(logits + (1 - seen) * constant): the tutorial's way."""
+
+    def weights(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
+        ignored = (~seen).astype(logits.dtype)
+        return softmax(logits + ignored * jnp.float32(constant).astype(logits.dtype))
+
+    return weights
+
+
+def lowest_added(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
+    """softmax(logits + finfo.min where unseen): what Hugging Face models add."""
+    bias = jnp.where(seen, 0, jnp.finfo(logits.dtype).min).astype(logits.dtype)
+    return softmax(logits + bias)
+
+
+def infinity_added(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
+    """softmax(logits + -inf where unseen): a float mask of PyTorch's."""
+    return softmax(logits + jnp.where(seen, 0, -jnp.inf).astype(logits.dtype))
+
+
+def replaced(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
+    """softmax(where(seen, logits, finfo.min)): what Flax and jax.nn do, more or less."""
+    return softmax(jnp.where(seen, logits, jnp.finfo(logits.dtype).min))
+
+
+def infinite(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
+    """softmax(where(seen, logits, -inf)): a boolean mask of PyTorch's."""
+    return softmax(jnp.where(seen, logits, -jnp.inf))
+
+
+def ours(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
+    """`jaxattn`: these logits as one feature, in the dtype of the logits."""
+    S = logits.shape[-1]
+    rows = logits.reshape(-1, S)
+    # A query of S features and keys that are unit vectors have these logits.
+    q, k = rows[:, None], jnp.eye(S, dtype=logits.dtype)[:, None]
+    found = ja.attention_weights(q, k, mask=seen.reshape(-1, S), scale=1.0)
+    return found[0].reshape(logits.shape).astype(logits.dtype)
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "add -1e9": added(-1e9),
+    "add finfo.min": lowest_added,
+    "add -inf": infinity_added,
+    "where, finfo.min": replaced,
+    "where, -inf": infinite,
+    "jaxattn": ours,
+}
+
+
+# --- what is asked ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Scaled dot-product attention, step by step."""
+
+    logits: np.ndarray
+    masked: np.ndarray
+    exponentials: np.ndarray
+    total: np.ndarray
+    weights: np.ndarray
+    output: np.ndarray
+
+
+def step_by_step(constant: float = -1e9) -> Steps:
+    """The tutorial's `scaled_dot_product_attention`, with what it has in hand at every step."""
+    logits = QUERY @ KEY.T / jnp.sqrt(jnp.float32(KEY.shape[-1]))
+    masked = logits + IGNORED * constant
+    exponentials = jnp.exp(masked - masked.max(-1, keepdims=True))
+    total = exponentials.sum(-1, keepdims=True)
+    weights = exponentials / total
+    steps = logits, masked, exponentials, total, weights, weights @ VALUE
+    return Steps(*map(np.asarray, steps))
+
+
+def thresholds() -> dict[str, tuple[float, float]]:
+    """For each type: where `exp` is exactly 0, and where a sum with 1 no longer feels it.
+
+    Distances below the largest logit, in steps of 1/64.
+    """
+    distances = np.arange(0, 256, 1 / 64)
+    found = {}
+    for dtype in TYPES:
+        e = jnp.exp(jnp.asarray(-distances, dtype))
+        felt = (jnp.ones((), dtype) + e) != 1
+        first = [distances[np.argmin(np.asarray(still))] for still in (e != 0, felt)]
+        found[jnp.dtype(dtype).name] = float(first[0]), float(first[1])
+    return found
+
+
+def rows_without_keys() -> dict[str, dict[str, np.ndarray]]:
+    """The weights of a row that sees nothing, for small and for large logits, by each way."""
+    small = jnp.array([[1.0, 2.0, 3.0]])
+    rows = {"logits 1, 2, 3": small, "logits 100, 200, 300": 100 * small}
+    nothing = jnp.zeros((1, 3), bool)
+    return {
+        name: {way: np.asarray(fn(row, nothing))[0] for way, fn in WAYS.items()}
+        for name, row in rows.items()
+    }
+
+
+def in_half_precision() -> dict[str, dict[str, np.ndarray]]:
+    """The weights of logits 1, 2, 3, of which the last is masked, by each way and type."""
+    seen = jnp.array([[True, True, False]])
+    return {
+        jnp.dtype(dtype).name: {
+            way: np.asarray(fn(jnp.array([[1, 2, 3]], dtype), seen), np.float32)[0]
+            for way, fn in WAYS.items()
+        }
+        for dtype in TYPES
+    }
+
+
+def gradients() -> dict[str, dict[str, np.ndarray]]:
+    """By each way: what reaches logits and values from a loss that leaves out a blind query.
+
+    Two queries, of which the first sees keys 0 and 1 and the second nothing; the loss is the first
+    one's output.
+    """
+    seen = jnp.array([[True, True, False], [False, False, False]])
+    logits, values = jnp.array([[1.0, 2.0, 3.0]] * 2), jnp.array([1.0, 2.0, 3.0])
+    found: dict[str, dict[str, np.ndarray]] = {"logits of 0": {}, "logits of 1": {}, "values": {}}
+    for way, fn in WAYS.items():
+
+        def loss(logits: Array, values: Array, fn: Callable[..., Any] = fn) -> Array:
+            return (fn(logits, seen) @ values)[0]
+
+        by_logits, by_values = jax.grad(loss, (0, 1))(logits, values)
+        for name, row in zip(found, (*by_logits, by_values), strict=True):
+            found[name][way] = np.asarray(row)
+    return found
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """How a library spells the same mask: a query sees itself and what came before."""
+
+    library: str
+    array: np.ndarray
+    read: ja.Mask
+    how: str
+
+
+def conventions() -> list[Spelled]:
+    """Causal attention of three tokens in each library's spelling, and how it is read."""
+    seen = np.tri(3, dtype=bool)
+    lowest = float(jnp.finfo(jnp.float32).min)
+    spelled: list[tuple[str, np.ndarray, Convention]] = [
+        ("TensorFlow tutorial (look-ahead mask)", 1 - seen.astype(np.float32), "ignore"),
+        ("Keras MultiHeadAttention", seen[None], "keras"),
+        ("PyTorch scaled_dot_product_attention", seen, "attend"),
+        ("PyTorch MultiheadAttention (attn_mask)", ~seen, "ignore"),
+        ("Hugging Face, inside a model", np.where(seen, 0, lowest).astype(np.float32), "additive"),
+        ("Flax make_causal_mask", np.asarray(nn.make_causal_mask(jnp.ones((1, 3)))), "flax"),
+        ("jax.nn.dot_product_attention", seen, "attend"),
+    ]
+    return [
+        Spelled(name, array, masks.from_array(jnp.asarray(array), how), how)
+        for name, array, how in spelled
+    ]
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+def numbers(array: Any) -> str:
+    """An array as a reader wants it: short, and exact where it is 0 or 1."""
+    return ", ".join(f"{x:.4g}" for x in np.asarray(array, np.float64).reshape(-1))
+
+
+def written(array: np.ndarray) -> str:
+    """An array as one would write it."""
+    return ", ".join(f"{x}" if array.dtype == bool else f"{x:.4g}" for x in array)
+
+
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    made = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def answer(console: Console) -> None:
+    """The whole answer, printed."""
+    say, show = console.print, console.print
+    say("[bold]1. What the mask does[/bold]\n")
+    steps, unmasked = step_by_step(), step_by_step(0.0)
+    say(
+        "Attention gives each key a weight: how much of its value the query takes. The query below "
+        f"is {numbers(QUERY)}; it matches keys 2 and 3 alike, and the mask says: ignore key 3.\n"
+    )
+    rows = [
+        ("logits = q . k / sqrt(d)", unmasked.logits, steps.logits),
+        ("+ mask * -1e9", unmasked.masked, steps.masked),
+        ("exp(logit - largest)", unmasked.exponentials, steps.exponentials),
+        ("their sum", unmasked.total, steps.total),
+        ("weights = exp / sum", unmasked.weights, steps.weights),
+        ("output = weights . values", unmasked.output, steps.output),
+    ]
+    header = ("step", "without mask", "with key 3 masked")
+    show(table("", header, [(name, numbers(a), numbers(b)) for name, a, b in rows]))
+    library, _ = ja.scaled_dot_product_attention(
+        QUERY, KEY, VALUE, masks.from_array(IGNORED, "ignore")
+    )
+    say(
+        f"\nThe weight of key 3 went from {numbers(unmasked.weights[0, 3])} to "
+        f"{numbers(steps.weights[0, 3])}, and its share went to the others: the weights still sum "
+        f"to {numbers(steps.weights.sum())}. The output is as if key 3 had never been there. "
+        f"(jaxattn's: {numbers(library)}.)\n"
+    )
+
+    say("[bold]2. Why exactly 0, and not just something small[/bold]\n")
+    found = thresholds()
+    gap = float(steps.masked[0].max() - steps.masked[0, 3])
+    say(
+        f"The masked logit lies {gap:.4g} below the largest. exp(-{gap:.4g}) is not 0 in "
+        "mathematics, but no float can hold it: it underflows, to 0 exactly. How far below is "
+        "enough depends on the type:\n"
+    )
+    show(
+        table(
+            "",
+            ("type", "exp is 0 from a distance of", "the sum no longer feels it from"),
+            [(name, f"{zero:.4g}", f"{unfelt:.4g}") for name, (zero, unfelt) in found.items()],
+        )
+    )
+    distances = np.arange(0, 256, 1 / 64).astype(np.float32)
+    subnormal = float(distances[np.argmin(np.exp(-distances) != 0)])
+    say(
+        f"\n(NumPy in float32 goes on to {subnormal:.4g}: it keeps numbers too small for a full "
+        "mantissa, which XLA rounds to 0.)\n"
+    )
+    say(
+        "So the number need not be a billion. It must beat the spread of your logits by the "
+        "distances above, and fit into the type: that is all -1e9 is for.\n"
+    )
+
+    say("[bold]3. Where the trick breaks: half precision[/bold]\n")
+    half = float(jnp.finfo(jnp.float16).min)
+    with np.errstate(over="ignore"):
+        overflowed = np.float16(-1e9)
+        beyond = np.float16(half) + np.float16(-40)
+    with np.errstate(invalid="ignore"):
+        nan = np.float16(0) * overflowed
+    say(
+        f"float16 ends at {half:.6g}, so -1e9 is {overflowed} there, and 0 times that, at every "
+        f"cell that is allowed, is {nan}. Weights of logits 1, 2, 3, the last one masked:\n"
+    )
+    halves = in_half_precision()
+    show(
+        table(
+            "",
+            ("way", *halves),
+            [(way, *(numbers(halves[name][way]) for name in halves)) for way in WAYS],
+        )
+    )
+
+    say(
+        f"\nAdding the lowest number is no way out: {half:.6g} + -40 is {beyond} again, and so is "
+        "the sum of two such masks.\n"
+    )
+    say("[bold]4. A query that may see nothing[/bold]\n")
+    ulp = float(np.spacing(np.float32(1e9)))
+    say(
+        "Left padding with a causal mask makes such rows. All logits get the same -1e9; floats "
+        f"near it are {ulp:.4g} apart, so that small logits are rounded away and large ones are "
+        "not:\n"
+    )
+    blind = rows_without_keys()
+    show(
+        table(
+            "",
+            ("way", *blind),
+            [(way, *(numbers(blind[name][way]) for name in blind)) for way in WAYS],
+        )
+    )
+    say(
+        "\nUniform, one-hot, NaN: all of them look at what they may not see. Zeros do not: nothing "
+        "is seen, nothing comes out.\n"
+    )
+
+    say("[bold]5. Gradients[/bold]\n")
+    slopes = gradients()
+    show(
+        table(
+            "Query 0 sees keys 0 and 1, query 1 sees nothing, and the loss leaves it out",
+            ("way", *(f"d loss / d {name}" for name in slopes)),
+            [(way, *(numbers(slopes[name][way]) for name in slopes)) for way in WAYS],
+        )
+    )
+    say(
+        "\nA masked cell gets no gradient, whichever way: its weight is a constant 0. But the "
+        "NaN of a query that sees nothing comes back though its output is not in the loss, as 0 "
+        "times NaN is NaN: into the values, which all queries share, and with an added -inf into "
+        "the logits, and so into every weight of the model below.\n"
+    )
+
+    say("[bold]6. The same mask, as libraries spell it[/bold]\n")
+    spelled = conventions()
+    show(
+        table(
+            "",
+            ("library", "row of query 1 of 3", "convention for from_array", "sees"),
+            [
+                (
+                    each.library,
+                    written(each.array.reshape(-1, 3, 3)[0, 1]),
+                    repr(each.how),
+                    numbers(each.read.dense(3, 3)[0, 0, 1]),
+                )
+                for each in spelled
+            ],
+        )
+    )
+    alike = all(np.array_equal(e.read.dense(3, 3)[0, 0], np.tri(3, dtype=bool)) for e in spelled)
+    say(f"\nAll of them are masks.causal(): {alike}. In jaxattn True means: may attend.")
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def figures(out: Path) -> list[Path]:
+    """One figure for each question."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "steps.png": draw_steps,
+        "underflow.png": draw_underflow,
+        "half_precision.png": lambda: draw_ways(in_half_precision(), "weight"),
+        "blind_rows.png": lambda: draw_ways(rows_without_keys(), "weight"),
+        "gradients.png": lambda: draw_ways(gradients(), "d loss / d ..."),
+        "conventions.png": draw_conventions,
+    }
+    for name, draw in drawn.items():
+        figure = draw()
+        figure.savefig(out / name, dpi=120)
+        plt.close(figure)
+    return [out / name for name in drawn]
+
+
+def draw_steps() -> Any:
+    """Each step of attention, without and with the mask."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for axis, name in zip(axes, ("masked", "exponentials", "weights"), strict=True):
+        for n, (steps, label) in enumerate(
+            ((step_by_step(0.0), "no mask"), (step_by_step(), "key 3 masked"))
+        ):
+            axis.bar(np.arange(4) + 0.4 * n - 0.2, getattr(steps, name)[0], 0.4, label=label)
+        axis.set(title=name, xlabel="key", xticks=range(4))
+    axes[0].set_yscale("symlog")
+    axes[0].set_ylim(-1e10, 1e3)
+    axes[0].set_title("logits + mask * -1e9")
+    axes[2].legend()
+    return figure
+
+
+def draw_underflow() -> Any:
+    """exp of a distance in each type, down to where it is 0."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    distance = jnp.arange(0, 120, 0.25)
+    for dtype in TYPES:
+        e = np.asarray(jnp.exp(-distance.astype(dtype)), np.float64)
+        name = jnp.dtype(dtype).name
+        alive = e > 0
+        (line,) = axis.semilogy(np.asarray(distance)[alive], e[alive], label=name)
+        axis.axvline(thresholds()[name][0], color=line.get_color(), linestyle=":")
+    axis.set(xlabel="distance below the largest logit", ylabel="exp", title="dotted: 0 from here")
+    axis.legend()
+    return figure
+
+
+def draw_ways(found: dict[str, dict[str, np.ndarray]], label: str) -> Any:
+    """What each way makes of the same logits; a cross is NaN."""
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(4.2 * len(found), 3.2), layout="constrained", sharey=True
+    )
+    for axis, (name, ways) in zip(np.ravel(axes), found.items(), strict=True):
+        for n, (way, values) in enumerate(ways.items()):
+            at = np.arange(len(values)) + 0.14 * (n - 2.5)
+            axis.bar(at, np.nan_to_num(values), 0.14, label=way)
+            axis.plot(at[np.isnan(values)], [0.02] * int(np.isnan(values).sum()), "kx")
+        axis.set(title=name, xlabel="key", xticks=range(3))
+    np.ravel(axes)[0].set_ylabel(f"{label} (x: NaN)")
+    np.ravel(axes)[-1].legend(fontsize=7)
+    return figure
+
+
+def draw_conventions() -> Any:
+    """The arrays of the libraries, and the one mask they all mean."""
+    spelled = conventions()
+    figure, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained")
+    for axis, each in zip(np.ravel(axes), spelled, strict=False):
+        array = each.array.reshape(-1, 3, 3)[0].astype(np.float64)
+        axis.imshow(np.sign(array), cmap="coolwarm", vmin=-1, vmax=1)
+        for (i, j), x in np.ndenumerate(each.array.reshape(-1, 3, 3)[0]):
+            axis.text(j, i, f"{x}" if each.array.dtype == bool else f"{x:.2g}", ha="center")
+        axis.set(title=f'{each.library}\nfrom_array(..., "{each.how}")', xticks=[], yticks=[])
+        axis.title.set_fontsize(8)
+    masks.causal().plot(np.ravel(axes)[-1], T=3)
+    return figure
+
+
+@dataclass(frozen=True)
+class Config:
+    """How masking works, in numbers."""
+
+    out: Path = OUT  # where the figures go
+
+
+def main(config: Config) -> None:
+    """The answer, then the figures."""
+    console = Console(highlight=False, soft_wrap=False)
+    answer(console)
+    console.print()
+    for path in figures(config.out):
+        console.print(str(path), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
