@@ -479,16 +479,22 @@ def small_corpus(monkeypatch):
 
 @scripts
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys, small_corpus):
-    """Ctrl-C saves, and --resume goes on: the same bits, dropout and data order included."""
+    """Ctrl-C saves, a kill loses one interval at most, and --resume goes on: the same bits, dropout
+    and data order included."""
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one)
-    stop = []
+    stop, kill = [], []
 
     class Stopping(training.Report):
         def update(self, row):
             super().update(row)
             if stop and row["step"] == 1:
                 signal.raise_signal(signal.SIGINT)
+            if kill and row["step"] == 8:
+                raise Killed
+
+    class Killed(BaseException):
+        """Ends a run as a kill does: whatever is not on disk is lost."""
 
     monkeypatch.setattr(training, "Report", Stopping)
 
@@ -506,10 +512,17 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys, s
     assert "cannot resume with other settings: --dropout was 0.1" in capsys.readouterr().err
     saved = str(tmp_path / "parts" / "config.json")
     assert translate.main(["--config", saved, "--resume"]) == 0
-    ends = [
-        (tmp_path / name / "model" / "params.msgpack").read_bytes() for name in ("whole", "parts")
-    ]
-    assert ends[0] == ends[1]
+    stop.clear()
+    kill.append(True)
+    with pytest.raises(Killed):
+        run("killed", "--save-every", "4")
+    kept = (tmp_path / "killed" / "checkpoints").iterdir()
+    assert [step.name for step in kept if step.is_dir()] == ["4"]
+    kill.clear()
+    assert run("killed", "--save-every", "4", "--resume") == 0
+    names = "whole", "parts", "killed"
+    ends = [(tmp_path / name / "model" / "params.msgpack").read_bytes() for name in names]
+    assert ends[0] == ends[1] == ends[2]
     with (tmp_path / "parts" / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2", "13"]
     assert translate.main(["--config", str(tmp_path / "nowhere.json")]) == 2
