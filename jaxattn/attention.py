@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Positions
-from .backends import base, decode, dense, tiled
+from .backends import base, cudnn, decode, dense, tiled
 from .backends.base import Call
 from .request import request
 from .shapes import Array, ArrayLike, Float
@@ -27,7 +27,14 @@ _SMALL_ACCELERATED = 2**26
 # backend is ahead in float32, for 1 to 64 queries; in 16 bits it converts them, and is not.
 _SMALL_CACHE = 2**19
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "decode": decode, "tiled": tiled}
+BACKENDS: dict[str, ModuleType] = {
+    "dense": dense,
+    "decode": decode,
+    "tiled": tiled,
+    "cudnn": cudnn,
+}
+# Those that a kind of accelerator alone has, the fastest first: "auto" takes the first that can.
+ACCELERATED = ("cudnn",)
 
 
 def attention(
@@ -102,7 +109,8 @@ def attention(
         dropout_seed=dropout_seed,
         precision=precision,
     )
-    out, lse = run(call, choose(call, backend).backend)
+    chosen = choose(call, backend).backend
+    out, lse = run(_settled(call, chosen), chosen)
     if np.ndim(query) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -140,6 +148,12 @@ def attention_weights(
     )
     weights = _run_weights(call)
     return weights[0] if np.ndim(query) == 3 else weights
+
+
+def _settled(call: Call, backend: str) -> Call:
+    """The call as its backend wants it; this side of `jit`, where values are still known."""
+    settle = getattr(BACKENDS[backend], "settle", None)
+    return call if settle is None else settle(call)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -210,6 +224,8 @@ def choose(call: Call, backend: str) -> Choice:
     most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
     held = call.key.size + call.value.size
     others = {"decode": decode.refuse(call) or "faster only from a KVCache, which asks for it"}
+    here = {name: BACKENDS[name].refuse(call) for name in ACCELERATED}
+    others |= {name: why or f"slower up to {most} logits" for name, why in here.items()}
     refused = tiled.refuse(call)
     if refused is not None:
         return Choice("dense", f"nothing else can: {refused}", {"tiled": refused, **others})
@@ -223,8 +239,14 @@ def choose(call: Call, backend: str) -> Choice:
     if logits <= most:
         why = f"{logits} logits are few: up to {most} dense is faster on {platform}"
         return Choice("dense", why, {"tiled": "slower for so few logits", **others})
+    others["dense"] = f"O(T * S) memory, and slower above {most} logits on {platform}"
+    for name in ACCELERATED:
+        if here[name] is None:
+            others["tiled"] = f"loops of plain XLA, slower on {platform}"
+            rest = {other: why for other, why in others.items() if other != name}
+            return Choice(name, BACKENDS[name].WHY, rest)
     return Choice(
         "tiled",
         f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",
-        {"dense": f"O(T * S) memory, and slower above {most} logits on {platform}", **others},
+        others,
     )

@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MASKS, SCORES, SQUARE, attend, cells, close, grid, kept, pairwise, qkv, rng
+from cases import HERE, MASKS, SCORES, SQUARE, attend, cells, close, grid, kept, pairwise, qkv, rng
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.attention import BACKENDS
 from jaxattn.backends import base, steps
 
 # Tracing every line of the package here would cost a minute, and the other tests reach them too.
@@ -37,7 +36,7 @@ def many_tiles(monkeypatch: Any) -> None:
     monkeypatch.setattr(steps, "tile_size", tile_size)
 
 
-@pytest.fixture(params=list(BACKENDS))
+@pytest.fixture(params=HERE)
 def backend(request: Any) -> str:
     return str(request.param)
 
@@ -127,7 +126,7 @@ EVERY = [
     pytest.param(
         b, name, marks=pytest.mark.deep if n % 3 and b != "dense" else (), id=f"{b}-{name}"
     )
-    for b in BACKENDS
+    for b in HERE
     for n, name in enumerate(MASKS)
     if b != "dense" or name in DENSE_HERE
 ]

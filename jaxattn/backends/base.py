@@ -7,6 +7,10 @@ A backend is a module with three functions:
 - `run(call) -> (out, lse)`: the output `[B, T, N, Hv]` in the query's dtype and the natural-log
   LSE `[B, T, N]` in the dtype of accumulation, without sinks.
 
+One that compiles values into its kernels has a fourth, `settle(call) -> call`, which is asked where
+values are still known and makes structure of them. One that a kind of accelerator alone has says by
+`WHY` what speaks for it.
+
 `dense` is the definition; every other backend computes the same.
 """
 

@@ -1,0 +1,400 @@
+"""cuDNN's fused attention, for the masks that it knows: causal, windows of the past, lengths.
+
+A mask is taken by what it is made of, never by its values: `causal()`, `sliding_window(left)`,
+`key_padding(lengths=)`, `query_padding(lengths=)`, and what `&` makes of them. Windows and the
+scale are part of the kernel, so they have to be concrete, and new ones compile anew; lengths may be
+traced.
+
+The forward pass gives the same bits run to run. The backward does not, as cuDNN adds up dQ in any
+order, unless `XLA_FLAGS` has `--xla_gpu_exclude_nondeterministic_ops=true`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+
+from .. import masks
+from ..algebra import And, Mask, Predicate, Scalar, known, pytree, static
+from ..program import varying_alike
+from ..shapes import Array, Bool, Float
+from ..tiles import TileMap
+from . import base
+from .base import Call
+
+# The function behind `jax.nn.dot_product_attention(implementation="cudnn")`. That one rounds the
+# LSE to the query's 16 bits, an error of 1% in what sinks leave; this one gives float32.
+try:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+except ImportError:  # private: a JAX may have it elsewhere
+    fused = None  # type: ignore[assignment]
+
+WHY = "cuDNN's own kernels; run to run, gradients may differ in their last bits"
+
+# cuDNN's backward gives NaN for lengths that are not multiples of this, unless told the lengths
+# (NVIDIA/cudnn-frontend issues 160 and 1072).
+_GRANULE = 128
+
+
+@pytree
+class Band(Mask):
+    """What cuDNN is told: `q - left <= k <= q`, either side open, below lengths."""
+
+    queries: tuple[Any, ...]  # lengths, [] or [B], all of which hold
+    keys: tuple[Any, ...]
+    causal: bool = static()
+    left: int | None = static()
+    scale: float = static()
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        parts = [masks.causal()] if self.causal else [masks.full()]
+        if self.left is not None:
+            parts.append(masks.sliding_window(self.left))
+        parts += [masks.query_padding(lengths=n) for n in self.queries]
+        parts += [masks.key_padding(lengths=n) for n in self.keys]
+        return jnp.stack([part(b, h, q, k) for part in parts]).all()
+
+    def __repr__(self) -> str:
+        return f"band(causal={self.causal}, left={self.left})"
+
+
+def refuse(call: Call) -> str | None:
+    """Why cuDNN can't compute the call, or `None` if it can."""
+    platform = base.platform(call)
+    if platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and this runs on {platform}"
+    return _obstacle(call) or _missing(call)
+
+
+def footprint(call: Call) -> int:
+    """Bytes of the LSE and of copies of the inputs, padding made 0."""
+    B, T, S, N, K, H, Hv = call.sizes
+    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(call.query.dtype).itemsize
+    return int(copies + B * T * N * 4)
+
+
+def settle(call: Call) -> Call:
+    """The call with its mask as a `Band`: values that the kernel is compiled for made structure."""
+    band = _band(call)
+    if isinstance(band, str):
+        raise ValueError(f"backend: 'cudnn' can't compute this call: {band}")
+    return replace(call, mask=band)
+
+
+def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
+    band = call.mask if isinstance(call.mask, Band) else settle(call).mask
+    assert isinstance(band, Band)
+    B, T, S, *_ = call.sizes
+    query, key, value = call.query, call.key, call.value
+    if band.causal and S > T:
+        # Nobody sees these, and what they hold must not meet a zero weight in cuDNN's tiles.
+        key, value, S = key[:, :T], value[:, :T], T
+    if not band.queries and not band.keys:
+        ends: tuple[Array, ...] = ()
+        if T % _GRANULE or S % _GRANULE:
+            ends = (jnp.full(B, T, jnp.int32), jnp.full(B, S, jnp.int32))
+        return _attend(_kernel(band), *_alike(query, key, value, ends))
+
+    rows, columns = _ends(band, B, T, S)
+    sees = jnp.arange(T)[None] < rows[:, None]  # [B, T]
+    seen = (jnp.arange(S)[None] < columns[:, None])[..., None, None]
+    nothing = jnp.zeros((), query.dtype)
+    query = jnp.where(sees[..., None, None], query, nothing)
+    key, value = (jnp.where(seen, x, nothing) for x in (key, value))
+    # A row of zeros for sequences of nothing: what cuDNN does with a length of 0 is not written.
+    ends = (jnp.maximum(rows, 1), jnp.maximum(columns, 1))
+    out, lse = _attend(_kernel(band), *_alike(query, key, value, ends))
+    # Rows past the end are cuDNN's to fill as it likes: with NaN, or not at all.
+    return (
+        jnp.where(sees[..., None, None], out, nothing),
+        jnp.where(sees[..., None], lse, -jnp.inf),
+    )
+
+
+def _ends(band: Band, B: int, T: int, S: int) -> tuple[Array, Array]:
+    """How many queries see a key, and how many keys are seen, `[B]`: those that come first."""
+
+    def end(lengths: tuple[Any, ...], most: int) -> Array:
+        least = jnp.full(B, most, jnp.int32)
+        for given in lengths:
+            least = jnp.minimum(least, jnp.broadcast_to(jnp.asarray(given, jnp.int32), (B,)))
+        return jnp.maximum(least, 0)
+
+    rows, columns = end(band.queries, T), end(band.keys, S)
+    if band.left is not None:
+        # Later queries look back no further than to the padding.
+        rows = jnp.minimum(rows, columns + band.left)
+    rows = jnp.where(columns > 0, rows, 0)
+    columns = jnp.where(rows > 0, columns, 0)
+    return rows, jnp.minimum(columns, rows) if band.causal else columns
+
+
+# --- what a mask is made of -----------------------------------------------------------------------
+
+
+class _Bounds(NamedTuple):
+    """`-right <= q - k <= left`, `q < queries[b]`, `k < keys[b]`: what is not `None` or empty."""
+
+    left: int | None = None
+    right: int | None = None
+    queries: tuple[Any, ...] = ()
+    keys: tuple[Any, ...] = ()
+
+
+def _bounds(mask: Mask | None) -> _Bounds | str:
+    """The bounds that a mask is made of, or what in it is no bound."""
+    if isinstance(mask, TileMap):
+        return _bounds(mask.mask)
+    if isinstance(mask, And):
+        left, right = _bounds(mask.left), _bounds(mask.right)
+        if isinstance(left, str) or isinstance(right, str):
+            return left if isinstance(left, str) else str(right)
+        return _Bounds(
+            _least(left.left, right.left),
+            _least(left.right, right.right),
+            left.queries + right.queries,
+            left.keys + right.keys,
+        )
+    if mask is None:
+        return _Bounds()
+    if isinstance(mask, Predicate):
+        read = _READ.get(mask.fn)
+        if read is not None:
+            return read(mask)
+    return f"cuDNN has no mask like {mask!r}"
+
+
+def _causal_offset(mask: Predicate) -> _Bounds | str:
+    offset = known(mask.args[0])
+    if offset is None or offset.any():
+        return f"{mask!r}: cuDNN's causal mask starts at the first query and the first key"
+    return _Bounds(right=0)
+
+
+def _sliding_window(mask: Predicate) -> _Bounds | str:
+    found = [known(arg) for arg in mask.args]
+    values = [set(array.reshape(-1).tolist()) for array in found if array is not None]
+    if len(values) < 2 or any(len(each) != 1 for each in values):
+        return f"{mask!r}: a window of cuDNN is one concrete number for all heads"
+    left, right = (int(each.pop()) for each in values)
+    return _Bounds(left, right)
+
+
+_READ: dict[Callable[..., Any], Callable[[Predicate], _Bounds | str]] = {
+    masks._full: lambda mask: _Bounds(),
+    masks._causal: lambda mask: _Bounds(right=0),
+    masks._causal_offset: _causal_offset,
+    masks._sliding_window: _sliding_window,
+    masks._query_length: lambda mask: _Bounds(queries=mask.args),
+    masks._key_length: lambda mask: _Bounds(keys=mask.args),
+}
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return min((n for n in (a, b) if n is not None), default=None)
+
+
+def _band(call: Call) -> Band | str:
+    """What cuDNN is told of the mask and the scale, or what it can't be told."""
+    found = _bounds(call.mask)
+    if isinstance(found, str):
+        return found
+    _, T, S, *_ = call.sizes
+    # Bounds that no pair reaches are none.
+    left = None if found.left is None or found.left >= T - 1 else found.left
+    right = None if found.right and found.right >= S - 1 else found.right
+    if right:
+        return f"cuDNN's windows look back only, and this one {right} keys ahead"
+    if left is not None and right is None:
+        return "cuDNN's windows are causal, and this one is not"
+    if left is not None and T > S:
+        return f"a window of {T} queries over {S} keys: cuDNN wants at least as many keys"
+    scale = known(call.scale)
+    if scale is None:
+        return "the scale is traced, and cuDNN's kernels are compiled for theirs"
+    return Band(found.queries, found.keys, right == 0, left, float(scale))
+
+
+# --- what else stands in the way ------------------------------------------------------------------
+
+
+def _obstacle(call: Call) -> str | None:
+    """What in the call cuDNN can't do on any machine."""
+    _, _, _, _, _, H, Hv = call.sizes
+    if 0 in call.sizes:
+        return f"nothing to compute: the sizes are {call.sizes}"
+    if call.query.dtype not in (jnp.float16, jnp.bfloat16):
+        return f"cuDNN takes float16 and bfloat16, not {call.query.dtype}"
+    if Hv != H:
+        return f"keys of head dim {H} and values of {Hv}; it wants one for both"
+    if H % 8:
+        return f"a head dim of {H}, and cuDNN's are multiples of 8"
+    if call.score is not None:
+        return f"it has no scores, and this is {call.score!r}"
+    if call.dropout is not None:
+        return "its dropout would drop other weights than the other backends do"
+    if any(position is not None for position in jax.tree.leaves(call.positions)):
+        return "positions were given, and cuDNN counts from 0"
+    band = _band(call)
+    return band if isinstance(band, str) else None
+
+
+def _missing(call: Call) -> str | None:
+    """What this machine or this JAX lacks."""
+    if fused is None:
+        return f"JAX {jax.__version__} keeps its cuDNN attention in another place"
+    try:
+        fused.check_cudnn_version()
+    except RuntimeError as error:
+        return str(error)
+    major = _capability(call)
+    if major is not None and major < 8:
+        return f"compute capability {major}, and its kernels need 8 (Ampere)"
+    most = 256 if major is None or major >= 9 else 128
+    if most < call.sizes.H:
+        return f"a head dim of {call.sizes.H}, and on this GPU cuDNN's go up to {most}"
+    return None
+
+
+def _capability(call: Call) -> int | None:
+    """The major compute capability of the GPU that computes; `None` for one that does not say."""
+    if isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        device: Any = jax.local_devices()[0]
+    else:
+        (device, *_) = call.query.devices()
+    said = str(getattr(device, "compute_capability", ""))
+    return int(float(said)) if said.replace(".", "", 1).isdigit() else None
+
+
+# --- the kernel, differentiated and batched -------------------------------------------------------
+
+
+class _Kernel(NamedTuple):
+    """What a kernel is compiled for."""
+
+    causal: bool
+    left: int | None
+    scale: float
+
+
+def _kernel(band: Band) -> _Kernel:
+    return _Kernel(band.causal, band.left, band.scale)
+
+
+def _call(
+    kernel: _Kernel, query: Array, key: Array, value: Array, ends: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    """One call of cuDNN: output, and LSE in float32. JAX ignores the cotangent of the LSE."""
+    kinds = fused.MaskType
+    if ends:
+        kind = kinds.PADDING_CAUSAL if kernel.causal else kinds.PADDING
+    else:
+        kind = kinds.CAUSAL if kernel.causal else kinds.NO_MASK
+    out, lse = fused.dot_product_attention(
+        query,
+        key,
+        value,
+        q_seqlen=ends[0] if ends else None,
+        kv_seqlen=ends[1] if ends else None,
+        scale=kernel.scale,
+        mask_type=kind,
+        # Counts the query itself. Without the causal kind it would let the future in.
+        sliding_window_length=None if kernel.left is None else kernel.left + 1,
+        return_residual=True,
+    )
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    kernel: _Kernel, query: Array, key: Array, value: Array, ends: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    """Output and LSE, differentiable through both."""
+    query, key, value, ends = _together((query, key, value, ends))
+    return _call(kernel, query, key, value, ends)
+
+
+def _forward(kernel: _Kernel, *given: Any) -> Any:
+    # Of the primals, as symbolic zeros come with marks of what is differentiated.
+    args = jax.tree.map(lambda x: x.value, given, is_leaf=lambda x: hasattr(x, "perturbed"))
+    query, key, value, ends = _together(args)
+
+    def call(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        return _call(kernel, query, key, value, ends)
+
+    out, back, lse = jax.vjp(call, query, key, value, has_aux=True)
+    return (out, lse), (back, query, key, value, ends)
+
+
+def _backward(kernel: _Kernel, saved: Any, cotangents: Any) -> Any:
+    d_out, d_lse = cotangents
+    of_out, of_lse = (not isinstance(x, SymbolicZero) for x in cotangents)
+    grads = None
+    if of_out:
+        back, d_out = _together((saved[0], d_out))
+        grads = back(d_out)
+    if of_lse:
+        more = (*_of_lse(kernel, *_together((*saved[1:], d_lse))), jnp.zeros_like(saved[3]))
+        grads = more if grads is None else jax.tree.map(jnp.add, grads, more)
+    if grads is None:
+        grads = jax.tree.map(jnp.zeros_like, saved[1:4])
+    return *grads, tuple(None for _ in saved[4])
+
+
+def _of_lse(
+    kernel: _Kernel, query: Array, key: Array, value: Array, ends: tuple[Array, ...], d_lse: Array
+) -> tuple[Array, Array]:
+    """Gradients of query and key through the LSE, which cuDNN's backward does not take.
+
+    `d lse / d logit` is the weight: the query's is `scale * weights @ key`, attention with keys as
+    values, and the key's is `scale * weights' @ query`, the gradient of such values. Another
+    forward and another backward, where an LSE is differentiated at all.
+    """
+    mean, back = jax.vjp(lambda values: _call(kernel, query, key, values, ends)[0], key)
+    by_row = (kernel.scale * d_lse)[..., None]
+    d_query = (by_row * mean.astype(by_row.dtype)).astype(query.dtype)
+    (d_key,) = back((by_row * query.astype(by_row.dtype)).astype(query.dtype))
+    return d_query, d_key
+
+
+_attend.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _alike(query: Array, key: Array, value: Array, ends: tuple[Array, ...]) -> Any:
+    query, key, value, *rest = varying_alike([query, key, value, *ends])
+    return query, key, value, tuple(rest)
+
+
+def _together(tree: Any) -> Any:
+    """The same arrays; under `vmap`, all of them batched, on their first axis.
+
+    JAX's own rules want that, and older ones don't see to it. Empty arrays, by which JAX says that
+    there is none, stay as they are.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    held = [i for i, leaf in enumerate(leaves) if jnp.size(leaf)]
+    for i, leaf in zip(held, _batched([leaves[i] for i in held]), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+@custom_vmap
+def _batched(arrays: list[Array]) -> list[Array]:
+    return arrays
+
+
+@_batched.def_vmap
+def _batched_rule(size: int, batched: Any, arrays: list[Array]) -> Any:
+    spread = [
+        array if yes else jnp.broadcast_to(array, (size, *jnp.shape(array)))
+        for yes, array in zip(batched[0], arrays, strict=True)
+    ]
+    return _batched(spread), [True] * len(spread)
