@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # What users import; the rest is how it is done.
 REFERENCE := jaxattn jaxattn.show jaxattn.plot jaxattn.html jaxattn.why
 
-.PHONY: test test-deep check format experiment language-model explain gallery docs faults benchmark peers clean
+.PHONY: test test-deep check format experiment language-model explain gallery docs faults \
+	benchmark benchmark-gpu peers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,9 @@ faults: $(VENV)/ready  ## train small models with wrong masks, and see what show
 
 benchmark: $(VENV)/ready  ## against jax.nn and, after `make peers`, PyTorch
 	$(BIN)/python experiments/benchmark.py
+
+benchmark-gpu: $(VENV)/ready  ## kernels on one GPU: checked first, then against the same peers
+	$(BIN)/python experiments/benchmark.py --suite gpu
 
 peers: .venv-peers/ready  ## PyTorch, in an environment of its own
 .venv-peers/ready:

@@ -2,6 +2,7 @@
 
     python experiments/benchmark.py                       # everything this machine has
     python experiments/benchmark.py --masks causal window --lengths 4096 --repeats 9
+    python experiments/benchmark.py --suite gpu           # kernels on a GPU: benchmark_gpu.py
 
 Every contestant lives in a process of its own and they take turns, a call to warm up and a timed
 one: a ratio is taken between neighbours in time, and what is reported is the median of the ratios,
@@ -18,11 +19,14 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from benchmark_gpu import GpuConfig
+from benchmark_gpu import main as measure_gpu
+from contestant import Contestant
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -51,6 +55,8 @@ PEERS = {"jax.nn": False, "torch-sdpa": True, "torch-flex": True}  # name -> is 
 class Config:
     """What to measure."""
 
+    suite: Literal["cpu", "gpu"] = "cpu"
+    gpu: GpuConfig = field(default_factory=GpuConfig)  # of `--suite gpu`, which reads no other
     masks: tuple[Mask, ...] = (
         "full", "causal", "window", "documents", "prefix", "padding", "dilated", "neighbourhood",
         "decode",
@@ -71,42 +77,15 @@ class Config:
     output: Path = HERE / "results" / f"benchmark-{platform.machine()}-{os.cpu_count()}cpu.json"
 
 
-class Contestant:
-    """A process that runs one contestant's cases."""
-
-    def __init__(self, name: str) -> None:
-        python = str(PEERS_PYTHON) if PEERS.get(name) else sys.executable
-        self.process = subprocess.Popen(
-            [python, str(HERE / "benchmark_worker.py"), name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            cwd=ROOT,
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer to one request; `{"error": ...}` where it has none."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        return dict(json.loads(line)) if line else {"error": "the process died"}
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def contestant(name: str) -> Contestant:
+    """The process of that name."""
+    python = PEERS_PYTHON if PEERS.get(name) else sys.executable
+    return Contestant(name, HERE / "benchmark_worker.py", python=python)
 
 
 def compare(case: dict[str, Any], names: list[str], repeats: int) -> dict[str, Any]:
     """One case, every contestant: median seconds, and median ratio to ours, turn by turn."""
-    contestants = {name: Contestant(name) for name in names}
+    contestants = {name: contestant(name) for name in names}
     prepared = {name: each.ask(prepare=case) for name, each in contestants.items()}
     errors = {name: answer["error"] for name, answer in prepared.items() if "error" in answer}
     fit = [name for name in names if name not in errors]
@@ -132,10 +111,10 @@ def compare(case: dict[str, Any], names: list[str], repeats: int) -> dict[str, A
 
 def alone(case: dict[str, Any], repeats: int) -> dict[str, Any]:
     """One case of ours in a fresh process: median seconds, and peak memory."""
-    contestant = Contestant(OURS)
-    prepared = contestant.ask(prepare=case)
-    runs = [contestant.ask(run=True) for _ in range(repeats)]
-    contestant.close()
+    ours = contestant(OURS)
+    prepared = ours.ask(prepare=case)
+    runs = [ours.ask(run=True) for _ in range(repeats)]
+    ours.close()
     if "error" in prepared:
         return {**case, "error": prepared["error"]}
     return {
@@ -162,7 +141,10 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
     ]
     report: dict[str, Any] = {
         "machine": describe_machine(),
-        "config": {**asdict(config), "output": str(config.output.name)},
+        "config": {
+            name: value for name, value in asdict(config).items() if name not in ("suite", "gpu")
+        }
+        | {"output": str(config.output.name)},
         "cases": [],
         "growth": [],
         "maps": {},
@@ -196,12 +178,12 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
             report["memory"] = {**large, "process_bytes": small.get("peak_bytes")}
         bar.advance(task)
         if config.maps:
-            contestant = Contestant(OURS)
+            ours = contestant(OURS)
             for mask in config.masks:
                 if mask not in ("full", "decode"):
-                    reply = contestant.ask(map={"mask": mask, "T": config.maps})
+                    reply = ours.ask(map={"mask": mask, "T": config.maps})
                     report["maps"][mask] = reply.get("seconds", reply.get("error"))
-            contestant.close()
+            ours.close()
         bar.advance(task)
     return report
 
@@ -290,6 +272,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main(config: Config) -> None:
     """Measure, print, and write JSON, Markdown and a plot."""
+    if config.suite == "gpu":
+        measure_gpu(config.gpu)
+        return
     console = Console()
     if not PEERS_PYTHON.exists():
         console.print("no .venv-peers: without PyTorch (`make peers` brings it)")

@@ -7,12 +7,13 @@ runs twice and answers the seconds of the second, `{"map": case}` times a tile m
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from contestant import serve
 
 Run = Callable[[], Any]
 
@@ -261,16 +262,8 @@ def answer(request: dict[str, Any], state: dict[str, Run], name: str) -> dict[st
 
 def main(name: str) -> None:
     """Answer requests until standard input ends."""
-    # Libraries print to standard output: answers get a channel of their own.
-    channel = sys.stdout
-    sys.stdout = sys.stderr
     state: dict[str, Run] = {}
-    for line in sys.stdin:
-        try:
-            reply = answer(json.loads(line), state, name)
-        except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(json.dumps(reply), file=channel, flush=True)
+    serve(lambda request: answer(request, state, name))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,474 @@
+"""Masked attention on one GPU: first whether every kernel is right, then how fast it is.
+
+    python experiments/benchmark.py --suite gpu               # everything, in 8 minutes
+    python experiments/benchmark_gpu.py --lengths 8192 --masks causal window --minutes 3
+    python experiments/benchmark_gpu.py --device cpu --lengths 128 --matmul 256 ...   # a rehearsal
+
+Cases are ordered by what they tell, and the budget ends the run between two of them: what was
+measured by then is written as JSON, Markdown and a plot after every group. Every contestant lives
+in a process of its own, which compiles a group of cases beside the others and is then timed alone.
+A request that takes too long is killed, and so is, after a few, its contestant.
+
+TFLOP/s are of the pairs that the mask allows: `4 * H` a pair and head forward (two products, a
+multiplication and an addition each), 3.5 times that forward+backward (five more products). For
+causal attention the share of what a matrix product reaches in the same run is said too.
+
+PyTorch is looked for beside JAX, then in `.venv-peers`. A kernel module of several engines names
+them in `ENGINES` and computes by its `ENGINE`; one whose `run` takes `tile=` is swept by `--tune`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from benchmark_gpu_worker import visible
+from contestant import ROOT, Contestant
+
+HERE = Path(__file__).parent
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+
+Mask = Literal[
+    "causal", "full", "window", "documents", "prefix", "padding", "neighbourhood", "alibi",
+    "soft-cap",
+]  # fmt: skip
+Passes = Literal["forward", "forward+backward"]
+# Norm of the error over the norm of the reference. Rounding inputs, weights and results to
+# bfloat16 gives 0.003 to 0.006; a tile left out or a mask off by one in a window of 1024, above.
+TOLERANCE = {"out": 0.01, "query": 0.02, "key": 0.02, "value": 0.02}
+# Bytes of logits, weights and their gradients in float32 that plain XLA may hold: half a GPU.
+MOST_DENSE = 40e9
+# The shares of the time that checks may take, and that compiling a group of cases may.
+CHECKING, COMPILING = 0.3, 0.12
+# A contestant that had to be killed so often is left out: its time is the others'.
+STRIKES = 3
+
+
+@dataclass
+class GpuConfig:
+    """What the GPU suite measures."""
+
+    masks: tuple[Mask, ...] = (
+        "causal", "full", "window", "documents", "prefix", "padding", "neighbourhood", "alibi",
+        "soft-cap",
+    )  # fmt: skip
+    passes: tuple[Passes, ...] = ("forward", "forward+backward")
+    lengths: tuple[int, ...] = (8192, 2048, 32768)  # in this order, as long as there is time
+    contestants: tuple[str, ...] = (
+        "auto", "cudnn", "pallas_gpu", "jax.nn-cudnn", "torch-flex", "torch-sdpa", "jax.nn",
+    )  # fmt: skip
+    batch: int = 2
+    heads: int = 16
+    head_dim: int = 128
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    check: int = 2048  # length at which results are compared with the reference; 0: not
+    matmul: int = 8192  # extent of the matrix product that is measured; 0: not
+    repeats: int = 5  # samples of 50 ms or a call; the median ignores two disturbances
+    minutes: float = 8.0  # all in all
+    timeout: float = 75.0  # seconds for a compilation, two minutes with torch.compile's autotuning
+    group: int = 3  # masks that are compiled at once; the budget ends the run between groups
+    tune: bool = False  # sweep the tiles of our kernels instead of comparing with peers
+    tiles: tuple[int, ...] = (32, 64, 128, 256)
+    device: Literal["gpu", "cpu"] = "gpu"
+    output: Path = HERE / "results" / "benchmark-gpu.json"
+
+
+class Crew:
+    """The contestants: started when asked, killed when late, left out when killed too often."""
+
+    def __init__(self, config: GpuConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        # The last seconds are the report's.
+        self.deadline = time.monotonic() + 60 * config.minutes - 8
+        self.running: dict[str, Contestant] = {}
+        self.strikes: dict[str, int] = {}
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.deadline - time.monotonic()
+
+    def ask(self, name: str, timeout: float | None = None, **request: Any) -> dict[str, Any]:
+        """An answer, or `{"error": ...}`."""
+        if self.strikes.get(name, 0) >= STRIKES:
+            return {"error": f"left out: killed or dead {STRIKES} times"}
+        if self.left() <= 0:
+            return {"error": "out of time"}
+        if name not in self.running or not self.running[name].alive:
+            self.running[name] = self._start(name)
+        seconds = min(timeout or self.config.timeout, self.left())
+        reply = self.running[name].ask(seconds, **request)
+        if reply.pop("killed", False):
+            self.strikes[name] = self.strikes.get(name, 0) + 1
+            reply["error"] += self._last_words(name)
+        return reply
+
+    def _start(self, name: str) -> Contestant:
+        environment = {
+            # Several processes share the GPU.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        if self.config.device == "cpu":
+            environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        return Contestant(
+            name,
+            HERE / "benchmark_gpu_worker.py",
+            python=python_of(name),
+            environment=environment,
+            log=self._log(name),
+        )
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name.replace(':', '-')}.log"
+
+    def _last_words(self, name: str) -> str:
+        lines = self._log(name).read_text(errors="replace").strip().splitlines()
+        return f"; it said: {lines[-1][:200]}" if lines else ""
+
+    def close(self) -> None:
+        """End all processes."""
+        for each in self.running.values():
+            each.kill()
+
+
+def python_of(name: str) -> str | Path:
+    """The interpreter that has what a contestant needs."""
+    beside = importlib.util.find_spec("torch") is not None
+    return PEERS_PYTHON if name.startswith("torch") and not beside else sys.executable
+
+
+def case_of(config: GpuConfig, mask: str, passes: str, T: int, **more: Any) -> dict[str, Any]:
+    """A case, as workers know it."""
+    size = {"B": config.batch, "N": config.heads, "H": config.head_dim, "dtype": config.dtype}
+    return {"mask": mask, "passes": passes, "T": T, **size, **more}
+
+
+def work(case: dict[str, Any]) -> float:
+    """Floating-point operations of the pairs that a case's mask allows."""
+    forward = 4.0 * case["H"] * visible(case["mask"], case["T"]) * case["B"] * case["N"]
+    return forward * (1 if case["passes"] == "forward" else 3.5)
+
+
+def unfit(name: str, case: dict[str, Any]) -> str | None:
+    """Why a contestant is not even asked."""
+    logits = 4 * case["B"] * case["N"] * case["T"] ** 2
+    # Logits and weights, and their gradients.
+    held = logits * (2 if case["passes"] == "forward" else 4)
+    if name == "jax.nn" and held > MOST_DENSE:
+        return f"would hold {held / 1e9:.0f} GB"
+    given = {"torch-sdpa": ("alibi",), "jax.nn-cudnn": ("alibi",)}.get(name, ())
+    if case["mask"] in given and logits / 2 > MOST_DENSE / 4:
+        return f"would be given a bias of {logits / 2 / case['B'] / 1e9:.0f} GB"
+    return None
+
+
+def contestants(crew: Crew, said: dict[str, Any]) -> list[str]:
+    """Who is there: backends that this version has, one for each engine, and peers."""
+    found = []
+    ours = said.get("backends", {})
+    for name in crew.config.contestants:
+        if name.startswith("torch"):
+            beside = importlib.util.find_spec("torch") is not None
+            if beside or PEERS_PYTHON.exists():
+                found.append(name)
+        elif ours.get(name):
+            found += [f"{name}:{engine}" for engine in ours[name]]
+        elif name in ours or name in ("auto", "jax.nn", "jax.nn-cudnn"):
+            found.append(name)
+    return found
+
+
+# --- correctness ----------------------------------------------------------------------------------
+
+
+def check(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
+    """Output and gradients of every contestant against the definition in float32."""
+    config = crew.config
+    cases = [
+        case_of(config, mask, passes, config.check)
+        for passes in reversed(config.passes)
+        for mask in config.masks
+    ]
+    until = time.monotonic() + CHECKING * crew.left()
+
+    def results(name: str) -> list[dict[str, Any]]:
+        replies: list[dict[str, Any]] = []
+        for i, case in enumerate(cases):
+            path = str(crew.folder / f"{name.replace(':', '-')}-{i}.npz")
+            # The reference has no time limit: without it nothing is checked.
+            if time.monotonic() > until and name != "reference":
+                reply = {"error": "no time left for checks"}
+            else:
+                reply = crew.ask(name, save=case, path=path)
+            replies.append({**reply, "path": path})
+        return replies
+
+    everyone = ["reference", *names]
+    with ThreadPoolExecutor(len(everyone)) as pool:
+        found = dict(zip(everyone, pool.map(results, everyone), strict=True))
+    crew.running.pop("reference").kill()
+    for name in names:
+        for case, got, gold in zip(cases, found[name], found["reference"], strict=True):
+            row: dict[str, Any] = {"contestant": name, "mask": case["mask"]}
+            row["passes"] = case["passes"]
+            if "error" in got or "error" in gold:
+                row["error"] = got.get("error") or f"reference: {gold['error']}"
+            else:
+                row["errors"] = compared(got["path"], gold["path"])
+                row["passed"] = all(row["errors"][n] <= TOLERANCE[n] for n in row["errors"])
+            report["checks"].append(row)
+            say_check(row)
+
+
+def compared(path: str, gold_path: str) -> dict[str, float]:
+    """Norms of the errors over norms of the reference; infinite where anything is not finite."""
+    errors = {}
+    with np.load(path) as got, np.load(gold_path) as gold:
+        for what in got.files:
+            error = np.linalg.norm(got[what] - gold[what]) / np.linalg.norm(gold[what])
+            errors[what] = float(error) if np.isfinite(error) else float("inf")
+    return errors
+
+
+def say_check(row: dict[str, Any]) -> None:
+    result = "-" if "error" in row else "pass" if row["passed"] else "FAIL"
+    told = row.get("error") or ", ".join(f"{n} {e:.4f}" for n, e in row["errors"].items())
+    head = f"check {row['contestant']:>14} {row['mask']:<14} {row['passes']:<17}"
+    print(f"{head} {result:<5} {told[:150]}", flush=True)
+
+
+# --- speed ----------------------------------------------------------------------------------------
+
+
+def groups(config: GpuConfig) -> list[list[dict[str, Any]]]:
+    """Cases in the order of their importance, so many masks at once."""
+    masks = [config.masks[i : i + config.group] for i in range(0, len(config.masks), config.group)]
+    return [
+        [case_of(config, mask, passes, T) for mask in some for passes in config.passes]
+        for T in config.lengths
+        for some in masks
+    ]
+
+
+def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All compile beside each other; then each is timed alone."""
+
+    until = time.monotonic() + COMPILING * 60 * crew.config.minutes
+
+    def prepare(name: str) -> list[dict[str, Any]]:
+        replies: list[dict[str, Any]] = []
+        for case in cases:
+            why = unfit(name, case)
+            if time.monotonic() > until:
+                why = "not compiled in time"
+            replies.append({"error": why} if why else crew.ask(name, prepare=case))
+        return replies
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        prepared = dict(zip(names, pool.map(prepare, names), strict=True))
+    rows = []
+    for i, case in enumerate(cases):
+        row: dict[str, Any] = {**case, "flop": work(case), "seconds": {}, "errors": {}}
+        row["backend"] = prepared.get("auto", [{}] * len(cases))[i].get("backend")
+        row["first_call_seconds"] = {
+            n: p[i]["seconds"] for n, p in prepared.items() if "seconds" in p[i]
+        }
+        for name in names:
+            reply = prepared[name][i]
+            if "error" not in reply:
+                repeats = crew.config.repeats
+                reply = crew.ask(name, crew.config.timeout / 3, measure=case, repeats=repeats)
+            if "error" in reply:
+                row["errors"][name] = reply["error"]
+            else:
+                row["seconds"][name] = reply["seconds"]
+        row["tflops"] = {name: row["flop"] / s / 1e12 for name, s in row["seconds"].items()}
+        rows.append(row)
+        speeds = ", ".join(f"{n} {t:.3g}" for n, t in row["tflops"].items())
+        head = f"{case['mask']:>14} {case['passes']:<17} T={case['T']:<6}"
+        print(f"{head} TFLOP/s: {speeds or '-'}  ({row['backend']})", flush=True)
+    for name in names:
+        # What was compiled for the checks is timed later.
+        if cases[0]["T"] != crew.config.check:
+            crew.ask(name, forget=cases[0]["T"])
+    return rows
+
+
+def tune(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
+    """Time of every tile of our kernels, on the masks that tell most."""
+    config = crew.config
+    for T in config.lengths:
+        for mask in config.masks:
+            for passes in config.passes:
+                for name in names:
+                    for tile in ((a, b) for a in config.tiles for b in config.tiles):
+                        case = case_of(config, mask, passes, T, tile=tile)
+                        reply = crew.ask(name, prepare=case)
+                        if "error" not in reply:
+                            reply = crew.ask(name, 30, measure=case, repeats=config.repeats)
+                        crew.ask(name, forget=T)
+                        row = {**case, "contestant": name, **reply}
+                        report["tuning"].append(row)
+                        seconds = reply.get("seconds")
+                        told = (
+                            f"{work(case) / seconds / 1e12:.3g} TFLOP/s"
+                            if seconds
+                            else reply["error"]
+                        )
+                        print(f"{name} {mask} {passes} T={T} {tile}: {told[:120]}", flush=True)
+                        if crew.left() <= 0:
+                            return
+                write(report, config.output)
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def table(report: dict[str, Any]) -> str:
+    """What was found, as Markdown."""
+    lines = [f"{report['machine']['device']}, JAX {report['machine'].get('jax')}, PyTorch "
+             f"{report['machine'].get('torch')}, {report['machine']['date']}.", ""]  # fmt: skip
+    bound = report.get("matmul_tflops")
+    if bound:
+        lines += [f"A matrix product reaches {bound:.0f} TFLOP/s.", ""]
+    failed = [c for c in report["checks"] if not c.get("passed", True)]
+    passed = sum(c.get("passed", False) for c in report["checks"])
+    lines += [f"Checks: {passed} passed, {len(failed)} failed.", ""]
+    lines += [
+        f"- FAILED: {c['contestant']} {c['mask']} {c['passes']}: {c['errors']}" for c in failed
+    ]
+    keys = list(dict.fromkeys((c["T"], c["passes"]) for c in report["cases"]))
+    for T, passes in keys:
+        cases = [c for c in report["cases"] if (c["T"], c["passes"]) == (T, passes)]
+        names = [n for n in report["contestants"] if any(n in c["tflops"] for c in cases)]
+        header = ["mask", *names, "auto is"]
+        lines += ["", f"**{passes}, T={T}, TFLOP/s**", "", "| " + " | ".join(header) + " |"]
+        lines += ["|---" * len(header) + "|"]
+        for case in cases:
+            speeds = []
+            for name in names:
+                speed = case["tflops"].get(name)
+                share = bound and speed and case["mask"] == "causal"
+                share_of = f" ({speed / bound:.0%})" if share else ""
+                speeds.append("-" if speed is None else f"{speed:.3g}{share_of}")
+            lines.append("| " + " | ".join([case["mask"], *speeds, str(case["backend"])]) + " |")
+    for row in report["tuning"]:
+        said = f"{row['seconds'] * 1e3:.3g} ms" if "seconds" in row else row["error"][:80]
+        at = f"{row['contestant']} {row['mask']} {row['passes']} T={row['T']} {row['tile']}"
+        lines.append(f"- {at}: {said}")
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Speed by mask and contestant, at the length that was measured first."""
+    if importlib.util.find_spec("matplotlib") is None or not report["cases"]:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    passes = list(dict.fromkeys(c["passes"] for c in report["cases"]))
+    size = {"figsize": (13, 4 * len(passes)), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(len(passes), 1, **size)
+    T = report["cases"][0]["T"]
+    for axis, which in zip(axes[:, 0], passes, strict=True):
+        cases = [c for c in report["cases"] if (c["T"], c["passes"]) == (T, which)]
+        names = [n for n in report["contestants"] if any(n in c["tflops"] for c in cases)]
+        for i, name in enumerate(names):
+            at = [x + i * 0.8 / len(names) for x in range(len(cases))]
+            heights = [c["tflops"].get(name, 0) for c in cases]
+            axis.bar(at, heights, 0.8 / len(names), label=name)
+        axis.set_xticks(range(len(cases)), [c["mask"] for c in cases])
+        axis.set_ylabel("TFLOP/s of visible pairs")
+        axis.set_title(f"{which}, {report['config']['dtype']}, T={T}")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    """JSON and Markdown of what is known so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, default=str) + "\n")
+    path.with_suffix(".md").write_text(table(report))
+
+
+def main(config: GpuConfig) -> dict[str, Any]:
+    """Check, measure, write; the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        crew = Crew(config, Path(folder))
+        try:
+            return suite(crew)
+        finally:
+            crew.close()
+
+
+def suite(crew: Crew) -> dict[str, Any]:
+    """Everything the configuration asks for, as long as there is time."""
+    config = crew.config
+    said = crew.ask("auto", hello=True)
+    if "error" in said:
+        raise SystemExit(f"jaxattn does not start: {said['error']}")
+    if config.device == "gpu" and said["platform"] != "gpu":
+        raise SystemExit(f"no GPU: JAX computes on {said['platform']}; a rehearsal: --device cpu")
+    names = contestants(crew, said)
+    torch = next((n for n in names if n.startswith("torch")), None)
+    said |= {} if torch is None else {"torch": crew.ask(torch, hello=True).get("torch")}
+    report: dict[str, Any] = {
+        "machine": {
+            **said,
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+        },
+        "config": {**asdict(config), "output": config.output.name},
+        "contestants": names,
+        "checks": [],
+        "cases": [],
+        "tuning": [],
+        "not_reached": [],
+    }
+    print(f"{said['device']}, JAX {said['jax']}: {', '.join(names)}", flush=True)
+    if config.matmul:
+        reply = crew.ask("auto", matmul=config.matmul, dtype=config.dtype)
+        if "seconds" in reply:
+            report["matmul_tflops"] = 2 * config.matmul**3 / reply["seconds"] / 1e12
+            print(f"matrix product: {report['matmul_tflops']:.4g} TFLOP/s", flush=True)
+    if config.check:
+        check(crew, names, report)
+        write(report, config.output)
+    if config.tune:
+        mine = [n for n in names if n.split(":")[0] in said["tiled"]]
+        tune(crew, mine, report)
+    else:
+        waiting = groups(config)
+        while waiting and crew.left() > 0:
+            report["cases"] += measure(crew, names, waiting.pop(0))
+            write(report, config.output)
+        report["not_reached"] = [[c["mask"], c["passes"], c["T"]] for some in waiting for c in some]
+        if report["not_reached"]:
+            print(f"out of time: {len(report['not_reached'])} cases not reached", flush=True)
+    write(report, config.output)
+    plot(report, config.output.with_suffix(".png"))
+    print(config.output.with_suffix(".md"), flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    # Machines with GPUs may have little else: without tyro there are the defaults.
+    if importlib.util.find_spec("tyro") is None:
+        main(GpuConfig())
+    else:
+        import tyro
+
+        main(tyro.cli(GpuConfig, description=__doc__))

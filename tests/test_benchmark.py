@@ -1,0 +1,213 @@
+"""The benchmark of GPUs: its arithmetic, its patience, and a rehearsal of all of it on CPU."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import benchmark_gpu  # noqa: E402
+import benchmark_gpu_worker as worker  # noqa: E402
+from benchmark_gpu import GpuConfig  # noqa: E402
+from contestant import Contestant  # noqa: E402
+
+pytestmark = pytest.mark.no_cover
+
+
+@pytest.mark.parametrize("mask", GpuConfig.masks)
+def test_pairs_are_counted(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    T, B = 192, 2
+    monkeypatch.setattr(worker, "WINDOW", 50)
+    monkeypatch.setattr(worker, "DOCUMENT", 40)
+    monkeypatch.setattr(worker, "GRID_WIDTH", 16)
+    monkeypatch.setattr(worker, "NEIGHBOURS", 2)
+    arrays, make = worker.our_options(mask, {"T": T, "B": B, "N": 2})
+    found = make(**arrays).get("mask")
+    counted = T * T if found is None else int(np.asarray(found.dense(T, T, B)[0, 0]).sum())
+    assert worker.visible(mask, T) == counted
+
+
+def test_operations_are_of_visible_pairs() -> None:
+    case = benchmark_gpu.case_of(GpuConfig(), "full", "forward", 8192)
+    # Two products of 2 * H operations a pair, for 2 * 16 heads.
+    assert benchmark_gpu.work(case) == 2 * 2 * 128 * 8192**2 * 32
+    both = benchmark_gpu.case_of(GpuConfig(), "full", "forward+backward", 8192)
+    assert benchmark_gpu.work(both) == 3.5 * benchmark_gpu.work(case)
+
+
+def test_what_does_not_fit_is_not_tried() -> None:
+    def why(name: str, mask: str, T: int) -> str | None:
+        case = benchmark_gpu.case_of(GpuConfig(), mask, "forward+backward", T)
+        return benchmark_gpu.unfit(name, case)
+
+    assert why("jax.nn", "causal", 8192) is None
+    assert "would hold" in str(why("jax.nn", "causal", 32768))
+    assert "bias" in str(why("torch-sdpa", "alibi", 32768))
+    assert why("torch-sdpa", "causal", 32768) is None
+    assert why("auto", "causal", 32768) is None
+
+
+def test_the_important_comes_first() -> None:
+    order = benchmark_gpu.groups(GpuConfig())
+    assert [c["mask"] for c in order[0][::2]] == ["causal", "full", "window"]
+    assert [group[0]["T"] for group in order] == 3 * [8192] + 3 * [2048] + 3 * [32768]
+    assert len({json.dumps(c) for group in order for c in group}) == 9 * 2 * 3
+
+
+HANGS = """
+import sys, time
+sys.path.insert(0, {path!r})
+from contestant import serve
+
+def answer(request):
+    if "hang" in request:
+        time.sleep(60)
+    if "die" in request:
+        print("out of registers", file=sys.stderr, flush=True)
+        sys.exit(1)
+    return request
+
+serve(answer)
+"""
+
+
+def test_a_hang_is_killed_and_a_death_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(HANGS.format(path=str(EXPERIMENTS)))
+    one = Contestant("one", script)
+    assert one.ask(10, a=1) == {"a": 1}
+    assert "killed" in one.ask(0.2, hang=True)["error"]
+    assert not one.alive
+    assert one.ask(a=1)["killed"]
+    one.close()
+    other = Contestant("other", script, log=tmp_path / "log")
+    assert other.ask(10, die=True)["error"] == "the process died"
+    assert "out of registers" in (tmp_path / "log").read_text()
+    other.close()
+
+
+def test_who_hangs_too_often_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(HANGS.format(path=str(EXPERIMENTS)))
+    crew = benchmark_gpu.Crew(GpuConfig(device="cpu"), tmp_path)
+    monkeypatch.setattr(crew, "_start", lambda name: Contestant(name, script, log=crew._log(name)))
+    assert "it said: out of registers" in crew.ask("one", die=True)["error"]
+    for _ in range(benchmark_gpu.STRIKES - 1):
+        assert "killed" in crew.ask("one", 0.2, hang=True)["error"]
+    assert "left out" in crew.ask("one", 5, a=1)["error"]
+    assert crew.ask("two", 5, a=1) == {"a": 1}
+    crew.deadline = 0.0
+    assert crew.ask("two", 5, a=1) == {"error": "out of time"}
+    crew.close()
+
+
+class Inside:
+    """A contestant in this process: the worker itself, without the start of another JAX."""
+
+    def __init__(self, name: str) -> None:
+        self.worker, self.alive = worker.Worker(name), True
+
+    def ask(self, timeout: float, **request: Any) -> dict[str, Any]:
+        return json.loads(json.dumps(self.worker.answer(json.loads(json.dumps(request)))))
+
+    def kill(self) -> None:
+        self.alive = False
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_gpu.Crew, "_start", lambda crew, name: Inside(name))
+    # What was drawn for a shape is kept for the next case, not for the next test.
+    yield
+    worker.jax_inputs.cache_clear()
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks, times and writes, on the smallest of cases."""
+    config = GpuConfig(
+        masks=("causal", "documents"), passes=("forward+backward",), lengths=(32,),
+        contestants=("auto", "dense", "absent"), batch=2, heads=2, head_dim=8, check=32, matmul=32,
+        repeats=1, device="cpu", output=tmp_path / "gpu.json",
+    )  # fmt: skip
+    report = benchmark_gpu.main(config)
+    assert report["contestants"] == ["auto", "dense"]
+    assert len(report["checks"]) == 4
+    assert all(row["passed"] for row in report["checks"])
+    assert [row["mask"] for row in report["cases"]] == ["causal", "documents"]
+    for row in report["cases"]:
+        assert row["tflops"].keys() == {"auto", "dense"}
+        assert row["backend"] == "dense"
+    assert json.loads(config.output.read_text())["not_reached"] == []
+    text = config.output.with_suffix(".md").read_text()
+    assert "Checks: 4 passed, 0 failed" in text
+    assert "| causal |" in text
+    assert config.output.with_suffix(".png").exists()
+    assert "check           auto causal" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("inside")
+def test_tiles_are_swept(tmp_path: Path) -> None:
+    config = GpuConfig(
+        masks=("causal",), passes=("forward",), lengths=(32,), contestants=("tiled", "auto"),
+        batch=1, heads=2, head_dim=8, check=0, matmul=0, repeats=1, device="cpu", tune=True,
+        tiles=(16,), output=tmp_path / "gpu.json",
+    )  # fmt: skip
+    report = benchmark_gpu.main(config)
+    assert [row["tile"] for row in report["tuning"]] == [(16, 16)]
+    assert all("seconds" in row for row in report["tuning"])
+
+
+def test_a_budget_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two groups, with what was measured written and the rest named."""
+    config = GpuConfig(contestants=("auto",), check=0, matmul=0, output=tmp_path / "gpu.json")
+
+    def ask(crew: Any, name: str, timeout: Any = None, **request: Any) -> dict[str, Any]:
+        if "measure" in request:
+            crew.deadline -= 50
+        said = {"device": "a GPU", "platform": "gpu", "jax": "0", "backends": {}, "tiled": []}
+        return {"seconds": 1.0, "backend": "tiled", **said}
+
+    monkeypatch.setattr(benchmark_gpu.Crew, "ask", ask)
+    report = benchmark_gpu.main(config)
+    # 472 s at 50 a case, six cases a group.
+    assert len(report["cases"]) == 12
+    assert len(report["not_reached"]) == 42
+    assert json.loads(config.output.read_text())["not_reached"][0] == [
+        "neighbourhood",
+        "forward",
+        8192,
+    ]
+    monkeypatch.setattr(benchmark_gpu.Crew, "ask", lambda *_, **__: {"platform": "cpu"})
+    with pytest.raises(SystemExit, match="no GPU: JAX computes on cpu"):
+        benchmark_gpu.main(config)
+
+
+def test_a_worker_of_its_own(tmp_path: Path) -> None:
+    crew = benchmark_gpu.Crew(GpuConfig(device="cpu"), tmp_path)
+    said = crew.ask("auto", hello=True)
+    assert said["platform"] == "cpu"
+    assert "tiled" in said["backends"]
+    assert "Error" in crew.ask("auto", prepare={"mask": "none such"})["error"]
+    crew.close()
+
+
+def test_wrong_results_are_seen(tmp_path: Path) -> None:
+    gold = np.random.default_rng(0).normal(size=(2, 8, 2, 4)).astype(np.float32)
+    np.savez(tmp_path / "gold.npz", out=gold)
+    np.savez(tmp_path / "near.npz", out=gold * 1.004)
+    np.savez(tmp_path / "off.npz", out=np.roll(gold, 1, axis=1))
+    np.savez(tmp_path / "nan.npz", out=np.where(gold > 2, np.nan, gold))
+
+    def error(name: str) -> float:
+        path, against = str(tmp_path / f"{name}.npz"), str(tmp_path / "gold.npz")
+        return benchmark_gpu.compared(path, against)["out"]
+
+    assert error("near") == pytest.approx(0.004, rel=0.01)
+    assert error("near") <= benchmark_gpu.TOLERANCE["out"] < error("off")
+    assert error("nan") == float("inf")
