@@ -116,6 +116,8 @@ class Crew:
         environment = {
             # Several processes share the GPU.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            # The library as it is here, installed or not.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
         if self.config.device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -168,6 +170,10 @@ def unfit(name: str, case: dict[str, Any]) -> str | None:
     given = {"torch-sdpa": ("alibi",), "jax.nn-cudnn": ("alibi",)}.get(name, ())
     if case["mask"] in given and logits / 2 > MOST_DENSE / 4:
         return f"would be given a bias of {logits / 2 / case['B'] / 1e9:.0f} GB"
+    # PyTorch makes the array of a mask operation by operation, in int64.
+    made = 32 * case["T"] ** 2
+    if name == "torch-sdpa" and case["mask"] not in ("full", "causal") and made > MOST_DENSE / 2:
+        return f"would be given a mask that {made / 1e9:.0f} GB make"
     return None
 
 

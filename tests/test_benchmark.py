@@ -48,6 +48,8 @@ def test_what_does_not_fit_is_not_tried() -> None:
     assert why("jax.nn", "causal", 8192) is None
     assert "would hold" in str(why("jax.nn", "causal", 32768))
     assert "bias" in str(why("torch-sdpa", "alibi", 32768))
+    assert "mask" in str(why("torch-sdpa", "window", 32768))
+    assert why("torch-sdpa", "window", 8192) is None
     assert why("torch-sdpa", "causal", 32768) is None
     assert why("auto", "causal", 32768) is None
 

@@ -293,8 +293,9 @@ def random(*shape: int, seed: int = 7) -> Any:
     return rng(seed, *shape).normal(size=shape)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "bfloat16") for name in CASES), ("all", "float16")]
+)
 def test_values_and_gradients(name: str, dtype: str, kernel_here: None) -> None:
     mask, T, S = CASES[name]
     arrays = qkv(3, T, S, 4, 2, 8, dtype=jnp.dtype(dtype))
@@ -445,6 +446,52 @@ def test_vmap_of_vmap_and_of_cotangents(on_gpu: None) -> None:
 
     text = lowered(pulled, jax.ShapeDtypeStruct(x.shape[1:], HALF), x)
     assert re.search(r"fmhaSoftmaxBackward.*\(tensor<6x128x4x64xbf16>", text)
+
+
+P = jax.sharding.PartitionSpec
+
+
+def mapped(fn: Any, check_vma: bool) -> Any:
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = P("rows")
+    return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=check_vma)
+
+
+AROUND = {
+    "remat": jax.checkpoint,
+    "scan": lambda fn: lambda *x: jax.lax.scan(
+        lambda carry, _: (fn(carry, *x[1:]), None), x[0], None, length=3
+    )[0],
+    "cond": lambda fn: lambda *x: jax.lax.cond(
+        x[0][0, 0, 0, 0] > 0, lambda: fn(*x), lambda: x[0]
+    ),
+    "shard_map": lambda fn: mapped(fn, True),
+    "shard_map, unchecked": lambda fn: mapped(fn, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
+@pytest.mark.parametrize("name", AROUND)
+def test_under_transformations(name: str, sinks: bool, on_gpu: None) -> None:
+    def one(query: Any, key: Any, value: Any) -> Any:
+        lengths = jnp.arange(query.shape[0], dtype=jnp.int32)
+        mask = masks.causal() & masks.key_padding(lengths=lengths)
+        more = {"sinks": jnp.ones(4)} if sinks else {}
+        return ja.attention(query, key, value, mask=mask, backend="cudnn", **more)
+
+    around = AROUND[name](one)
+    x = (struct(4, 64, 4, 64),) * 3
+    gradients = jax.grad(lambda *x: around(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    found = calls(lowered(gradients, *x))
+    assert found.count(BACKWARD) == (2 if sinks else 1)
+    assert FORWARD in found
+
+
+def test_forward_mode_says_that_it_is_not_there(on_gpu: None) -> None:
+    one = attention(masks.causal())
+    x = struct(2, 64, 4, 64)
+    with pytest.raises(TypeError, match="forward-mode"):
+        lowered(lambda q: jax.jvp(lambda q: one(q, q, q), (q,), (q,)), x)
 
 
 def test_settled_calls_keep_their_arrays(on_gpu: None) -> None:
