@@ -246,6 +246,8 @@ def kernel(
         return_residual=True, implementation="xla", **options,
     )  # fmt: skip
     if late is not None:
+        # What a length of 0 does is not written: here it spoils everything.
+        late = late | (jnp.minimum(q_seqlen, kv_seqlen).min() == 0)
         out, lse = jnp.where(late, jnp.nan, out), jnp.where(late[..., 0], jnp.nan, lse)
     return out.astype(dtype), jnp.swapaxes(lse, 1, 2)
 
