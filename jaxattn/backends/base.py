@@ -86,13 +86,30 @@ class Sizes(NamedTuple):
 
 def platform(call: Call) -> str:
     """Where the inputs are; for traced ones, where JAX computes by default."""
-    if isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-        device = jax.default_device.value
-        if device is None:
-            return jax.default_backend()
-    else:
-        (device, *_) = call.query.devices()
+    device = _device(call)
     return str(getattr(device, "platform", device))
+
+
+def capability(call: Call) -> tuple[int, int] | None:
+    """The compute capability of the NVIDIA GPU that the inputs are on, if that is known."""
+    found = getattr(_device(call), "compute_capability", None)
+    if not isinstance(found, str) or not found.replace(".", "", 1).isdigit():
+        return None
+    major, _, minor = found.partition(".")
+    return int(major), int(minor or 0)
+
+
+def _device(call: Call) -> Any:
+    """The device of the inputs, or the name of a platform."""
+    if not isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        (device, *_) = call.query.devices()
+        return device
+    # Lowered for a device that is only described, which need not be here.
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described
+    device = jax.default_device.value
+    return jax.devices()[0] if device is None else device
 
 
 def accumulator(dtype: Any) -> Any:

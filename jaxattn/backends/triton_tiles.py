@@ -1,0 +1,366 @@
+"""What a Triton kernel knows of a tile: its size, operands, mask, score and dropout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from ..pointwise import pointwise
+from ..program import Program, varying
+from ..shapes import Array
+from . import base
+from .inputs import Inputs, Plan, Residue
+
+LOG2E = math.log2(math.e)
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+class Block(NamedTuple):
+    """Queries and keys of a tile, warps of a program, and loads that are under way at a time."""
+
+    tq: int
+    tk: int
+    warps: int
+    stages: int
+
+
+class Blocks(NamedTuple):
+    """The tiles of each kind of kernel."""
+
+    forward: Block
+    queries: Block
+    keys: Block
+    tables: Block
+
+
+# By bytes of a number and by head dimension, rounded up. Defaults that compile for an H100 without
+# spilling registers; their speed has not been measured on hardware yet.
+_BLOCKS: dict[tuple[int, int], Blocks] = {
+    (2, 64): Blocks(
+        Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 2)
+    ),
+    (2, 128): Blocks(
+        Block(128, 64, 8, 3), Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(64, 64, 8, 2)
+    ),
+    (2, 256): Blocks(
+        Block(64, 64, 8, 2), Block(64, 32, 8, 2), Block(32, 64, 8, 2), Block(32, 32, 8, 2)
+    ),
+    (4, 64): Blocks(
+        Block(64, 32, 8, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)
+    ),
+    (4, 128): Blocks(
+        Block(64, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
+    ),
+    (4, 256): Blocks(
+        Block(32, 32, 8, 2), Block(16, 32, 8, 1), Block(16, 32, 8, 1), Block(16, 16, 8, 1)
+    ),
+}
+# Tensor cores multiply 16 x 16 at least, and blocks of Triton are powers of two.
+LEAST, WIDEST = 16, 256
+
+
+def width(n: int) -> int:
+    """A head dimension, or a length, as blocks have them: the next power of two from 16 on."""
+    return max(LEAST, 1 << (max(n, 1) - 1).bit_length())
+
+
+def blocks_of(interpret: bool, H: int, Hv: int, T: int, S: int, dtype: Any) -> Blocks:
+    """The tiles for these extents; the smallest there are where kernels are interpreted."""
+    wide = max(64, width(max(H, Hv)))
+    most_q, most_k = (LEAST, LEAST) if interpret else (width(T), width(S))
+    fitted = [
+        block._replace(tq=min(block.tq, most_q), tk=min(block.tk, most_k))
+        for block in _BLOCKS[jnp.dtype(dtype).itemsize, wide]
+    ]
+    # Square, as those along a diagonal of the table are added up.
+    side = min(fitted[-1].tq, fitted[-1].tk)
+    fitted[-1] = fitted[-1]._replace(tq=side, tk=side)
+    return Blocks(*fitted)
+
+
+def tile_of(interpret: bool, H: int, Hv: int, T: int, S: int, dtype: Any) -> tuple[int, int]:
+    """The size of tiles whose states serve those of every kernel."""
+    blocks = blocks_of(interpret, H, Hv, T, S, dtype)
+    return min(block.tq for block in blocks), min(block.tk for block in blocks)
+
+
+class Shape(NamedTuple):
+    """The extents of a problem as one kernel sees them: padded to whole tiles and powers of two."""
+
+    B: int
+    T: int
+    S: int
+    K: int
+    G: int
+    H: int
+    Hv: int
+    Tp: int
+    Sp: int
+    Hp: int
+    Hvp: int
+    tq: int
+    tk: int
+
+    @property
+    def N(self) -> int:
+        return self.K * self.G
+
+    @property
+    def ragged(self) -> bool:
+        return self.Tp != self.T or self.Sp != self.S
+
+
+def shape_of(x: Inputs, block: Block) -> Shape:
+    B, T, K, G, H = x.query.shape
+    _, S, _, Hv = x.value.shape
+    Tp, Sp = -(-T // block.tq) * block.tq, -(-S // block.tk) * block.tk
+    return Shape(B, T, S, K, G, H, Hv, Tp, Sp, width(H), width(Hv), block.tq, block.tk)
+
+
+# --- what kernels are given -----------------------------------------------------------------------
+
+
+def grown(array: Array, sizes: dict[int, int], value: Any = 0) -> Array:
+    """An array with zeros, or another value, behind the ends of some axes."""
+    widths = [(0, sizes.get(axis, n) - n) for axis, n in enumerate(array.shape)]
+    if not any(after for _, after in widths):
+        return array
+    return jnp.pad(array, widths, constant_values=jnp.asarray(value, array.dtype))
+
+
+def _grown_operand(z: Shape, kind: str, array: Array) -> Array:
+    """An operand up to whole tiles; edges repeat values that are there, which scores can take."""
+    before, after = z.Sp - z.S, z.Tp - z.T
+    ends: dict[str, list[tuple[int, int]]] = {
+        "row": [(0, after)],
+        "column": [(0, before)],
+        "grid": [(0, after), (0, before)],
+        "diagonal": [(before, after)],
+        # A scalar of each head is read as the one element of a vector.
+        "head": [(0, 0)],
+    }
+    if kind == "head":
+        array = array[..., None]
+    widths = [(0, 0)] * 3 + ends[kind]
+    return jnp.pad(array, widths, mode="edge") if z.ragged and any(map(any, widths)) else array
+
+
+def given_to(plan: Plan, z: Shape, x: Inputs) -> dict[str, Any]:
+    """The arrays that every kernel reads, whole: `[B, Tp, K, G, Hp]` and so on."""
+
+    def operands(residue: Residue | None, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        kinds = () if residue is None else residue.kinds
+        return tuple(_grown_operand(z, c, a) for c, a in zip(kinds, arrays, strict=True))
+
+    dropout = x.dropout
+    if dropout:
+        kinds = ("row", "row", "column", "head")
+        dropout = tuple(_grown_operand(z, c, a) for c, a in zip(kinds, dropout, strict=True))
+    return {
+        "q": grown(x.query, {1: z.Tp, 4: z.Hp}),
+        "k": grown(x.key, {1: z.Sp, 3: z.Hp}),
+        "v": grown(x.value, {1: z.Sp, 3: z.Hvp}),
+        "scale": x.scale,
+        "mask": operands(plan.mask, x.mask),
+        "score": operands(plan.score, x.score),
+        "dropout": dropout,
+    }
+
+
+class Cotangents(NamedTuple):
+    """What the backward kernels read beside the inputs; rows that see nothing have lse inf."""
+
+    d_out: Array  # [B, T, K, G, Hv]
+    lse: Array  # [B, K, G, T], in powers of 2
+    delta: Array  # [B, K, G, T]
+
+    def given(self, z: Shape) -> dict[str, Array]:
+        return {
+            "do": grown(self.d_out, {1: z.Tp, 4: z.Hvp}),
+            "lse": grown(self.lse, {3: z.Tp}, jnp.inf),
+            "delta": grown(self.delta, {3: z.Tp}),
+        }
+
+
+class Head(NamedTuple):
+    """Batch row, key head and query head of its group."""
+
+    b: Any
+    k: Any
+    g: Any
+
+
+def own_of(ref: Any, at: Head) -> tuple[Any, ...]:
+    """Where a head's part is in an array `[B|1, K|1, G|1, ...]`."""
+    return tuple(0 if n == 1 else i for n, i in zip(ref.shape[:3], at, strict=True))
+
+
+def part_of(z: Shape, kind: str, ref: Any, at: Head, i: Any, j: Any) -> Array:
+    """A tile's part of an operand: `[tq, 1]`, `[1, tk]`, `[tq, tk]`, or a scalar."""
+    own = own_of(ref, at)
+    rows, columns = pl.ds(i * z.tq, z.tq), pl.ds(j * z.tk, z.tk)
+    match kind:
+        case "row":
+            return ref[(*own, rows)][:, None]
+        case "column":
+            return ref[(*own, columns)][None, :]
+        case "grid":
+            return ref[(*own, rows, columns)]
+        case "diagonal":
+            down = lax.broadcasted_iota(jnp.int32, (z.tq, z.tk), 0)
+            right = lax.broadcasted_iota(jnp.int32, (z.tq, z.tk), 1)
+            return ref[(*own, down - right + (i * z.tq - j * z.tk + (z.Sp - 1)))]
+    return ref[(*own, 0)]
+
+
+def parts_of(z: Shape, residue: Residue, refs: Any, at: Head, i: Any, j: Any) -> list[Array]:
+    return [part_of(z, c, ref, at, i, j) for c, ref in zip(residue.kinds, refs, strict=True)]
+
+
+def _evaluated(residue: Residue, *tiles: Array) -> Array:
+    return pointwise(residue.program, tiles, [0] * len(tiles))
+
+
+def visible(plan: Plan, z: Shape, refs: Any, at: Head, i: Any, j: Any) -> Array:
+    """The mask on a tile, `[tq, tk]`, False beyond the ends."""
+    tile = (z.tq, z.tk)
+    shown = None
+    if plan.mask is not None:
+        found = _evaluated(plan.mask, *parts_of(z, plan.mask, refs["mask"], at, i, j))
+        shown = jnp.broadcast_to(found, tile)
+    for axis, start, end, padded in ((0, i * z.tq, z.T, z.Tp), (1, j * z.tk, z.S, z.Sp)):
+        if end != padded:
+            within = lax.broadcasted_iota(jnp.int32, tile, axis) < end - start
+            shown = within if shown is None else shown & within
+    assert shown is not None
+    return shown
+
+
+def dropped(z: Shape, refs: Any, at: Head, i: Any, j: Any, weights: Array) -> Array:
+    """Weights, or their cotangents, after dropout."""
+    kinds = ("row", "row", "column", "head")
+    first, second, k, rate = (
+        part_of(z, c, ref, at, i, j) for c, ref in zip(kinds, refs["dropout"], strict=True)
+    )
+    factor = base.kept_scale(rate, weights.dtype)
+    return jnp.where(base.keeps((first, second), k, rate), weights * factor, 0)
+
+
+def dot(plan: Plan, a: Array, b: Array, ca: int, cb: int) -> Array:
+    """The product of two matrices over axis `ca` of one and `cb` of the other, in float32."""
+    precision = lax.Precision.HIGHEST if plan.precision is None else plan.precision
+    return lax.dot_general(
+        a, b, (((ca,), (cb,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def scored(plan: Plan, parts: Sequence[Array], logits: Array) -> Array:
+    assert plan.score is not None
+    found = _evaluated(plan.score, logits, *parts)
+    return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
+
+
+def felt_only(shown: Array, array: Array) -> Array:
+    """Keys or values, 0 where nobody in the tile sees them: they may hold NaN, and 0 * NaN is."""
+    felt = jnp.max(shown.astype(jnp.float32), 0) > 0
+    return jnp.where(felt[:, None], array, jnp.zeros((), array.dtype))
+
+
+def over_list(refs: Any, at: Head, row: Any, step: Any, carry: Any, masked: bool) -> Any:
+    """Runs `step(masked, tile, carry)` over the list of a row of tiles."""
+    own = (*own_of(refs["tile"], at), row)
+    middle, end = refs["ends"][(*own, 0)], refs["ends"][(*own, 1)]
+
+    def loop(masked: bool, first: Any, last: Any, carry: Any) -> Any:
+        return lax.fori_loop(
+            first, last, lambda n, c: step(masked, refs["tile"][(*own, n)], c), carry
+        )
+
+    if masked:
+        carry = loop(True, jnp.int32(0), middle, carry)
+    return loop(False, middle, end, carry)
+
+
+def has_masks(plan: Plan, z: Shape) -> bool:
+    """Whether there are tiles that need a mask."""
+    return plan.mask is not None or z.ragged
+
+
+def launch(
+    kernel: Callable[..., None], name: str, interpret: bool, block: Block,
+    grid: tuple[int, ...], given: dict[str, Any], outs: Sequence[tuple[Any, Any, Any, Any]],
+) -> tuple[Array, ...]:  # fmt: skip
+    """Runs a kernel; `outs` are shapes, dtypes, blocks and index maps of its results."""
+    axes = varying(given["q"])
+    like = jax.typeof(given["q"])
+    kinds = {"manual_axis_type": like.manual_axis_type} if axes and hasattr(like, "mat") else {}
+    if axes and not kinds:
+        kinds = {"vma": axes}
+    run = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=(jax.tree.map(lambda _: pl.BlockSpec(), given),),
+        out_specs=tuple(pl.BlockSpec(block, at) for _, _, block, at in outs),
+        out_shape=tuple(jax.ShapeDtypeStruct(s, d, **kinds) for s, d, _, _ in outs),
+        compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
+        interpret=interpret,
+        name=f"jaxattn_{name}",
+    )
+    return tuple(run(given))
+
+
+def programs(z: Shape) -> tuple[Any, Head, Any]:
+    """Of a grid `[tiles, N, B]`: the tile, the head, and the query head among all."""
+    i, n, b = (pl.program_id(axis) for axis in range(3))
+    k, g = (n, jnp.int32(0)) if z.G == 1 else (lax.div(n, z.G), lax.rem(n, z.G))
+    return i, Head(b, k, g), n
+
+
+# --- what kernels can compute ---------------------------------------------------------------------
+
+# What Pallas can give Triton of the operations on numbers, in JAX 0.10 already.
+_KNOWN = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp
+    convert_element_type cos cosh custom_jvp_call div eq erf_inv exp exp2 expm1 floor ge gt
+    integer_pow is_finite jit le log log1p logistic lt max min mul ne neg nextafter not
+    one_minus_square or pow reduce_sum rem reshape rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square squeeze stop_gradient sub tan tanh xor
+    """.split()  # noqa: SIM905
+)
+
+
+@lru_cache(maxsize=1024)
+def unknown(program: Program, learns: bool) -> tuple[str, ...]:
+    """The operations of a residue, or of its derivative where it `learns`, that kernels lack."""
+    structs = [jax.ShapeDtypeStruct(*program.types[ref]) for ref in program.inputs]
+    floats = [n for n, s in enumerate(structs) if jnp.issubdtype(s.dtype, jnp.floating)]
+
+    def slopes(*args: Any) -> Any:
+        def of(*some: Any) -> Any:
+            given = dict(zip(floats, some, strict=True))
+            return program(*(given.get(n, arg) for n, arg in enumerate(args)))
+
+        out, pull = jax.vjp(of, *(args[n] for n in floats))
+        return out, pull(out)
+
+    return tuple(sorted(_names(jax.make_jaxpr(slopes if learns else program)(*structs)) - _KNOWN))
+
+
+def _names(jaxpr: Any) -> set[str]:
+    names: set[str] = set()
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        names.add(eqn.primitive.name)
+        for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns")):
+            if hasattr(getattr(param, "jaxpr", param), "eqns"):
+                names |= _names(param)
+    return names
