@@ -35,7 +35,7 @@ def states_of(
     wanted: tuple[int, int],
     T: int,
     S: int,
-) -> Int[Array, "b k g nq nk"]:
+) -> Int[Array, "b k g rows columns"]:
     """States of tiles of the size `wanted`, from those of the size `given`.
 
     Along each axis one size divides the other, or one tile covers everything. Tiles that reach

@@ -109,7 +109,7 @@ def _exponents(
     """Logits of a tile from products, in powers of 2, and the way back.
 
     That goes from cotangents of logits in powers of e to those of scaled products, and of the
-    `learned` operands of the score, all `[tq, tk]`.
+    `learned` operands of the score, all as large as the tile.
     """
     if plan.score is None:
         return s * (scale * tiles.LOG2E), lambda ds: (ds, [])
@@ -199,19 +199,22 @@ def _slopes(
     v: Array, scale: Any, shown: Array | None, learned: Sequence[int] = (),
 ) -> tuple[Array, Array, list[Array]]:  # fmt: skip
     """Of a tile: weights after dropout, cotangents of scaled products and of score operands."""
-    s, pull = _exponents(
-        plan, z, refs, at, i, j, tiles.dot(plan, rows.q, k, 1, 1), scale, shown, learned
-    )
-    s = s - rows.lse[:, None]
+
+    def product(of_queries: Array, of_keys: Array) -> Array:
+        pair = (of_keys, of_queries) if z.across else (of_queries, of_keys)
+        return tiles.dot(plan, *pair, 1, 1)
+
+    s, pull = _exponents(plan, z, refs, at, i, j, product(rows.q, k), scale, shown, learned)
+    s = s - z.of_queries(rows.lse)
     if shown is not None:
         # Before the exponential, not after: what is masked may be too large for it.
         s = jnp.where(shown, s, -jnp.inf)
     p = jnp.exp2(s)
-    dp = tiles.dot(plan, rows.do, v, 1, 1)
+    dp = product(rows.do, v)
     kept = p
     if plan.dropout:
         kept, dp = (tiles.dropped(z, refs, at, i, j, a) for a in (p, dp))
-    ds = p * (dp - rows.delta[:, None])
+    ds = p * (dp - z.of_queries(rows.delta))
     if shown is not None:
         ds = jnp.where(shown, ds, 0.0)
     ds, parts = pull(ds)
@@ -281,7 +284,7 @@ def _d_keys(
     learned: list[int],
 ) -> tuple[Array, Array, dict[int, Array]]:
     """Gradients of keys and values, summed over the queries of a key head, and of columns."""
-    z = tiles.shape_of(x, block)
+    z = tiles.shape_of(x, block, across=True)
     columns = lists.rows(jnp.swapaxes(_states(plan, z, x), 3, 4))
     given = tiles.given_to(plan, z, x) | cotangents.given(z) | columns._asdict()
 
@@ -299,9 +302,9 @@ def _d_keys(
                 rows = _rows(plan, z, refs, at, i)
                 shown = tiles.visible(plan, z, refs, at, i, j) if masked else None
                 p, ds, parts = _slopes(plan, z, refs, at, i, j, rows, k, v, scale, shown, learned)
-                sums = tuple(total + part.sum(0) for total, part in zip(sums, parts, strict=True))
-                dk = dk + tiles.dot(plan, ds.astype(k.dtype), rows.q, 0, 0)
-                return dk, dv + tiles.dot(plan, p.astype(k.dtype), rows.do, 0, 0), sums
+                sums = tuple(total + part.sum(1) for total, part in zip(sums, parts, strict=True))
+                dk = dk + tiles.dot(plan, ds.astype(k.dtype), rows.q, 1, 0)
+                return dk, dv + tiles.dot(plan, p.astype(k.dtype), rows.do, 1, 0), sums
 
             sums = tuple(jnp.zeros((z.tk,), jnp.float32) for _ in learned)
             *carry, sums = tiles.over_list(

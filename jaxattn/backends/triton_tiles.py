@@ -109,6 +109,25 @@ class Shape(NamedTuple):
     Hvp: int
     tq: int
     tk: int
+    # Whether tiles are `[tk, tq]`: products of weights with queries then need no transposition.
+    across: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The shape of a tile of logits."""
+        return (self.tk, self.tq) if self.across else (self.tq, self.tk)
+
+    def of_queries(self, line: Array) -> Array:
+        """A number for each query, as it broadcasts in a tile."""
+        return line[None, :] if self.across else line[:, None]
+
+    def of_keys(self, line: Array) -> Array:
+        """A number for each key, as it broadcasts in a tile."""
+        return line[:, None] if self.across else line[None, :]
+
+    def counted(self, axis: str) -> Array:
+        """0, 1, 2, ... along the queries or the keys of a tile."""
+        return lax.broadcasted_iota(jnp.int32, self.tile, (axis == "keys") != self.across)
 
     @property
     def N(self) -> int:
@@ -119,11 +138,11 @@ class Shape(NamedTuple):
         return self.Tp != self.T or self.Sp != self.S
 
 
-def shape_of(x: Inputs, block: Block) -> Shape:
+def shape_of(x: Inputs, block: Block, across: bool = False) -> Shape:
     B, T, K, G, H = x.query.shape
     _, S, _, Hv = x.value.shape
     Tp, Sp = -(-T // block.tq) * block.tq, -(-S // block.tk) * block.tk
-    return Shape(B, T, S, K, G, H, Hv, Tp, Sp, width(H), width(Hv), block.tq, block.tk)
+    return Shape(B, T, S, K, G, H, Hv, Tp, Sp, width(H), width(Hv), block.tq, block.tk, across)
 
 
 # --- what kernels are given -----------------------------------------------------------------------
@@ -205,20 +224,20 @@ def own_of(ref: Any, at: Head) -> tuple[Any, ...]:
 
 
 def part_of(z: Shape, kind: str, ref: Any, at: Head, i: Any, j: Any) -> Array:
-    """A tile's part of an operand: `[tq, 1]`, `[1, tk]`, `[tq, tk]`, or a scalar."""
+    """A tile's part of an operand, as it broadcasts to the tile: a line, a tile, or a scalar."""
     own = own_of(ref, at)
     rows, columns = pl.ds(i * z.tq, z.tq), pl.ds(j * z.tk, z.tk)
     match kind:
         case "row":
-            return ref[(*own, rows)][:, None]
+            return z.of_queries(ref[(*own, rows)])
         case "column":
-            return ref[(*own, columns)][None, :]
+            return z.of_keys(ref[(*own, columns)])
         case "grid":
-            return ref[(*own, rows, columns)]
+            part = ref[(*own, rows, columns)]
+            return part.T if z.across else part
         case "diagonal":
-            down = lax.broadcasted_iota(jnp.int32, (z.tq, z.tk), 0)
-            right = lax.broadcasted_iota(jnp.int32, (z.tq, z.tk), 1)
-            return ref[(*own, down - right + (i * z.tq - j * z.tk + (z.Sp - 1)))]
+            away = z.counted("queries") - z.counted("keys")
+            return ref[(*own, away + (i * z.tq - j * z.tk + (z.Sp - 1)))]
     return ref[(*own, 0)]
 
 
@@ -231,15 +250,17 @@ def _evaluated(residue: Residue, *tiles: Array) -> Array:
 
 
 def visible(plan: Plan, z: Shape, refs: Any, at: Head, i: Any, j: Any) -> Array:
-    """The mask on a tile, `[tq, tk]`, False beyond the ends."""
-    tile = (z.tq, z.tk)
+    """The mask on a tile, False beyond the ends."""
     shown = None
     if plan.mask is not None:
         found = _evaluated(plan.mask, *parts_of(z, plan.mask, refs["mask"], at, i, j))
-        shown = jnp.broadcast_to(found, tile)
-    for axis, start, end, padded in ((0, i * z.tq, z.T, z.Tp), (1, j * z.tk, z.S, z.Sp)):
-        if end != padded:
-            within = lax.broadcasted_iota(jnp.int32, tile, axis) < end - start
+        shown = jnp.broadcast_to(found, z.tile)
+    for axis, left, ragged in (
+        ("queries", z.T - i * z.tq, z.Tp != z.T),
+        ("keys", z.S - j * z.tk, z.Sp != z.S),
+    ):
+        if ragged:
+            within = z.counted(axis) < left
             shown = within if shown is None else shown & within
     assert shown is not None
     return shown
@@ -270,7 +291,7 @@ def scored(plan: Plan, parts: Sequence[Array], logits: Array) -> Array:
 
 
 def felt_only(shown: Array, array: Array) -> Array:
-    """Keys or values, 0 where nobody in the tile sees them: they may hold NaN, and 0 * NaN is."""
+    """Keys or values, 0 where nobody sees them in a tile `[tq, tk]`: 0 * NaN is NaN."""
     felt = jnp.max(shown.astype(jnp.float32), 0) > 0
     return jnp.where(felt[:, None], array, jnp.zeros((), array.dtype))
 
