@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 REFERENCE := jaxattn jaxattn.show jaxattn.plot jaxattn.html jaxattn.why
 
 .PHONY: test test-deep check format experiment language-model explain gallery docs faults \
-	benchmark benchmark-gpu peers clean
+	benchmark benchmark-gpu peers compile-gpu clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -58,5 +58,15 @@ peers: .venv-peers/ready  ## PyTorch, in an environment of its own
 	.venv-peers/bin/python -m pip install --progress-bar on torch==2.13.0 numpy
 	touch $@
 
+compile-gpu: .venv-gpu/ready  ## the kernels for an H100, on a machine without one
+	.venv-gpu/bin/python -W "ignore:The Pallas Triton backend" experiments/compile_gpu.py
+.venv-gpu/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --progress-bar on --editable .
+	version=$$(.venv-gpu/bin/python -c "import jax; print(jax.__version__)") && \
+	.venv-gpu/bin/python -m pip install --progress-bar on \
+		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
+	rm -rf $(VENV) .venv-peers .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info

@@ -42,26 +42,27 @@ class Blocks(NamedTuple):
     tables: Block
 
 
-# By bytes of a number and by head dimension, rounded up. Defaults that compile for an H100 without
-# spilling registers; their speed has not been measured on hardware yet.
+# By bytes of a number and by head dimension, rounded up. Defaults, not measured on hardware yet:
+# from what an H100's assembler says of spilled registers, which is nothing in 16 bits. True float32
+# products run on the ordinary units, whose factors fill the registers: some spill from 128 on.
 _BLOCKS: dict[tuple[int, int], Blocks] = {
     (2, 64): Blocks(
-        Block(128, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 2)
+        Block(128, 64, 8, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 8, 2)
     ),
     (2, 128): Blocks(
-        Block(128, 64, 8, 3), Block(64, 64, 8, 2), Block(64, 64, 8, 2), Block(64, 64, 8, 2)
+        Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 128, 8, 2), Block(64, 64, 8, 2)
     ),
     (2, 256): Blocks(
-        Block(64, 64, 8, 2), Block(64, 32, 8, 2), Block(32, 64, 8, 2), Block(32, 32, 8, 2)
+        Block(64, 64, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
     ),
     (4, 64): Blocks(
-        Block(64, 32, 8, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2), Block(32, 32, 4, 2)
-    ),
-    (4, 128): Blocks(
         Block(64, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
     ),
+    (4, 128): Blocks(
+        Block(32, 16, 8, 2), Block(16, 32, 8, 2), Block(32, 32, 8, 1), Block(32, 32, 8, 1)
+    ),
     (4, 256): Blocks(
-        Block(32, 32, 8, 2), Block(16, 32, 8, 1), Block(16, 32, 8, 1), Block(16, 16, 8, 1)
+        Block(32, 32, 8, 1), Block(16, 16, 8, 2), Block(32, 32, 8, 1), Block(16, 16, 8, 1)
     ),
 }
 # Tensor cores multiply 16 x 16 at least, and blocks of Triton are powers of two.

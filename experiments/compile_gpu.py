@@ -1,0 +1,151 @@
+"""Compiles the kernels for an H100 on a machine without a GPU: what lowering alone can't find.
+
+    make compile-gpu
+
+Prints the seconds of each case, forward and backward together, and ends with status 1 where one
+does not compile: shared memory that is not there, registers that spill. Those of a kernel that
+spills are named on stderr by the assembler.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Before JAX is imported. There is no GPU to look for, and no cuDNN to check; the assembler runs as
+# a program of its own, which says what it spills where the one in the library does not.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
+ASSEMBLER = Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cuda_nvcc")
+for found in ASSEMBLER:
+    os.environ["PATH"] = f"{found / 'bin'}:{os.environ['PATH']}"
+    os.environ["XLA_FLAGS"] = (
+        "--xla_gpu_enable_libnvptxcompiler=false --xla_gpu_enable_libnvjitlink=false "
+        f"--xla_gpu_cuda_data_dir={found}"
+    )
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+import jaxattn as ja  # noqa: E402
+from jaxattn import masks, scores  # noqa: E402
+
+KIND = "NVIDIA H100 80GB HBM3"
+# What NVIDIA and CUDA say of an H100; the compiler asks nothing else of a device.
+H100 = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  cuda_compute_capability {{ major: 9 }}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 7 }}
+runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "{KIND}"
+"""
+
+# Lengths and heads say nothing to the assembler, as long as no tile is cut short.
+B, T, N, K = 2, 1024, 4, 2
+
+
+class Case(NamedTuple):
+    """A call to compile, and whether its kernels have to do with the registers there are."""
+
+    name: str
+    H: int
+    dtype: Any
+    options: dict[str, Any]
+    fits: bool = True
+
+
+def cases() -> Iterator[Case]:
+    """Every size of head that has tiles of its own; then all that a kernel can be asked at once."""
+    wide = [(H, dtype) for dtype in (jnp.bfloat16, jnp.float32) for H in (64, 128, 256)]
+    for H, dtype in wide:
+        # True float32 products of many columns: their factors fill the registers.
+        fits = dtype != jnp.float32 or H == 64
+        yield Case("causal", H, dtype, {"mask": masks.causal()}, fits)
+    yield Case("no mask, ragged head", 80, jnp.bfloat16, {})
+    ids = jnp.zeros((B, T), jnp.int32)
+    window = masks.segments(ids) & masks.sliding_window(jnp.arange(N) + 100)
+    yield Case("segments and windows", 128, jnp.bfloat16, {"mask": window})
+    distance = {"mask": masks.causal(), "score": scores.relative_bias(jnp.ones((N, 32)))}
+    table = {"mask": masks.causal(), "score": scores.bias(jnp.ones((1, N, T, T)))}
+    everything = {
+        "mask": masks.dense(jnp.ones((T, T), bool)) & masks.segments(ids),
+        "score": scores.chain(scores.alibi(jnp.ones(N)), scores.soft_cap(5.0)),
+        "dropout_rate": 0.1,
+        "dropout_seed": 1,
+    }
+    for H, dtype in wide:
+        # Hundreds of bytes are spilled: slower by little, and rare.
+        yield Case("everything", H, dtype, everything, fits=False)
+    for H in (64, 128):
+        yield Case("a table of distances", H, jnp.bfloat16, distance, fits=False)
+        yield Case("a table of pairs", H, jnp.bfloat16, table, fits=False)
+
+
+def gradients(case: Case) -> Callable[..., Any]:
+    """Everything a call has to compute: output, LSE, and gradients, those of scores too."""
+
+    def loss(query: Any, key: Any, value: Any, score: Any) -> Any:
+        options = case.options | ({} if score is None else {"score": score})
+        out, lse = ja.attention(query, key, value, backend="pallas_gpu", return_lse=True, **options)
+        return out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+
+    return jax.value_and_grad(loss, (0, 1, 2, 3), allow_int=True)
+
+
+def compile_for(device: Any, case: Case) -> None:
+    """Raises what the compiler raises."""
+    where = jax.sharding.SingleDeviceSharding(device)
+    shapes = [(B, T, heads, case.H) for heads in (N, K, K)]
+    arguments = [jax.ShapeDtypeStruct(s, case.dtype, sharding=where) for s in shapes]
+    described = jax.sharding.AbstractDevice(device_kind=KIND, num_cores=None, platform="cuda")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(gradients(case)).trace(*arguments, case.options.get("score"))
+    options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": case.fits}
+    traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+
+
+def main() -> int:
+    """The number of cases that failed."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    failed = 0
+    for case in cases():
+        name = f"{case.name}, {jnp.dtype(case.dtype).name}, head dimension {case.H}"
+        start = time.perf_counter()
+        try:
+            compile_for(topology.devices[0], case)
+            found = "ok"
+        except jax.errors.JaxRuntimeError as error:
+            found = f"FAILED: {str(error).splitlines()[0][:100]}"
+            failed += 1
+        print(f"{name:60} {time.perf_counter() - start:5.1f} s  {found}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)
