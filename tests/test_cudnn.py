@@ -20,7 +20,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 import jaxattn as ja
 from jaxattn import masks, scores
 from jaxattn.attention import run
-from jaxattn.backends import cudnn
+from jaxattn.backends import base, cudnn
 from jaxattn.request import request
 
 pytestmark = pytest.mark.no_cover
@@ -32,7 +32,7 @@ HALF = jnp.bfloat16
 def on_gpu(monkeypatch: Any) -> None:
     """What is asked of the machine gets the answers of a Hopper GPU."""
     monkeypatch.setattr(cudnn.base, "platform", lambda call: "gpu")
-    monkeypatch.setattr(cudnn, "_capability", lambda call: 9)
+    monkeypatch.setattr(base, "capability", lambda call: (9, 0))
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
 
 
@@ -116,7 +116,7 @@ REFUSED = {
     "a lambda": (lambda b, h, q, k: q >= k, {}, "no mask like"),
     "or": (masks.causal() | masks.key_padding(lengths=3), {}, "no mask like"),
     "not": (~masks.causal(), {}, "no mask like ~causal"),
-    "flags": (masks.key_padding(jnp.ones((2, 64), bool)), {}, "no mask like key_valid"),
+    "flags": (masks.key_padding(jnp.ones((2, 64), bool)), {}, "no mask like key_padding"),
     "offset": (masks.causal(3), {}, "starts at the first query"),
     "per head": (masks.sliding_window(jnp.arange(4)), {}, "one concrete number"),
     "ahead": (masks.sliding_window(3, 2), {}, "look back only, and this one 2 keys ahead"),
@@ -173,10 +173,10 @@ def test_what_the_machine_lacks(on_gpu: None, monkeypatch: Any) -> None:
         lacks.setattr(fused, "check_cudnn_version", absent)
         assert cudnn.refuse(call) == "cuDNN is not detected."
     with monkeypatch.context() as lacks:
-        lacks.setattr(cudnn, "_capability", lambda call: 7)
+        lacks.setattr(base, "capability", lambda call: (7, 0))
         assert "Ampere" in str(cudnn.refuse(call))
     with monkeypatch.context() as lacks:
-        lacks.setattr(cudnn, "_capability", lambda call: 8)
+        lacks.setattr(base, "capability", lambda call: (8, 0))
         assert "up to 128" in str(cudnn.refuse(called(None, H=136)))
     with monkeypatch.context() as lacks:
         lacks.setattr(cudnn, "fused", None)

@@ -255,23 +255,14 @@ def _missing(call: Call) -> str | None:
         fused.check_cudnn_version()
     except RuntimeError as error:
         return str(error)
-    major = _capability(call)
+    age = base.capability(call)
+    major = None if age is None else age[0]
     if major is not None and major < 8:
         return f"compute capability {major}, and its kernels need 8 (Ampere)"
     most = 256 if major is None or major >= 9 else 128
     if most < call.sizes.H:
         return f"a head dim of {call.sizes.H}, and on this GPU cuDNN's go up to {most}"
     return None
-
-
-def _capability(call: Call) -> int | None:
-    """The major compute capability of the GPU that computes; `None` for one that does not say."""
-    if isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
-        device: Any = jax.local_devices()[0]
-    else:
-        (device, *_) = call.query.devices()
-    said = str(getattr(device, "compute_capability", ""))
-    return int(float(said)) if said.replace(".", "", 1).isdigit() else None
 
 
 # --- the kernel, differentiated and batched -------------------------------------------------------
