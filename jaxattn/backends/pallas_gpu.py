@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from ..shapes import Array, Float
 from ..split import Split, split
@@ -31,13 +32,13 @@ _COARSEST = 256
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Inside, the kernels run on any platform, interpreted by JAX in tiles of 16: for tests.
-
-    What was compiled by `jax.jit` outside stays as it was.
-    """
+    """Inside, the kernels run on any platform, interpreted by JAX in tiles of 16: for tests."""
     token = _interpreted.set(True)
     try:
-        yield
+        # A label, as labels are part of the key under which JAX keeps what it has traced: nothing
+        # that was compiled on the other side of this line is taken for ours.
+        with set_xla_metadata(jaxattn="interpreted"):
+            yield
     finally:
         _interpreted.reset(token)
 

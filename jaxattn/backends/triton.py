@@ -37,7 +37,7 @@ def _forward(interpret: bool, plan: Plan, x: Inputs) -> tuple[Array, Array]:
     low = base.sentinel(jnp.float32)
 
     def kernel(refs: Any, out_ref: Any, lse_ref: Any) -> None:
-        i, at, _ = tiles.programs(z)
+        i, at = tiles.programs(z)
         q = refs["q"][at.b, pl.ds(i * z.tq, z.tq), at.k, at.g, :]
         scale = refs["scale"][0 if x.scale.shape[0] == 1 else at.b]
 
@@ -104,12 +104,12 @@ def _by_query(z: tiles.Shape, line: Array) -> Array:
 
 def _exponents(
     plan: Plan, z: tiles.Shape, refs: Any, at: tiles.Head, i: Any, j: Any, s: Array, scale: Any,
-    shown: Array | None, learned: Sequence[int] = (),
+    shown: Array | None, learned: Sequence[int] | None = None,
 ) -> tuple[Array, Callable[[Array], tuple[Array, list[Array]]]]:  # fmt: skip
     """Logits of a tile from products, in powers of 2, and the way back.
 
     That goes from cotangents of logits in powers of e to those of scaled products, and of the
-    `learned` operands of the score, all as large as the tile.
+    `learned` operands of the score, all as large as the tile; for `None` there is none.
     """
     if plan.score is None:
         return s * (scale * tiles.LOG2E), lambda ds: (ds, [])
@@ -120,15 +120,13 @@ def _exponents(
 
     def scored(logits: Array, learnt: list[Array]) -> Array:
         given = list(parts)
-        for n, part in zip(learned, learnt, strict=True):
+        for n, part in zip(learned or (), learnt, strict=True):
             given[n] = part
         return tiles.scored(plan, given, logits)
 
-    learnt = [jnp.broadcast_to(parts[n], s.shape) for n in learned]
-    if not learned:
-        found, pull = jax.vjp(lambda logits: scored(logits, []), logits)
-        return found * tiles.LOG2E, lambda ds: (*pull(ds), [])
-    found, pull = jax.vjp(scored, logits, learnt)
+    if learned is None:
+        return scored(logits, []) * tiles.LOG2E, lambda ds: (ds, [])
+    found, pull = jax.vjp(scored, logits, [jnp.broadcast_to(parts[n], s.shape) for n in learned])
     return found * tiles.LOG2E, pull
 
 
@@ -239,7 +237,7 @@ def _d_queries(
     kinds = [plan.score.kinds[n] for n in learned] if plan.score is not None else []
 
     def kernel(refs: Any, dq_ref: Any, dc_ref: Any, *part_refs: Any) -> None:
-        i, at, _ = tiles.programs(z)
+        i, at = tiles.programs(z)
         rows = _rows(plan, z, refs, at, i)
         scale = refs["scale"][0 if x.scale.shape[0] == 1 else at.b]
 

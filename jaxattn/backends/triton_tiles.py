@@ -50,7 +50,7 @@ _BLOCKS: dict[tuple[int, int], Blocks] = {
         Block(128, 64, 8, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 8, 2)
     ),
     (2, 128): Blocks(
-        Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 128, 8, 2), Block(64, 64, 8, 2)
+        Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2), Block(64, 64, 8, 2)
     ),
     (2, 256): Blocks(
         Block(64, 64, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2), Block(32, 32, 8, 2)
@@ -331,7 +331,7 @@ def launch(
         kernel,
         grid=grid,
         in_specs=(jax.tree.map(lambda _: pl.BlockSpec(), given),),
-        out_specs=tuple(pl.BlockSpec(block, at) for _, _, block, at in outs),
+        out_specs=tuple(pl.BlockSpec(cut, at) for _, _, cut, at in outs),
         out_shape=tuple(jax.ShapeDtypeStruct(s, d, **kinds) for s, d, _, _ in outs),
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
         interpret=interpret,
@@ -340,11 +340,11 @@ def launch(
     return tuple(run(given))
 
 
-def programs(z: Shape) -> tuple[Any, Head, Any]:
-    """Of a grid `[tiles, N, B]`: the tile, the head, and the query head among all."""
+def programs(z: Shape) -> tuple[Any, Head]:
+    """The tile and the head of a program in a grid `[tiles, N, B]`."""
     i, n, b = (pl.program_id(axis) for axis in range(3))
     k, g = (n, jnp.int32(0)) if z.G == 1 else (lax.div(n, z.G), lax.rem(n, z.G))
-    return i, Head(b, k, g), n
+    return i, Head(b, k, g)
 
 
 # --- what kernels can compute ---------------------------------------------------------------------
