@@ -42,7 +42,7 @@ def interpreted() -> Any:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.deep] if n % 4 != 2 else [])
+        pytest.param(name, marks=[pytest.mark.deep] if n % 6 != 2 else [])
         for n, name in enumerate(MASKS)
     ],
 )
