@@ -1,0 +1,332 @@
+"""An engine for Hopper GPUs: kernels in Pallas Mosaic GPU, from JAX 0.11 on.
+
+Here is what lies around the kernels: what they take, the lists of active tiles, whole tiles of
+padding. The kernels are in `mosaic_kernels.py`, imported only when needed: Pallas takes a while.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..algebra import Mask
+from ..scores import Score
+from ..shapes import Array, Bool, Float, Int
+from ..split import Operand, pointwise, split
+from ..tiles import EMPTY, FULL, PARTIAL, TileMap
+from . import base, inputs
+from .base import Call
+from .inputs import Engine, Gradients, Inputs, Plan, Residue
+
+if TYPE_CHECKING:
+    from .mosaic_parts import Arrays, Extents
+
+# Queries and keys of a tile: two warpgroups of 64 rows each way.
+TILE = 128, 128
+
+# Widths of heads that matrices in shared memory have; others are padded to the next.
+WIDTHS = 64, 128
+
+# Queries whose mask is evaluated at once in looking for keys that nobody sees.
+STRIP = 16
+
+
+def refuse(call: Call) -> str | None:
+    """Why the kernels can't compute the call, whatever the device; None if they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"Mosaic GPU kernels need JAX 0.11 or later; this is {jax.__version__}"
+    if 0 in call.sizes:
+        return f"nothing to compute: the sizes are {call.sizes}"
+    dtypes = {jnp.dtype(a.dtype).name for a in (call.query, call.key, call.value)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        return f"its matrix products take bfloat16 or float16; got {', '.join(sorted(dtypes))}"
+    if call.precision is not None:
+        return f"its matrix products have one precision; got precision={call.precision}"
+    if max(call.sizes.H, call.sizes.Hv) > max(WIDTHS):
+        return f"heads wider than {max(WIDTHS)} leave no registers for the backward"
+    mask = call.mask.mask if isinstance(call.mask, TileMap) else call.mask
+    for name, given in (("mask", mask), ("score", call.score)):
+        reason = None if given is None else _refuse(given, call)
+        if reason is not None:
+            return f"the {name}: {reason}"
+    return None
+
+
+def _refuse(given: Mask | Score, call: Call) -> str | None:
+    from . import mosaic_tiles
+
+    scores = isinstance(given, Score)
+    parts = split(given, call.positions, **({"logit": jnp.float32} if scores else {}))
+    if parts.reasons:
+        return parts.reasons[0]
+    residue = Residue(parts.program, parts.kinds)
+    if "diagonal" in residue.kinds:
+        return "what depends on q - k alone is a table, which the kernels can't read"
+    if not scores:
+        return mosaic_tiles.unsupported(residue.program)
+    if any(residue.kinds[n] == "grid" for n in mosaic_tiles.learns(residue)):
+        return "the gradient of an array [.., T, S] is not computed by the kernels"
+    return mosaic_tiles.unsupported(mosaic_tiles.scored(residue, slopes=True))
+
+
+def prepare(
+    call: Call, engine: Engine | None = None, tile: tuple[int, int] | None = None
+) -> tuple[Plan, Inputs]:
+    """What the kernels are compiled for, and what they are given.
+
+    Args:
+      call: what to compute.
+      engine: `ENGINE`, or `INTERPRETED` where there is no GPU.
+      tile: queries and keys of a tile, each 64 or 128.
+    """
+    chosen = partial(_tile, call, tile)
+    return inputs.prepare(call, engine or ENGINE, call.query.dtype, chosen)
+
+
+def _tile(
+    call: Call, tile: tuple[int, int] | None, known: TileMap | None, heads: int
+) -> tuple[int, int]:
+    """The tile asked for, or that of the map that came along, if it suits, or what suits."""
+    if tile is None and known is not None and all(n in (64, 128) for n in known.tile):
+        tile = known.tile
+    if tile is None:
+        tile = 64 if call.sizes.T <= 64 else TILE[0], 64 if call.sizes.S <= 64 else TILE[1]
+    return tile
+
+
+# --- forward --------------------------------------------------------------------------------------
+
+
+def forward(interpret: bool, plan: Plan, x: Inputs) -> tuple[Array, Array]:
+    """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
+    from . import mosaic_kernels
+
+    z = _extents(plan, x)
+    (value,) = _heard(plan, x, x.value)
+    arrays = _arrays(plan, z, x._replace(value=value), transposed=False)
+    out, lse = mosaic_kernels.forward(plan, interpret, z, arrays)
+    B, T, K, G, _ = x.query.shape
+    out = out[:, :T, :, : x.value.shape[-1]].reshape(B, T, K, G, -1).astype(x.query.dtype)
+    return out, lse[:, :, :T].reshape(B, K, G, T).transpose(0, 3, 1, 2)
+
+
+def _extents(plan: Plan, x: Inputs) -> Extents:
+    from .mosaic_parts import Extents
+
+    B, T, K, G, H = x.query.shape
+    _, S, _, Hv = x.value.shape
+    tq, tk = plan.tile
+    return Extents(
+        B,
+        K * G,
+        K,
+        -(-T // tq) * tq,
+        -(-S // tk) * tk,
+        _width(H),
+        _width(Hv),
+        S,
+        tq,
+        tk,
+        jnp.dtype(plan.dtype),
+    )
+
+
+def _width(n: int) -> int:
+    return next(width for width in WIDTHS if n <= width)
+
+
+def _arrays(plan: Plan, z: Extents, x: Inputs, transposed: bool) -> Arrays:
+    """What kernels are given: heads in one axis, whole tiles, lists of rows of tiles or of columns.
+
+    `transposed` for the kernel whose tiles have keys as rows.
+    """
+    from .mosaic_parts import Arrays
+    from .mosaic_tiles import stored
+
+    def operands(kinds: Sequence[str], arrays: Sequence[Array]) -> tuple[Array, ...]:
+        along = {"row": {2: z.T}, "column": {2: z.S}, "head": {}, "grid": {2: z.T, 3: z.S}}
+        given = []
+        for kind, array in zip(kinds, arrays, strict=True):
+            # Edges repeat values that are there, which scores can take.
+            array = _padded(stored(kind, _flat(array)), along[kind], "edge")
+            given.append(jnp.swapaxes(array, 2, 3) if transposed and kind == "grid" else array)
+        return tuple(given)
+
+    dropout: tuple[Array, ...] = ()
+    if plan.dropout:
+        *words, rate = x.dropout
+        scale = base.kept_scale(rate, jnp.float32)
+        dropout = operands(("row", "row", "column", "head", "head"), [*words, rate, scale])
+    tiles, counts = _lists(z, x.states, transposed)
+    return Arrays(
+        _matrix(z, x.query, z.T, z.H),
+        _matrix(z, x.key, z.S, z.H),
+        _matrix(z, x.value, z.S, z.Hv),
+        x.scale.astype(jnp.float32),
+        tiles,
+        counts,
+        () if plan.mask is None else operands(plan.mask.kinds, x.mask),
+        () if plan.score is None else operands(plan.score.kinds, x.score),
+        dropout,
+    )
+
+
+def _matrix(z: Extents, array: Array, length: int, width: int) -> Array:
+    """`[B, T, .., H]` as `[B, length, heads, width]`."""
+    heads = array.reshape(*array.shape[:2], -1, array.shape[-1])
+    return _padded(heads.astype(z.dtype), {1: length, 3: width}, "constant")
+
+
+def _padded(array: Array, lengths: dict[int, int], mode: str) -> Array:
+    widths = [(0, lengths.get(axis, n) - n) for axis, n in enumerate(array.shape)]
+    return jnp.pad(array, widths, mode=mode) if any(after for _, after in widths) else array
+
+
+def _flat(array: Array) -> Array:
+    """`[B|1, K|1, G|1, ...]` as `[B|1, N|1, ...]`: one of a head's extents may be 1 by sharding."""
+    b, k, g, *rest = array.shape
+    return array.reshape(b, k * g, *rest)
+
+
+def _lists(
+    z: Extents, states: Int[Array, "..."] | None, transposed: bool
+) -> tuple[Int[Array, "b n rows columns"], Int[Array, "b n rows 2"]]:
+    """For each row of tiles the PARTIAL ones, then the FULL ones, and how many of each."""
+    nq, nk = z.T // z.tq, z.S // z.tk
+    if states is None:
+        states = jnp.full((1, 1, 1, nq, nk), FULL, jnp.int8)
+    states = _flat(states)
+    if z.keys != z.S:
+        # The mask says nothing of what is beyond the last key.
+        last = lax.broadcasted_iota(jnp.int32, states.shape, 3) == nk - 1
+        states = jnp.where(last, jnp.minimum(states, jnp.int8(PARTIAL)), states)
+    if transposed:
+        states = jnp.swapaxes(states, 2, 3)
+    order = jnp.where(states == EMPTY, jnp.int8(3), states)
+    tiles = jnp.argsort(order, axis=3, stable=True).astype(jnp.int32)
+    counts = [(states == kind).sum(3, dtype=jnp.int32) for kind in (PARTIAL, FULL)]
+    return tiles, jnp.stack(counts, 3)
+
+
+# --- what nobody sees -----------------------------------------------------------------------------
+
+
+def _heard(plan: Plan, x: Inputs, *arrays: Float[Array, "B S K H"]) -> list[Array]:
+    """Keys and values, zero where no query of their head sees them: 0 * NaN is NaN in a product.
+
+    The mask is looked through for them only where something is not finite.
+    """
+    residue = plan.mask
+    if residue is None:
+        return list(arrays)
+    finite = jnp.stack([a.sum(dtype=jnp.float32) * 0 == 0 for a in arrays]).all()
+    B, T, K, G, _ = x.query.shape
+    S = x.key.shape[1]
+    seen = lax.cond(
+        finite,
+        lambda _: jnp.ones((B, S, K), bool),
+        lambda mask: _seen(residue, mask, (B, T, S, K, G)),
+        x.mask,
+    )
+    return [jnp.where(seen[..., None], a, jnp.zeros((), a.dtype)) for a in arrays]
+
+
+def _seen(
+    residue: Residue, arrays: Sequence[Array], sizes: tuple[int, int, int, int, int]
+) -> Bool[Array, "B S K"]:
+    """Whether any query of a head sees a key, a strip of queries at a time."""
+    B, T, S, K, G = sizes
+    program, strip = residue.program, min(STRIP, T)
+    operands = [Operand(k, _flat(a)) for k, a in zip(residue.kinds, arrays, strict=True)]
+    ranks = [0] * len(operands)
+
+    def look(n: Any, seen: Array) -> Array:
+        q = jnp.minimum(n * strip, T - strip)
+        tiles = [op.tile(q, jnp.int32(0), strip, S, S) for op in operands]
+        shown = pointwise(program, tiles, ranks)
+        shown = jnp.broadcast_to(shown, (B, K * G, strip, S)).any(2)
+        return seen | shown.reshape(B, K, G, S).any(2)
+
+    seen = jnp.zeros((B, K, S), bool)
+    return lax.fori_loop(jnp.int32(0), jnp.int32(-(-T // strip)), look, seen).swapaxes(1, 2)
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+def backward(
+    interpret: bool,
+    plan: Plan,
+    groups: int,
+    x: Inputs,
+    out: Float[Array, "B T K G Hv"],
+    lse: Float[Array, "B T K G"],
+    d_out: Float[Array, "B T K G Hv"],
+    d_lse: Float[Array, "B T K G"],
+) -> Gradients:
+    """Cotangents of the inputs, by a kernel over rows of tiles and one over columns."""
+    from . import mosaic_kernels
+    from .mosaic_parts import Backward
+    from .mosaic_tiles import learns
+
+    z = _extents(plan, x)
+    B, T, K, G, H = x.query.shape
+    _, S, _, Hv = x.value.shape
+    wide = jnp.float32
+
+    # Queries that see nothing take no part, whatever they hold and whatever cotangent they get: of
+    # so large an LSE every weight is 0.
+    seen = lse != -jnp.inf
+    delta = (d_out.astype(wide) * out.astype(wide)).sum(-1) - d_lse
+    lines = jnp.stack(
+        [
+            jnp.where(seen, lse * math.log2(math.e), -base.sentinel(wide)),
+            jnp.where(seen, delta, jnp.zeros((), wide)),
+        ]
+    )
+    lines = lines.transpose(1, 3, 4, 0, 2).reshape(B, K * G, 2, T)
+    beyond = jnp.full((B, K * G, 1, z.T - T), -base.sentinel(wide), wide)
+    beyond = jnp.concatenate([beyond, jnp.zeros_like(beyond)], 2)
+    some = seen[..., None]
+    query, d_out = (jnp.where(some, a, jnp.zeros((), a.dtype)) for a in (x.query, d_out))
+    key, value = _heard(plan, x, x.key, x.value)
+    given = x._replace(query=query, key=key, value=value)
+    more = Backward(_matrix(z, d_out, z.T, z.Hv), jnp.concatenate([lines, beyond], 3))
+
+    by_rows, by_columns = (_arrays(plan, z, given, transposed) for transposed in (False, True))
+    dq, row_sums = mosaic_kernels.d_query(plan, interpret, z, by_rows, more)
+    dk, dv, column_sums = mosaic_kernels.d_keys(plan, interpret, z, by_columns, more)
+
+    dq = dq[:, :T, :, :H].reshape(x.query.shape)
+    d_scale = (query.astype(wide) * dq).sum((1, 2, 3, 4))
+    score: list[Array | None] = [None] * len(x.score)
+    for n in learns(plan.score):
+        assert plan.score is not None
+        kind, like = plan.score.kinds[n], x.score[n]
+        total = (column_sums if kind == "column" else row_sums).pop(0)
+        total = total[..., :S] if kind == "column" else total[..., :T]
+        if kind == "head":
+            total = total.sum(-1)
+        total = total.reshape(B, K, G, *total.shape[2:])
+        total = total.sum([axis for axis in (1, 2) if like.shape[axis] == 1], keepdims=True)
+        if like.shape[0] == 1:
+            total = total.reshape(groups, -1, *total.shape[1:]).sum(1)
+        score[n] = total.astype(like.dtype)
+    return Gradients(
+        (dq * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
+        dk[:, :S, :, :H].astype(x.key.dtype),
+        dv[:, :S, :, :Hv].astype(x.value.dtype),
+        d_scale,
+        tuple(score),
+    )
+
+
+ENGINE = Engine(partial(forward, False), partial(backward, False))
+# The same kernels where there is no GPU, much slower; it also looks for races.
+INTERPRETED = Engine(partial(forward, True), partial(backward, True))
