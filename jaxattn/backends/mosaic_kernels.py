@@ -41,6 +41,7 @@ from .mosaic_parts import (
     learned_kinds,
     own_rows,
     products,
+    put,
     ring,
     row_of,
     stages_for,
@@ -122,7 +123,10 @@ def forward(plan: Plan, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, 
                 keys.fill(n, x.key.at[b, at, kh])
                 values.fill(n, x.value.at[b, at, kh])
 
-            lax.fori_loop(jnp.int32(0), counts[0] + counts[1], load, None)
+            total = counts[0] + counts[1]
+            lax.fori_loop(jnp.int32(0), total, load, None)
+            keys.drain(total)
+            values.drain(total)
 
     kernel = compiled(
         plan,
@@ -207,9 +211,9 @@ def d_query(
 
             first = zeros(ROWS, z.H), [zeros(ROWS) for _ in ours]
             dq, sums = two_loops(counts, step, first)
-            plgpu.store(dq_ref.at[b, rows, h], dq, optimized=False)
+            put(dq_ref.at[b, rows, h], dq)
             for ref, total in zip(sums_ref, sums, strict=True):
-                plgpu.store(ref.at[b, h, rows], total, optimized=False)
+                put(ref.at[b, h, rows], total)
 
         @pl.when(wg == wgs)
         def _() -> None:
@@ -219,7 +223,9 @@ def d_query(
                 at = pl.ds(start(n), STEP)
                 keys.fill(n, x.key.at[b, at, kh], x.value.at[b, at, kh])
 
-            lax.fori_loop(jnp.int32(0), counts[0] + counts[1], load, None)
+            total = counts[0] + counts[1]
+            lax.fori_loop(jnp.int32(0), total, load, None)
+            keys.drain(total)
 
     kernel = compiled(
         plan,
@@ -325,7 +331,7 @@ def d_keys(
 
                 dk, dv, sums = two_loops(counts, step, (dk, dv, [zeros(ROWS) for _ in ours]))
                 for ref, total in zip(sums_ref, sums, strict=True):
-                    plgpu.store(ref.at[b, h, rows], total, optimized=False)
+                    put(ref.at[b, h, rows], total)
                 return before + counts[0] + counts[1], dk, dv
 
             first = jnp.int32(0), zeros(ROWS, z.H), zeros(ROWS, z.Hv)
@@ -357,7 +363,7 @@ def d_keys(
                 lax.fori_loop(jnp.int32(0), total, load, None)
                 return before + total
 
-            lax.fori_loop(jnp.int32(0), jnp.int32(G), head, jnp.int32(0))
+            queries.drain(lax.fori_loop(jnp.int32(0), jnp.int32(G), head, jnp.int32(0)))
 
     kernel = compiled(
         plan,

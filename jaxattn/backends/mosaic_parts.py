@@ -165,6 +165,16 @@ class Ring(NamedTuple):
         """This warpgroup needs what was loaded for step n no more."""
         plgpu.barrier_arrive(self.free.at[lax.rem(n, jnp.int32(self.ready.shape[0]))])
 
+    def drain(self, total: Any) -> None:
+        """Waits until all that was loaded has been used: no barrier ends with news unheard."""
+        stages = self.ready.shape[0]
+        for last in range(1, stages + 1):
+            n = total - last
+
+            @pl.when(n >= 0)
+            def _(n: Any = n) -> None:
+                plgpu.barrier_wait(self.free.at[lax.rem(n, jnp.int32(stages))])
+
 
 def ring(stages: int, computing: int, *buffers: Any) -> Ring:
     """The scratch memory of a ring; `buffers` are the shapes of one stage."""
@@ -194,6 +204,14 @@ def across(rows: Array, width: int) -> Array:
 def own_rows(ref: Any) -> Array:
     """Values of the rows of this warpgroup, from global memory."""
     return plgpu.load(ref, layout=WGMMA.reduce(1), optimized=False)
+
+
+def put(ref: Any, value: Array) -> None:
+    """Stores a tile, or values of rows, in global memory."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:  # JAX 0.11
+        ref[...] = value
 
 
 def columns(ref: Any, shape: tuple[int, ...]) -> Array:
