@@ -41,6 +41,8 @@ def refuse(call: Call) -> str | None:
     """Why the kernels can't compute the call, whatever the device; None if they can."""
     if jax.__version_info__ < (0, 11):
         return f"Mosaic GPU kernels need JAX 0.11 or later; this is {jax.__version__}"
+    if _miscompiled():
+        return "CUDA 12.8.0 to 12.9.0 compile masks in Mosaic GPU kernels wrongly"
     if 0 in call.sizes:
         return f"nothing to compute: the sizes are {call.sizes}"
     dtypes = {jnp.dtype(a.dtype).name for a in (call.query, call.key, call.value)}
@@ -56,6 +58,13 @@ def refuse(call: Call) -> str | None:
         if reason is not None:
             return f"the {name}: {reason}"
     return None
+
+
+def _miscompiled() -> bool:
+    """Whether ptxas is one that JAX's own attention kernel refuses under a causal mask."""
+    from jax._src.lib import cuda_versions  # it has no public name
+
+    return cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091
 
 
 def _refuse(given: Mask | Score, call: Call) -> str | None:
@@ -217,7 +226,7 @@ def _lists(
 # --- what nobody sees -----------------------------------------------------------------------------
 
 
-def _heard(plan: Plan, x: Inputs, *arrays: Float[Array, "B S K H"]) -> list[Array]:
+def _heard(plan: Plan, x: Inputs, *arrays: Float[Array, "B S K ..."]) -> list[Array]:
     """Keys and values, zero where no query of their head sees them: 0 * NaN is NaN in a product.
 
     The mask is looked through for them only where something is not finite.

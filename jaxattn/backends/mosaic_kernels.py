@@ -42,6 +42,7 @@ from .mosaic_parts import (
     own_rows,
     products,
     put,
+    registers,
     ring,
     row_of,
     stages_for,
@@ -72,7 +73,7 @@ def forward(plan: Plan, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, 
 
         @pl.when(wg < wgs)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            registers(wgs, loads=False)
             row = i * z.tq + wg * ROWS
             own_q = q_smem.at[wg]
             rows = pl.ds(row, ROWS)
@@ -105,8 +106,9 @@ def forward(plan: Plan, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, 
             acc, m, l = two_loops(counts, step, start)
             seen = l != jnp.zeros_like(l)
             total = jnp.where(seen, l, jnp.ones_like(l))
-            # Of a query that sees nothing the sum is 0 already.
-            o_smem.at[wg][...] = (acc / across(total, z.Hv)).astype(z.dtype)
+            out = acc / across(total, z.Hv)
+            out = jnp.where(across(seen, z.Hv), out, jnp.zeros_like(out))
+            o_smem.at[wg][...] = out.astype(z.dtype)
             lse = (m + jnp.log2(total)) * (1 / LOG2E)
             lse_smem.at[wg][...] = jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
             plgpu.commit_smem()
@@ -116,7 +118,7 @@ def forward(plan: Plan, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, 
 
         @pl.when(wg == wgs)
         def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
+            registers(wgs, loads=True)
 
             def load(n: Any, _: None) -> None:
                 at = pl.ds(tiles[n] * z.tk, z.tk)
@@ -184,7 +186,7 @@ def d_query(
 
         @pl.when(wg < wgs)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            registers(wgs, loads=False)
             row = i * z.tq + wg * ROWS
             rows = pl.ds(row, ROWS)
             q, do = q_smem.at[wg], do_smem.at[wg]
@@ -217,7 +219,7 @@ def d_query(
 
         @pl.when(wg == wgs)
         def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
+            registers(wgs, loads=True)
 
             def load(n: Any, _: None) -> None:
                 at = pl.ds(start(n), STEP)
@@ -290,7 +292,7 @@ def d_keys(
 
         @pl.when(wg < wgs)
         def _() -> None:
-            plgpu.set_max_registers(240, action="increase")
+            registers(wgs, loads=False)
             row = j * z.tk + wg * ROWS
             rows = pl.ds(row, ROWS)
             k, v = k_smem.at[wg], v_smem.at[wg]
@@ -345,7 +347,7 @@ def d_keys(
 
         @pl.when(wg == wgs)
         def _() -> None:
-            plgpu.set_max_registers(24, action="decrease")
+            registers(wgs, loads=True)
 
             def head(g: Any, before: Any) -> Any:
                 h, start, counts = list_of(g)

@@ -112,7 +112,7 @@ def products(*factors: tuple[Any, Any]) -> list[Array]:
     return pl.run_scoped(fresh, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def added(interpret: bool, *sums: tuple[Array, Array, Any]) -> list[Array]:
+def added(interpret: bool, *sums: tuple[Array, Any, Any]) -> list[Array]:
     """`acc + a @ b` of triples, all under way at once; `a` in registers or in shared memory."""
     if interpret:
         # Accumulators that start with a value are what the interpreter does not know. A plain read
@@ -218,6 +218,13 @@ def columns(ref: Any, shape: tuple[int, ...]) -> Array:
     """A value of each column, for all its rows."""
     part = plgpu.load(ref, layout=WGMMA.reduce(0))
     return lax.broadcast_in_dim(part, shape, (1,))
+
+
+def registers(computing: int, loads: bool) -> None:
+    """Takes registers from the warpgroup that loads, for two that compute; one has its fill."""
+    if computing == 2:
+        # 2 x 240 + 24 of the 3 x 168 that there are.
+        plgpu.set_max_registers(24 if loads else 240, action="decrease" if loads else "increase")
 
 
 # --- element by element ---
@@ -358,8 +365,8 @@ def d_logits(
         dp = dp * keep
     ds = p * (dp - delta())
     terms = [ds * slope for slope in slopes]
-    if masked:
-        # What is not seen may be too large for the products.
+    if masked or terms:
+        # What is not seen may be too large for the products, or a score infinitely steep there.
         felt = p != jnp.zeros_like(p)
         ds, *terms = (jnp.where(felt, d, jnp.zeros_like(d)) for d in (ds, *terms))
     return (terms[0], terms[1:]) if terms else (ds, [])

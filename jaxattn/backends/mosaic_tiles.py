@@ -66,8 +66,8 @@ def scored(residue: Residue, slopes: bool) -> Program:
 
 # --- evaluating them ------------------------------------------------------------------------------
 
-# What leaves a single element as it is.
-_SAME = frozenset(["reshape", "squeeze", "broadcast_in_dim", "copy"])
+# What leaves a single element as it is. Sums over no axes come from gradients under a mesh.
+_SAME = frozenset(["reshape", "squeeze", "broadcast_in_dim", "copy", "reduce_sum"])
 
 # What Mosaic GPU compiles on tiles, with one warpgroup to a tile.
 OPERATIONS = _SAME | {
@@ -80,7 +80,6 @@ OPERATIONS = _SAME | {
     "cos",
     "div",
     "eq",
-    "erf",
     "exp",
     "exp2",
     "ge",
@@ -142,8 +141,8 @@ def spread(value: Any, shape: tuple[int, ...]) -> Array:
     return jnp.full(shape, value, np.asarray(value).dtype if np.isscalar(value) else value.dtype)
 
 
-def evaluate(program: Program, inputs: Sequence[Any], shape: tuple[int, ...]) -> list[Array]:
-    """The results of a program of single elements on a tile.
+def evaluate(program: Program, inputs: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
+    """The results of a program of single elements on a tile, or scalars where all are the same.
 
     Args:
       program: the program.
