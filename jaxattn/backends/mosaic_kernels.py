@@ -290,6 +290,14 @@ def d_keys(
 
             return h, start, tuple(count * parts_of_tile for count in counts)
 
+        def each_head(step: Callable[..., Any], carry: Any) -> Any:
+            # A loop of one step would cost registers.
+            return (
+                step(jnp.int32(0), carry)
+                if G == 1
+                else lax.fori_loop(jnp.int32(0), jnp.int32(G), step, carry)
+            )
+
         @pl.when(wg < wgs)
         def _() -> None:
             registers(wgs, loads=False)
@@ -337,7 +345,7 @@ def d_keys(
                 return before + counts[0] + counts[1], dk, dv
 
             first = jnp.int32(0), zeros(ROWS, z.H), zeros(ROWS, z.Hv)
-            _, dk, dv = lax.fori_loop(jnp.int32(0), jnp.int32(G), head, first)
+            _, dk, dv = each_head(head, first)
             k[...] = (dk * scale).astype(z.dtype)
             v[...] = dv.astype(z.dtype)
             plgpu.commit_smem()
@@ -365,7 +373,7 @@ def d_keys(
                 lax.fori_loop(jnp.int32(0), total, load, None)
                 return before + total
 
-            queries.drain(lax.fori_loop(jnp.int32(0), jnp.int32(G), head, jnp.int32(0)))
+            queries.drain(each_head(head, jnp.int32(0)))
 
     kernel = compiled(
         plan,
