@@ -122,7 +122,16 @@ def test_imports_point_down(path: Path) -> None:
             own = parts[-1] if parts[-1] != "__init__" else ""
             # Backends share `base`, and what a backend is made of; never another backend. Modules
             # share what lies between their projections; linen and nnx never meet.
-            made_of = ("base", "inputs", "lists", "loops", "steps", "transforms", "triton", "mosaic")
+            made_of = (
+                "base",
+                "inputs",
+                "lists",
+                "loops",
+                "steps",
+                "transforms",
+                "triton",
+                "mosaic",
+            )
             made_of += ("triton_tiles", "mosaic_tiles", "mosaic_parts")
             shared = (*made_of, "heads", "adapters", target[1])
             assert target[-1] in shared or own in target[-1], (

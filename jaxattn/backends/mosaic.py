@@ -19,8 +19,8 @@ from ..algebra import Mask
 from ..scores import Score
 from ..shapes import Array, Bool, Float, Int
 from ..split import Operand, pointwise, split
-from ..tiles import EMPTY, FULL, PARTIAL, TileMap
-from . import base, inputs
+from ..tiles import TileMap
+from . import base, inputs, lists
 from .base import Call
 from .inputs import Engine, Gradients, Inputs, Plan, Residue
 
@@ -207,20 +207,11 @@ def _lists(
     z: Extents, states: Int[Array, "..."] | None, transposed: bool
 ) -> tuple[Int[Array, "b n rows columns"], Int[Array, "b n rows 2"]]:
     """For each row of tiles the PARTIAL ones, then the FULL ones, and how many of each."""
-    nq, nk = z.T // z.tq, z.S // z.tk
-    if states is None:
-        states = jnp.full((1, 1, 1, nq, nk), FULL, jnp.int8)
-    states = _flat(states)
-    if z.keys != z.S:
-        # The mask says nothing of what is beyond the last key.
-        last = lax.broadcasted_iota(jnp.int32, states.shape, 3) == nk - 1
-        states = jnp.where(last, jnp.minimum(states, jnp.int8(PARTIAL)), states)
-    if transposed:
-        states = jnp.swapaxes(states, 2, 3)
-    order = jnp.where(states == EMPTY, jnp.int8(3), states)
-    tiles = jnp.argsort(order, axis=3, stable=True).astype(jnp.int32)
-    counts = [(states == kind).sum(3, dtype=jnp.int32) for kind in (PARTIAL, FULL)]
-    return tiles, jnp.stack(counts, 3)
+    # Queries beyond the last are made harmless; the mask says nothing of keys beyond theirs.
+    found = lists.states_of(states, (z.tq, z.tk), (z.tq, z.tk), z.T, z.keys)
+    tile, ends = lists.rows(jnp.swapaxes(found, 3, 4) if transposed else found)
+    counts = jnp.diff(ends, axis=-1, prepend=jnp.zeros_like(ends[..., :1]))
+    return _flat(tile), _flat(counts)
 
 
 # --- what nobody sees -----------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Kernels for NVIDIA GPUs that compute only the tiles a mask allows, in O(T + S) memory.
 
-Which kernels compute a call is decided in one place, `_kernels`.
+Two engines have them: Triton's (`triton.py`), which takes almost every call, and Mosaic GPU's
+(`mosaic.py`), made for Hopper. Which one computes a call is decided in one place, `_prepare`. They
+are imported where a GPU is used: Pallas would treble the time of `import jaxattn`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -17,11 +18,17 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from ..shapes import Array, Float
 from ..split import Split, split
 from ..tiles import TileMap
-from . import base, inputs, transforms, triton, triton_tiles
+from . import base, inputs, mosaic, transforms
 from .base import Call
-from .inputs import Engine
+from .inputs import Inputs, Plan
 
 WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) memory"
+
+ENGINES = ("triton", "mosaic")
+# The engine that computes what it can; the rest is Triton's. Mosaic's kernels have been interpreted
+# and compiled, and never run on a GPU: until they are measured on one, they compute only where this
+# was changed, before anything was traced.
+ENGINE = "triton"
 
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 
@@ -43,21 +50,6 @@ def interpreted() -> Iterator[None]:
         _interpreted.reset(token)
 
 
-class Kernels(NamedTuple):
-    """Kernels that can compute a call, and the tiles whose states they want."""
-
-    engine: Engine
-    tile: tuple[int, int]
-
-
-def _kernels(call: Call) -> Kernels:
-    """The kernels for a call that is not refused."""
-    interpret = _interpreted.get()
-    _, T, S, _, _, H, Hv = call.sizes
-    engine = triton.INTERPRETED if interpret else triton.ENGINE
-    return Kernels(engine, triton_tiles.tile_of(interpret, H, Hv, T, S, call.query.dtype))
-
-
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: platform, sizes, dtype, or what is on a tile."""
     if 0 in call.sizes:
@@ -71,6 +63,8 @@ def refuse(call: Call) -> str | None:
             return f"needs compute capability 8.0 or newer; this GPU's is {age[0]}.{age[1]}"
     if call.query.dtype == jnp.float64:
         return "has no kernels for float64"
+    from . import triton_tiles
+
     widest = max(call.sizes.H, call.sizes.Hv)
     if widest > triton_tiles.WIDEST:
         return f"head dimensions up to {triton_tiles.WIDEST} fit; got {widest}"
@@ -84,6 +78,8 @@ def refuse(call: Call) -> str | None:
 
 
 def _unfit(parts: Split) -> str | None:
+    from . import triton_tiles
+
     if not parts.elementwise:
         return "; ".join(parts.reasons)
     missing = triton_tiles.unknown(parts.program, learns=parts.scores)
@@ -92,8 +88,10 @@ def _unfit(parts: Split) -> str | None:
 
 def footprint(call: Call) -> int:
     """Bytes of the sums of rows, of the lists of tiles, and of inputs that have to be padded."""
+    from . import triton_tiles
+
     B, T, S, N, K, H, Hv = call.sizes
-    tq, tk = _kernels(call).tile
+    tq, tk = _smallest(call)
     lists = 4 * B * N * -(-T // tq) * -(-S // tk) if call.mask is not None else 0
     padded = 0
     if (triton_tiles.width(H), triton_tiles.width(Hv)) != (H, Hv) or T % tq or S % tk:
@@ -106,16 +104,28 @@ def footprint(call: Call) -> int:
 
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    kernels = _kernels(call)
-    choose = partial(_tile, call, kernels.tile)
-    plan, x = inputs.prepare(call, kernels.engine, call.query.dtype, choose)
-    out, lse = transforms.attend(plan, x)
+    out, lse = transforms.attend(*_prepare(call))
     B, T, _, N, _, _, Hv = call.sizes
     return out.reshape(B, T, N, Hv), lse.reshape(B, T, N)
 
 
-def _tile(call: Call, tile: tuple[int, int], known: TileMap | None, heads: int) -> tuple[int, int]:
+def _prepare(call: Call) -> tuple[Plan, Inputs]:
+    """The kernels for a call that is not refused, and what they are given."""
+    interpret = _interpreted.get()
+    hopper = base.capability(call) in (None, (9, 0))
+    if ENGINE == "mosaic" and hopper and not interpret and mosaic.refuse(call) is None:
+        return mosaic.prepare(call)
+    from . import triton
+
+    engine = triton.INTERPRETED if interpret else triton.ENGINE
+    return inputs.prepare(call, engine, call.query.dtype, partial(_tile, call))
+
+
+def _tile(call: Call, known: TileMap | None, heads: int) -> tuple[int, int]:
     """The tile of the map that came along, if it divides those of the kernels, or the reverse."""
+    from . import triton_tiles
+
+    tile = _smallest(call)
     if known is not None and all(
         triton_tiles.LEAST <= n <= _COARSEST and n & (n - 1) == 0 for n in known.tile
     ):
@@ -123,4 +133,12 @@ def _tile(call: Call, tile: tuple[int, int], known: TileMap | None, heads: int) 
     return min(tile[0], call.sizes.T), min(tile[1], call.sizes.S)
 
 
-__all__ = ["WHY", "footprint", "interpreted", "refuse", "run"]
+def _smallest(call: Call) -> tuple[int, int]:
+    """The size of tiles whose states serve those of all of Triton's kernels."""
+    from . import triton_tiles
+
+    _, T, S, _, _, H, Hv = call.sizes
+    return triton_tiles.tile_of(_interpreted.get(), H, Hv, T, S, call.query.dtype)
+
+
+__all__ = ["ENGINE", "ENGINES", "WHY", "footprint", "interpreted", "refuse", "run"]
