@@ -285,6 +285,18 @@ def test_it_lowers(name: str, kind: str) -> None:
 
 
 @lowering
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernels need JAX 0.11")
+def test_the_engine_that_is_asked_for(monkeypatch: Any) -> None:
+    """Mosaic's kernels where they can, on Hopper; Triton's for the rest, and without asking."""
+    monkeypatch.setattr(pallas_gpu, "ENGINE", "mosaic")
+    half, single = (structs(704, 704, 2, 1, 64, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    assert lowered(H100, half, mask=masks.causal()).count("@mosaic_gpu") == 3
+    assert "mosaic" not in lowered(H100, single, mask=masks.causal())
+    monkeypatch.setattr(pallas_gpu, "ENGINE", "triton")
+    assert "mosaic" not in lowered(H100, structs(768, 768, 2, 1, 64, jnp.bfloat16))
+
+
+@lowering
 def test_ragged_lengths_lower() -> None:
     lowered(H100, structs(333, 517, 2, 1, 64, jnp.bfloat16))
 
