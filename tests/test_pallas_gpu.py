@@ -23,6 +23,7 @@ from jaxattn import masks, scores
 from jaxattn.attention import BACKENDS
 from jaxattn.backends import dense, lists, pallas_gpu, triton_tiles
 from jaxattn.backends.base import Call
+from jaxattn.request import request
 from jaxattn.tiles import tile_map
 
 pytestmark = pytest.mark.no_cover
@@ -297,6 +298,20 @@ def test_the_engine_that_is_asked_for(monkeypatch: Any) -> None:
 
 
 @lowering
+def test_a_tile_can_be_asked_for() -> None:
+    """All kernels take it, and the lists of active tiles are of that size."""
+    arguments = structs(LENGTH, LENGTH, 2, 1, 64, jnp.bfloat16)
+    for tile, counts in (((32, 64), "20x10xi32"), ((64, 128), "10x5xi32")):
+
+        def run(query: Any, key: Any, value: Any, tile: Any = tile) -> Any:
+            return pallas_gpu.run(request(query, key, value, mask=masks.causal()), tile)[0]
+
+        with described(H100):
+            traced = jax.jit(run).trace(*arguments)
+            assert counts in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowering
 def test_ragged_lengths_lower() -> None:
     lowered(H100, structs(333, 517, 2, 1, 64, jnp.bfloat16))
 
@@ -323,13 +338,13 @@ def test_auto_takes_kernels_where_they_can(T: int, options: Any, expected: str) 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_tiles_are_what_triton_takes(H: int, Hv: int, dtype: str) -> None:
     for T, S in ((1, 1), (33, 7), (4096, 4096)):
-        blocks = triton_tiles.blocks_of(False, H, Hv, T, S, dtype)
+        blocks = triton_tiles.blocks_of(triton_tiles.How(), H, Hv, T, S, dtype)
         for block in blocks:
             for n in (block.tq, block.tk, block.warps):
                 assert n & (n - 1) == 0
             assert min(block.tq, block.tk) >= triton_tiles.LEAST
         assert blocks.tables.tq == blocks.tables.tk
-        tq, tk = triton_tiles.tile_of(False, H, Hv, T, S, dtype)
+        tq, tk = triton_tiles.tile_of(triton_tiles.How(), H, Hv, T, S, dtype)
         assert all(block.tq % tq == 0 and block.tk % tk == 0 for block in blocks)
 
 

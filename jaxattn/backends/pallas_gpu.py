@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -21,6 +22,9 @@ from ..tiles import TileMap
 from . import base, inputs, mosaic, transforms
 from .base import Call
 from .inputs import Inputs, Plan
+
+if TYPE_CHECKING:
+    from .triton_tiles import How
 
 WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) memory"
 
@@ -91,7 +95,7 @@ def footprint(call: Call) -> int:
     from . import triton_tiles
 
     B, T, S, N, K, H, Hv = call.sizes
-    tq, tk = _smallest(call)
+    tq, tk = _smallest(call, triton_tiles.How(_interpreted.get()))
     lists = 4 * B * N * -(-T // tq) * -(-S // tk) if call.mask is not None else 0
     padded = 0
     if (triton_tiles.width(H), triton_tiles.width(Hv)) != (H, Hv) or T % tq or S % tk:
@@ -102,30 +106,39 @@ def footprint(call: Call) -> int:
     return int(4 * B * T * N + lists + padded)
 
 
-def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    out, lse = transforms.attend(*_prepare(call))
+def run(
+    call: Call, tile: tuple[int, int] | None = None
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`.
+
+    Args:
+      call: what to compute.
+      tile: queries and keys of a tile, powers of 2 from 16 on (Mosaic's: 64 or 128); by default
+        chosen by the head dimension and the dtype.
+    """
+    out, lse = transforms.attend(*_prepare(call, tile))
     B, T, _, N, _, _, Hv = call.sizes
     return out.reshape(B, T, N, Hv), lse.reshape(B, T, N)
 
 
-def _prepare(call: Call) -> tuple[Plan, Inputs]:
+def _prepare(call: Call, tile: tuple[int, int] | None) -> tuple[Plan, Inputs]:
     """The kernels for a call that is not refused, and what they are given."""
     interpret = _interpreted.get()
     hopper = base.capability(call) in (None, (9, 0))
     if ENGINE == "mosaic" and hopper and not interpret and mosaic.refuse(call) is None:
-        return mosaic.prepare(call)
+        return mosaic.prepare(call, tile=tile)
     from . import triton
+    from .triton_tiles import How
 
-    engine = triton.INTERPRETED if interpret else triton.ENGINE
-    return inputs.prepare(call, engine, call.query.dtype, partial(_tile, call))
+    how = How(interpret, tile)
+    return inputs.prepare(call, triton.engine(how), call.query.dtype, partial(_tile, call, how))
 
 
-def _tile(call: Call, known: TileMap | None, heads: int) -> tuple[int, int]:
+def _tile(call: Call, how: How, known: TileMap | None, heads: int) -> tuple[int, int]:
     """The tile of the map that came along, if it divides those of the kernels, or the reverse."""
     from . import triton_tiles
 
-    tile = _smallest(call)
+    tile = _smallest(call, how)
     if known is not None and all(
         triton_tiles.LEAST <= n <= _COARSEST and n & (n - 1) == 0 for n in known.tile
     ):
@@ -133,12 +146,12 @@ def _tile(call: Call, known: TileMap | None, heads: int) -> tuple[int, int]:
     return min(tile[0], call.sizes.T), min(tile[1], call.sizes.S)
 
 
-def _smallest(call: Call) -> tuple[int, int]:
+def _smallest(call: Call, how: How) -> tuple[int, int]:
     """The size of tiles whose states serve those of all of Triton's kernels."""
     from . import triton_tiles
 
     _, T, S, _, _, H, Hv = call.sizes
-    return triton_tiles.tile_of(_interpreted.get(), H, Hv, T, S, call.query.dtype)
+    return triton_tiles.tile_of(how, H, Hv, T, S, call.query.dtype)
 
 
 __all__ = ["ENGINE", "ENGINES", "WHY", "footprint", "interpreted", "refuse", "run"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +29,9 @@ from .inputs import Engine, Gradients, Inputs, Plan
 # --- forward --------------------------------------------------------------------------------------
 
 
-def _forward(interpret: bool, plan: Plan, x: Inputs) -> tuple[Array, Array]:
+def _forward(how: tiles.How, plan: Plan, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
-    block = _blocks(interpret, x).forward
+    block = _blocks(how, x).forward
     z = tiles.shape_of(x, block)
     given = tiles.given_to(plan, z, x) | lists.rows(_states(plan, z, x))._asdict()
     low = base.sentinel(jnp.float32)
@@ -67,7 +67,7 @@ def _forward(interpret: bool, plan: Plan, x: Inputs) -> tuple[Array, Array]:
         lse_ref[...] = jnp.where(seen, m * (1 / tiles.LOG2E) + jnp.log(total), -jnp.inf)
 
     out, lse = tiles.launch(
-        kernel, "forward", interpret, block, (z.Tp // z.tq, z.N, z.B), given,
+        kernel, "forward", how.interpret, block, (z.Tp // z.tq, z.N, z.B), given,
         [
             ((z.B, z.Tp, z.N, z.Hvp), x.query.dtype, *_rows_of(z, z.Hvp)),
             ((z.B, z.N, z.Tp), jnp.float32, *_line_of(z.tq)),
@@ -77,10 +77,10 @@ def _forward(interpret: bool, plan: Plan, x: Inputs) -> tuple[Array, Array]:
     return out, _by_query(z, lse)
 
 
-def _blocks(interpret: bool, x: Inputs) -> tiles.Blocks:
+def _blocks(how: tiles.How, x: Inputs) -> tiles.Blocks:
     _, T, _, _, H = x.query.shape
     _, S, _, Hv = x.value.shape
-    return tiles.blocks_of(interpret, H, Hv, T, S, x.query.dtype)
+    return tiles.blocks_of(how, H, Hv, T, S, x.query.dtype)
 
 
 def _states(plan: Plan, z: tiles.Shape, x: Inputs) -> Array:
@@ -134,7 +134,7 @@ def _exponents(
 
 
 def _backward(
-    interpret: bool, plan: Plan, groups: int, x: Inputs, out: Float[Array, "B T K G Hv"],
+    how: tiles.How, plan: Plan, groups: int, x: Inputs, out: Float[Array, "B T K G Hv"],
     lse: Float[Array, "B T K G"], d_out: Float[Array, "B T K G Hv"], d_lse: Float[Array, "B T K G"],
 ) -> Gradients:  # fmt: skip
     """Cotangents of the inputs; see `Engine`."""
@@ -152,13 +152,13 @@ def _backward(
     def of(*kinds: str) -> list[int]:
         return sorted(n for kind in kinds for n in by_kind.get(kind, ()))
 
-    blocks = _blocks(interpret, x)
-    query, scale, found = _d_queries(interpret, plan, blocks.queries, x, given, of("row", "head"))
-    key, value, more = _d_keys(interpret, plan, blocks.keys, x, given, of("column"))
+    blocks = _blocks(how, x)
+    query, scale, found = _d_queries(how, plan, blocks.queries, x, given, of("row", "head"))
+    key, value, more = _d_keys(how, plan, blocks.keys, x, given, of("column"))
     for n, part in (found | more).items():
         score[n] = _gathered(part, x.score[n], groups)
     for n in of("grid", "diagonal"):
-        score[n] = _d_table(interpret, plan, blocks.tables, x, given, n, groups)
+        score[n] = _d_table(how, plan, blocks.tables, x, given, n, groups)
     return Gradients(query, key, value, scale, tuple(score))
 
 
@@ -222,7 +222,7 @@ def _slopes(
 
 
 def _d_queries(
-    interpret: bool,
+    how: tiles.How,
     plan: Plan,
     block: tiles.Block,
     x: Inputs,
@@ -262,7 +262,7 @@ def _d_queries(
 
     line = ((z.B, z.N, z.Tp), jnp.float32, *_line_of(z.tq))
     dq, dc, *sums = tiles.launch(
-        kernel, "queries", interpret, block, (z.Tp // z.tq, z.N, z.B), given,
+        kernel, "queries", how.interpret, block, (z.Tp // z.tq, z.N, z.B), given,
         [((z.B, z.Tp, z.N, z.Hp), x.query.dtype, *_rows_of(z, z.Hp)), *[line] * (1 + len(learned))],
     )  # fmt: skip
     parts = {}
@@ -274,7 +274,7 @@ def _d_queries(
 
 
 def _d_keys(
-    interpret: bool,
+    how: tiles.How,
     plan: Plan,
     block: tiles.Block,
     x: Inputs,
@@ -321,7 +321,7 @@ def _d_keys(
         (z.B, z.K, z.G, z.Sp), jnp.float32, (None, None, z.G, z.tk), lambda j, k, b: (b, k, 0, j),
     )  # fmt: skip
     dk, dv, *sums = tiles.launch(
-        kernel, "keys", interpret, block, (z.Sp // z.tk, z.K, z.B), given,
+        kernel, "keys", how.interpret, block, (z.Sp // z.tk, z.K, z.B), given,
         [
             (
                 (z.B, z.Sp, z.K, wide), x.key.dtype, (None, z.tk, None, wide),
@@ -336,7 +336,7 @@ def _d_keys(
 
 
 def _d_table(
-    interpret: bool, plan: Plan, block: tiles.Block, x: Inputs, cotangents: tiles.Cotangents,
+    how: tiles.How, plan: Plan, block: tiles.Block, x: Inputs, cotangents: tiles.Cotangents,
     n: int, groups: int,
 ) -> Array:  # fmt: skip
     """The gradient of an operand of the score that has a number for each pair, or each distance.
@@ -402,7 +402,7 @@ def _d_table(
     cut = (None,) * (len(shape)) + (z.tq, z.tk)
     where = of_diagonal if diagonal else of_pairs
     (found,) = tiles.launch(
-        kernel, "tables", interpret, block, (owned, ek * eg, eb), given,
+        kernel, "tables", how.interpret, block, (owned, ek * eg, eb), given,
         [((eb, ek * eg, *shape), jnp.float32, cut, where)],
     )  # fmt: skip
     if diagonal:
@@ -428,6 +428,7 @@ def _line(parts: Array) -> Array:
     return first + jnp.pad(second, [*ends, (t, 0)])
 
 
-ENGINE = Engine(partial(_forward, False), partial(_backward, False))
-# The same kernels step by step, on any platform: slow, for tests.
-INTERPRETED = Engine(partial(_forward, True), partial(_backward, True))
+@lru_cache(maxsize=256)
+def engine(how: tiles.How) -> Engine:
+    """The kernels; the same ones step by step on any platform, slow, where they are interpreted."""
+    return Engine(partial(_forward, how), partial(_backward, how))

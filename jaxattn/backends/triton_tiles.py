@@ -74,23 +74,35 @@ def width(n: int) -> int:
     return max(LEAST, 1 << (max(n, 1) - 1).bit_length())
 
 
-def blocks_of(interpret: bool, H: int, Hv: int, T: int, S: int, dtype: Any) -> Blocks:
-    """The tiles for these extents; the smallest there are where kernels are interpreted."""
+class How(NamedTuple):
+    """How kernels are run.
+
+    Attributes:
+      interpret: by JAX, on any platform, in the smallest tiles there are.
+      tile: queries and keys of a tile in all kernels, powers of 2 from 16 on; None for the table's.
+    """
+
+    interpret: bool = False
+    tile: tuple[int, int] | None = None
+
+
+def blocks_of(how: How, H: int, Hv: int, T: int, S: int, dtype: Any) -> Blocks:
+    """The tiles for these extents."""
     wide = max(64, width(max(H, Hv)))
-    most_q, most_k = (LEAST, LEAST) if interpret else (width(T), width(S))
-    fitted = [
-        block._replace(tq=min(block.tq, most_q), tk=min(block.tk, most_k))
-        for block in _BLOCKS[jnp.dtype(dtype).itemsize, wide]
-    ]
+    most_q, most_k = (LEAST, LEAST) if how.interpret else (width(T), width(S))
+    fitted = []
+    for block in _BLOCKS[jnp.dtype(dtype).itemsize, wide]:
+        tq, tk = how.tile or (block.tq, block.tk)
+        fitted.append(block._replace(tq=min(tq, most_q), tk=min(tk, most_k)))
     # Square, as those along a diagonal of the table are added up.
     side = min(fitted[-1].tq, fitted[-1].tk)
     fitted[-1] = fitted[-1]._replace(tq=side, tk=side)
     return Blocks(*fitted)
 
 
-def tile_of(interpret: bool, H: int, Hv: int, T: int, S: int, dtype: Any) -> tuple[int, int]:
+def tile_of(how: How, H: int, Hv: int, T: int, S: int, dtype: Any) -> tuple[int, int]:
     """The size of tiles whose states serve those of every kernel."""
-    blocks = blocks_of(interpret, H, Hv, T, S, dtype)
+    blocks = blocks_of(how, H, Hv, T, S, dtype)
     return min(block.tq for block in blocks), min(block.tk for block in blocks)
 
 
