@@ -92,8 +92,9 @@ def cases() -> Iterator[Case]:
     """Every size of head that has tiles of its own; then all that a kernel can be asked at once."""
     wide = [(H, dtype) for dtype in (jnp.bfloat16, jnp.float32) for H in (64, 128, 256)]
     for H, dtype in wide:
-        # True float32 products of many columns: their factors fill the registers.
-        fits = dtype != jnp.float32 or H == 64
+        # True float32 products of many columns: their factors fill the registers. The compiler of
+        # JAX 0.10 wants a few more for the widest heads.
+        fits = (dtype != jnp.float32 and (H < 256 or jax.__version_info__ >= (0, 11))) or H == 64
         yield Case("causal", H, dtype, {"mask": masks.causal()}, fits)
     yield Case("no mask, ragged head", 80, jnp.bfloat16, {})
     ids = jnp.zeros((B, T), jnp.int32)
@@ -161,6 +162,9 @@ def main() -> int:
     failed = 0
     for case in cases():
         name = f"{case.engine}: {case.name}, {jnp.dtype(case.dtype).name}, head dimension {case.H}"
+        if case.engine == "mosaic" and jax.__version_info__ < (0, 11):
+            print(f"{name:66} left out: needs JAX 0.11, and this is {jax.__version__}")
+            continue
         start = time.perf_counter()
         # What was traced for one engine is not for the other.
         jax.clear_caches()

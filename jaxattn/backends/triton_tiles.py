@@ -47,7 +47,7 @@ class Blocks(NamedTuple):
 # products run on the ordinary units, whose factors fill the registers: some spill from 128 on.
 _BLOCKS: dict[tuple[int, int], Blocks] = {
     (2, 64): Blocks(
-        Block(128, 64, 8, 3), Block(64, 64, 4, 3), Block(64, 64, 4, 3), Block(64, 64, 8, 2)
+        Block(128, 64, 8, 3), Block(64, 64, 4, 3), Block(64, 64, 8, 3), Block(64, 64, 8, 2)
     ),
     (2, 128): Blocks(
         Block(128, 64, 8, 2), Block(64, 64, 8, 2), Block(32, 64, 8, 2), Block(64, 64, 8, 2)
