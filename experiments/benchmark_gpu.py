@@ -426,7 +426,10 @@ def suite(crew: Crew) -> dict[str, Any]:
     if "error" in said:
         raise SystemExit(f"jaxattn does not start: {said['error']}")
     if config.device == "gpu" and said["platform"] != "gpu":
-        raise SystemExit(f"no GPU: JAX computes on {said['platform']}; a rehearsal: --device cpu")
+        raise SystemExit(
+            f"no GPU: JAX computes on {said['platform']}; for a rehearsal say --gpu.device cpu, or "
+            "--device cpu to benchmark_gpu.py"
+        )
     names = contestants(crew, said)
     torch = next((n for n in names if n.startswith("torch")), None)
     said |= {} if torch is None else {"torch": crew.ask(torch, hello=True).get("torch")}

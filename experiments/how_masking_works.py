@@ -41,8 +41,6 @@ IGNORED = jnp.array([[0, 0, 0, 1]], jnp.float32)  # 1 where a key is ignored, as
 
 TYPES = jnp.float32, jnp.bfloat16, jnp.float16
 
-Say = Callable[..., None]
-
 
 # --- the ways to mask --------------------------------------------------------------------------
 
@@ -239,7 +237,7 @@ def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> T
 
 def answer(console: Console) -> None:
     """The whole answer, printed."""
-    say, show = console.print, console.print
+    say = console.print
     say("[bold]1. What the mask does[/bold]\n")
     steps, unmasked = step_by_step(), step_by_step(0.0)
     say(
@@ -255,7 +253,7 @@ def answer(console: Console) -> None:
         ("output = weights . values", unmasked.output, steps.output),
     ]
     header = ("step", "without mask", "with key 3 masked")
-    show(table("", header, [(name, numbers(a), numbers(b)) for name, a, b in rows]))
+    say(table("", header, [(name, numbers(a), numbers(b)) for name, a, b in rows]))
     library, _ = ja.scaled_dot_product_attention(
         QUERY, KEY, VALUE, masks.from_array(IGNORED, "ignore")
     )
@@ -274,7 +272,7 @@ def answer(console: Console) -> None:
         "mathematics, but no float can hold it: it underflows, to 0 exactly. How far below is "
         "enough depends on the type:\n"
     )
-    show(
+    say(
         table(
             "",
             ("type", "exp is 0 from a distance of", "the sum no longer feels it from"),
@@ -304,7 +302,7 @@ def answer(console: Console) -> None:
         f"cell that is allowed, is {nan}. Weights of logits 1, 2, 3, the last one masked:\n"
     )
     halves = in_half_precision()
-    show(
+    say(
         table(
             "",
             ("way", *halves),
@@ -324,7 +322,7 @@ def answer(console: Console) -> None:
         "not:\n"
     )
     blind = rows_without_keys()
-    show(
+    say(
         table(
             "",
             ("way", *blind),
@@ -338,7 +336,7 @@ def answer(console: Console) -> None:
 
     say("[bold]5. Gradients[/bold]\n")
     slopes = gradients()
-    show(
+    say(
         table(
             "Query 0 sees keys 0 and 1, query 1 sees nothing, and the loss leaves it out",
             ("way", *(f"d loss / d {name}" for name in slopes)),
@@ -354,7 +352,7 @@ def answer(console: Console) -> None:
 
     say("[bold]6. The same mask, as libraries spell it[/bold]\n")
     spelled = conventions()
-    show(
+    say(
         table(
             "",
             ("library", "row of query 1 of 3", "convention for from_array", "sees"),

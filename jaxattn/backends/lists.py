@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..shapes import Array, Int
-
-EMPTY, PARTIAL, FULL = 0, 1, 2
+from ..tiles import EMPTY, FULL, PARTIAL
 
 
 class Lists(NamedTuple):

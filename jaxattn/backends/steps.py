@@ -15,10 +15,9 @@ from jax import lax
 from ..program import varying
 from ..shapes import Array, Int
 from ..split import pointwise
+from ..tiles import EMPTY, FULL, PARTIAL
 from . import base
 from .inputs import Inputs, Plan, Residue
-
-EMPTY, PARTIAL, FULL = 0, 1, 2
 
 # Heads times cells of one step: large enough that starting its dozen operations is cheap, small
 # enough that logits and weights stay in the caches (2 x 2 MB in float32 for a group of tiles).
