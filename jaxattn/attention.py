@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_batching import custom_vmap
 
 from .algebra import Positions
 from .backends import base, cudnn, decode, dense, pallas_gpu, tiled
@@ -111,10 +113,10 @@ def attention(
         precision=precision,
     )
     chosen = choose(call, backend).backend
-    out, lse = run(_settled(call, chosen), chosen)
+    results = run(_settled(call, chosen), chosen, return_lse)
     if np.ndim(query) == 3:
-        out, lse = out[0], lse[0]
-    return (out, lse) if return_lse else out
+        results = tuple(each[0] for each in results)
+    return results if return_lse else results[0]
 
 
 def attention_weights(
@@ -153,17 +155,61 @@ def attention_weights(
 
 def _settled(call: Call, backend: str) -> Call:
     """The call as its backend wants it; this side of `jit`, where values are still known."""
+    if _is_empty(call):
+        return call
     settle = getattr(BACKENDS[backend], "settle", None)
     return call if settle is None else settle(call)
 
 
-@partial(jax.jit, static_argnums=1)
-def run(call: Call, backend: str) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
-    """Output and LSE of a checked call, by the backend of that name."""
-    out, lse = _over_mesh(BACKENDS[backend].run, call)
+@partial(jax.jit, static_argnums=(1, 2))
+def run(call: Call, backend: str, with_lse: bool = True) -> tuple[Array, ...]:
+    """The output of a checked call by the backend of that name, and the LSE if it is asked for.
+
+    An LSE that nobody asked for is no result, so that `jax_debug_infs` does not stop for its -inf.
+    """
+    call = _learnable(call)
+    if _is_empty(call):
+        B, T, _, N, _, _, Hv = call.sizes
+        out = jnp.zeros((B, T, N, Hv), call.query.dtype)
+        lse = jnp.full((B, T, N), -jnp.inf, base.accumulator(call.query.dtype))
+    else:
+        out, lse = _over_mesh(BACKENDS[backend].run, call)
     if call.sinks is not None:
         out = (out.astype(lse.dtype) * _share(lse, call.sinks)).astype(out.dtype)
-    return out, lse
+    return (out, lse) if with_lse else (out,)
+
+
+def _is_empty(call: Call) -> bool:
+    """Whether there are no pairs of a query and a key."""
+    B, T, S, N, *_ = call.sizes
+    return 0 in (B, T, S, N)
+
+
+def _learnable(call: Call) -> Call:
+    """The call as derivatives see it: parameters of scores in float32, none in the dropout rate."""
+    dropout = call.dropout
+    if dropout is not None:
+        rate = jax.lax.stop_gradient(dropout.rate)
+        dropout = replace(dropout, rate=rate, seed=_own_seed(jax.lax.stop_gradient(call.query), dropout.seed))
+    return replace(call, dropout=dropout)
+
+
+@custom_vmap
+def _own_seed(query: Array, seed: Array) -> Array:
+    """The seed, unless `vmap` is about to use one for many queries."""
+    return seed
+
+
+@_own_seed.def_vmap
+def _own_seed_rule(size: int, batched: Any, query: Array, seed: Array) -> Any:
+    if batched[0] and not batched[1]:
+        raise ValueError(
+            f"dropout_seed: got one seed for all {size} elements of a vmapped axis, which would "
+            "drop the same weights in each; expected one for each: vmap over "
+            "jax.random.split(key, n) too, or over jnp.broadcast_to(seed, (n,)) if the same "
+            "weights are to drop"
+        )
+    return _own_seed(query, seed), batched[1]
 
 
 def _over_mesh(run: Any, call: Call) -> Any:
@@ -191,7 +237,7 @@ def _run_weights(call: Call) -> Array:
 def _share(lse: Array, sinks: Array) -> Array:
     """What sinks leave to the keys: `sigmoid(lse - sinks)`, `[B, T, N, 1]`."""
     # The output of a row that sees nothing is 0 already; -inf would make its gradient NaN.
-    finite = jnp.where(lse > -jnp.inf, lse, 0)
+    finite = jnp.where(lse == -jnp.inf, 0, lse)
     return jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])[..., None]
 
 
@@ -214,6 +260,10 @@ def choose(call: Call, backend: str) -> Choice:
     if backend != "auto" and backend not in BACKENDS:
         known = ", ".join(map(repr, ["auto", *BACKENDS]))
         raise ValueError(f"backend: got {backend!r}, expected one of {known}")
+    if _is_empty(call):
+        name = "dense" if backend == "auto" else backend
+        others = {each: "there are no pairs to compute" for each in BACKENDS if each != name}
+        return Choice(name, "there are no pairs to compute: nothing runs", others)
     if backend != "auto":
         reason = BACKENDS[backend].refuse(call)
         if reason is not None:

@@ -65,11 +65,7 @@ class Operand(NamedTuple):
         if kind == "diagonal":
             n = tile_q + tile_k - 1
             near = lax.dynamic_slice_in_dim(array, q - k - tile_k + S, n, 2)
-            # Rows of a table of period n, each one shorter than the period, move by one.
-            near = jnp.roll(jnp.flip(near, 2), -(tile_q - 1), 2)
-            rows = jnp.broadcast_to(near[:, :, None], (*near.shape[:2], tile_q, n))
-            skewed = rows.reshape(*near.shape[:2], -1)[..., : tile_q * (n - 1)]
-            return skewed.reshape(*near.shape[:2], tile_q, n - 1)[..., :tile_k]
+            return skewed(jnp.flip(near, 2), tile_q, tile_k)
         if kind != "column":
             array = lax.dynamic_slice_in_dim(array, q, tile_q, 2)
         else:
@@ -77,6 +73,18 @@ class Operand(NamedTuple):
         if kind != "row":
             return lax.dynamic_slice_in_dim(array, k, tile_k, 3)
         return lax.expand_dims(array, (3,))
+
+
+def skewed(
+    line: Shaped[Array, "*lead distances"], rows: int, columns: int
+) -> Shaped[Array, "*lead rows columns"]:
+    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather would cost ten times."""
+    lead = line.shape[:-1]
+    period = rows + columns
+    gap = jnp.zeros((*lead, 1), line.dtype)
+    cycle = jnp.concatenate([line[..., rows - 1 :], gap, line[..., : rows - 1]], -1)
+    flat = jnp.broadcast_to(cycle[..., None, :], (*lead, rows, period)).reshape(*lead, -1)
+    return flat[..., : rows * (period - 1)].reshape(*lead, rows, period - 1)[..., :columns]
 
 
 @pytree

@@ -215,12 +215,6 @@ def test_scan_and_checkpoint():
     close(got, expected, 5e-5)
 
 
-def test_forward_mode_says_so():
-    call = make()
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda q: run(dataclasses.replace(call, query=q))[0], (call.query,), (call.query,))
-
-
 # --- devices --------------------------------------------------------------------------------------
 
 NAMES = ("data", "model")

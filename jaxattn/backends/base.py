@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 
 from ..algebra import Mask, Positions, pytree, static
 from ..scores import Score
@@ -118,29 +119,31 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def sentinel(dtype: Any) -> float:
-    """A finite logit for cells that are masked: `exp` of it minus any visible logit is 0.
-
-    Half of the lowest number, so that subtracting a row's maximum can't overflow to -inf.
-    """
-    return float(jnp.finfo(dtype).min) / 2
+def finite(array: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What is finite of an array, and 0 in place of NaN and infinities; its derivative is 1."""
+    return _finite(array)
 
 
-def softmax(
-    seen: Bool[Array, "*lead T S"], logits: Float[Array, "*lead T S"]
-) -> tuple[Float[Array, "*lead T S"], Float[Array, "*lead T"]]:
-    """Weights of what is seen, `exp(logits - lse)`, and the LSE; 0 and -inf where nothing is."""
-    # Over visible cells alone: theirs may lie below any sentinel, as a bias of finfo.min does.
-    lowest = float(jnp.finfo(logits.dtype).min)
-    top = jnp.where(seen, logits, lowest).max(-1, keepdims=True, initial=lowest)
-    top = jax.lax.stop_gradient(top)
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
-    total = p.sum(-1, keepdims=True)
-    # A bias of -inf on all that a query sees leaves it nothing, as if nothing were visible.
-    some = seen.any(-1, keepdims=True) & (total > 0)
-    total = jnp.where(some, total, 1)
-    lse = jnp.where(some, top + jnp.log(total), -jnp.inf)
-    return p / total, lse[..., 0]
+@jax.custom_jvp
+def _finite(array: Array) -> Array:
+    return jnp.where(jnp.isfinite(array), array, jnp.zeros((), array.dtype))
+
+
+@_finite.defjvp
+def _finite_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # Not 0 where the array is not finite: what comes of an element does not depend on its value.
+    return _finite(*primals), tangents[0]
+
+
+@custom_vmap
+def anywhere(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
+    """Whether any flag is raised; under `vmap` in any element, so that a `cond` of it stays one."""
+    return flags.any()
+
+
+@anywhere.def_vmap
+def _anywhere_rule(size: int, batched: Any, flags: Array) -> tuple[Array, bool]:
+    return anywhere(flags), False
 
 
 # --- dropout: a counter-based hash of (seed, b, h, q, k) -----------------------------------------
@@ -189,9 +192,9 @@ __all__ = [
     "Dropout",
     "Sizes",
     "accumulator",
+    "anywhere",
+    "finite",
     "keeps",
     "kept_scale",
     "row_keys",
-    "sentinel",
-    "softmax",
 ]

@@ -1,13 +1,11 @@
-"""What loops and kernels are given: the split mask and score, the states of tiles, the arrays.
-
-Arrays come with heads split into K key heads of G query heads each.
-"""
+"""What the formula, loops and kernels are given: the split mask and score, tiles, the arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import jax
 import jax.numpy as jnp
 
 from .. import intervals
@@ -27,23 +25,30 @@ class Residue(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """What computes: loops or kernels, as functions of a `Plan` and `Inputs`.
+    """What computes: loops or kernels, as functions of a `Plan` and `Inputs`, heads `grouped`.
+
+    Numbers that are not finite are kept from them (`careful.py`), but for logits that are not, and
+    for rows whose gradients are to be NaN.
 
     Attributes:
       forward: `(plan, x) -> (out [B, T, K, G, Hv] in the query's dtype, natural-log lse
-        [B, T, K, G])`.
-      backward: `(plan, groups, x, out, lse, d_out, d_lse) -> Gradients`. Operands of a score that
-        the batch rows share get one gradient for each of `groups` equal groups of rows.
+        [B, T, K, G])`, of values that are finite. Where weights sum up to 0, that is 0 and -inf.
+      backward: `(plan, groups, x, out, lse, d_out, d_lse) -> Gradients`, all finite but for `lse`:
+        it is -inf where a row takes no part, and NaN where its weights are to be. Operands of a
+        score that the batch rows share get one gradient for each of `groups` equal groups of rows.
+      differentiable: the forward where JAX can push tangents through it; None where the formula
+        has to be differentiated in its place.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    differentiable: Callable[..., Any] | None = None
 
 
 class Plan(NamedTuple):
     """What is the same for all values: hashable, the key of a compiled loop."""
 
-    engine: Engine
+    engine: Engine | None
     mask: Residue | None
     score: Residue | None
     dropout: bool
@@ -53,19 +58,19 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What engines work on; extents of operands are 1 where they don't depend on b or h.
+    """What is worked on; extents of operands are 1 where they don't depend on b or h.
 
     Attributes:
-      query: `[B, T, K, G, H]`.
+      query: `[B, T, N, H]`.
       key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
-      states: int8 `[B|1, K|1, G|1, nq, nk]`, or None: everything is FULL.
+      states: int8 `[B|1, N|1, nq, nk]`, or None: everything is FULL.
       scale: `[B|1]`.
-      mask, score: operands of the residues, `[B|1, K|1, G|1, ...]`.
-      dropout: nothing, or two words for each row `[B, K, G, T]`, positions of keys
-        `[B|1, 1, 1, S]`, and the rate `[B|1, 1, 1]`.
+      mask, score: operands of the residues, `[B|1, N|1, ...]`.
+      dropout: nothing, or two words for each row `[B, N, T]`, positions of keys `[B|1, 1, S]`, and
+        the rate `[B|1, 1]`.
     """
 
-    query: Float[Array, "B T K G H"]
+    query: Float[Array, "B T N H"]
     key: Float[Array, "B S K H"]
     value: Float[Array, "B S K Hv"]
     states: Int[Array, "..."] | None
@@ -73,6 +78,53 @@ class Inputs(NamedTuple):
     mask: tuple[Any, ...]
     score: tuple[Any, ...]
     dropout: tuple[Any, ...]
+
+    def floats(self, of: Any = None) -> tuple[Any, ...]:
+        """What derivatives are taken in: query, key, value, scale, and the score's floats.
+
+        Or what stands in their places `of` something of the same structure, tangents or flags.
+        """
+        of = self if of is None else of
+        score = (each for a, each in zip(self.score, of.score, strict=True) if _learns(a))
+        return (of.query, of.key, of.value, of.scale, *score)
+
+    def with_floats(self, floats: Sequence[Any], of: Any = None) -> Inputs:
+        """The same, or `of` something of the same structure, with others in place of `floats()`."""
+        of = self if of is None else of
+        query, key, value, scale, *learned = floats
+        following = iter(learned)
+        pairs = zip(self.score, of.score, strict=True)
+        score = tuple(next(following) if _learns(a) else each for a, each in pairs)
+        made = of._replace(query=query, key=key, value=value, scale=scale, score=score)
+        return cast(Inputs, made)
+
+    def grouped(self) -> Inputs:
+        """The same with the N query heads as K key heads of G query heads each.
+
+        Queries are `[B, T, K, G, H]`, states, operands and what dropout needs
+        `[B|1, K|1, G|1, ...]`.
+        """
+        K = self.key.shape[2]
+        fields = self._asdict() | {"query": by_key_head(self.query, 2, K)}
+        for name in ("states", "mask", "score", "dropout"):
+            fields[name] = jax.tree.map(lambda a: by_key_head(a, 1, K), fields[name])
+        return Inputs(**fields)
+
+
+def _learns(array: Any) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def by_key_head(array: Array, axis: int, K: int) -> Array:
+    """An axis of N query heads as two, of K key heads and of the group of each; 1 as 1 and 1."""
+    N = array.shape[axis]
+    heads = (1, 1) if N == 1 else (K, N // K)
+    return array.reshape(*array.shape[:axis], *heads, *array.shape[axis + 1 :])
+
+
+def joined(array: Array, axis: int) -> Array:
+    """Two axes of heads as one; undoes `by_key_head`."""
+    return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
 class Gradients(NamedTuple):
@@ -85,20 +137,28 @@ class Gradients(NamedTuple):
     score: tuple[Array | None, ...]
 
 
+def whole(call: Call) -> tuple[Plan, Inputs]:
+    """What the formula is given: no engine, no tiles."""
+    return prepare(call, None, call.query.dtype, lambda known, heads: (call.sizes.T, call.sizes.S))
+
+
 def prepare(
-    call: Call, engine: Engine, dtype: Any, choose: Callable[[TileMap | None, int], tuple[int, int]]
+    call: Call,
+    engine: Engine | None,
+    dtype: Any,
+    choose: Callable[[TileMap | None, int], tuple[int, int]],
 ) -> tuple[Plan, Inputs]:
     """What an engine is compiled for, and what it is given.
 
     Args:
       call: what to compute.
-      engine: what computes it.
+      engine: what computes it; without one no states of tiles are looked up.
       dtype: of the factors of products.
       choose: queries and keys of a tile, from the map that the call brings along, if any, and the
         number of heads that share their tiles.
     """
     sizes = call.sizes
-    B, T, S, N, K, _, _ = sizes
+    B, T, S, N, *_ = sizes
     wide = base.accumulator(call.query.dtype)
     states, parts = None, None
     operands: tuple[Operand, ...] = ()
@@ -108,12 +168,11 @@ def prepare(
         parts = split(mask, call.positions)
         operands = parts.operands(call.positions, B, N, T, S)
     tile = choose(known, _heads(sizes, operands))
-    if parts is not None:
+    if parts is not None and engine is not None:
         if known is not None and _within(known.tile, T, S) == _within(tile, T, S):
             states = known.states
         else:
             states = intervals.states(parts, operands, *tile, T, S)
-        states = _grouped(sizes, states)
 
     scores, scored = None, tuple[Operand, ...]()
     if call.score is not None:
@@ -129,13 +188,13 @@ def prepare(
         tile,
     )
     return plan, Inputs(
-        call.query.reshape(B, T, K, N // K, -1),
+        call.query,
         call.key,
         call.value,
         states,
         jnp.asarray(call.scale, wide).reshape(1),
-        tuple(_grouped(sizes, op.array) for op in operands),
-        tuple(_grouped(sizes, op.array) for op in scored),
+        tuple(op.array for op in operands),
+        tuple(op.array for op in scored),
         _dropout(call),
     )
 
@@ -157,13 +216,6 @@ def _residue(parts: Split | None) -> Residue | None:
     return None if parts is None else Residue(parts.program, parts.kinds)
 
 
-def _grouped(sizes: Sizes, array: Array) -> Array:
-    """`[B|1, N|1, ...]` as `[B|1, K|1, G|1, ...]`."""
-    b, n, *rest = array.shape
-    heads = (1, 1) if n == 1 else (sizes.K, sizes.N // sizes.K)
-    return array.reshape(b, *heads, *rest)
-
-
 def _dropout(call: Call) -> tuple[Array, ...]:
     if call.dropout is None:
         return ()
@@ -174,8 +226,8 @@ def _dropout(call: Call) -> tuple[Array, ...]:
     shape = (sizes.B, sizes.N, sizes.T)
     rate = jnp.asarray(call.dropout.rate, base.accumulator(call.query.dtype))
     return (
-        _grouped(sizes, jnp.broadcast_to(first, shape)),
-        _grouped(sizes, jnp.broadcast_to(second, shape)),
-        at.k[:, None, None, :],
-        rate.reshape(1, 1, 1),
+        jnp.broadcast_to(first, shape),
+        jnp.broadcast_to(second, shape),
+        at.k[:, None, :],
+        rate.reshape(1, 1),
     )

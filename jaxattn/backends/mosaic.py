@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from ..algebra import Mask
 from ..scores import Score
-from ..shapes import Array, Bool, Float, Int
-from ..split import Operand, pointwise, split
+from ..shapes import Array, Float, Int
+from ..split import split
 from ..tiles import TileMap
 from . import base, inputs, lists
 from .base import Call
@@ -32,9 +31,6 @@ TILE = 128, 128
 
 # Widths of heads that matrices in shared memory have; others are padded to the next.
 WIDTHS = 64, 128
-
-# Queries whose mask is evaluated at once in looking for keys that nobody sees.
-STRIP = 16
 
 
 def refuse(call: Call) -> str | None:
@@ -117,8 +113,7 @@ def forward(interpret: bool, plan: Plan, x: Inputs) -> tuple[Array, Array]:
     from . import mosaic_kernels
 
     z = _extents(plan, x)
-    (value,) = _heard(plan, x, x.value)
-    arrays = _arrays(plan, z, x._replace(value=value), transposed=False)
+    arrays = _arrays(plan, z, x, transposed=False)
     out, lse = mosaic_kernels.forward(plan, interpret, z, arrays)
     B, T, K, G, _ = x.query.shape
     out = out[:, :T, :, : x.value.shape[-1]].reshape(B, T, K, G, -1).astype(x.query.dtype)
@@ -214,49 +209,6 @@ def _lists(
     return _flat(tile), _flat(counts)
 
 
-# --- what nobody sees -----------------------------------------------------------------------------
-
-
-def _heard(plan: Plan, x: Inputs, *arrays: Float[Array, "B S K ..."]) -> list[Array]:
-    """Keys and values, zero where no query of their head sees them: 0 * NaN is NaN in a product.
-
-    The mask is looked through for them only where something is not finite.
-    """
-    residue = plan.mask
-    if residue is None:
-        return list(arrays)
-    finite = jnp.stack([a.sum(dtype=jnp.float32) * 0 == 0 for a in arrays]).all()
-    B, T, K, G, _ = x.query.shape
-    S = x.key.shape[1]
-    seen = lax.cond(
-        finite,
-        lambda _: jnp.ones((B, S, K), bool),
-        lambda mask: _seen(residue, mask, (B, T, S, K, G)),
-        x.mask,
-    )
-    return [jnp.where(seen[..., None], a, jnp.zeros((), a.dtype)) for a in arrays]
-
-
-def _seen(
-    residue: Residue, arrays: Sequence[Array], sizes: tuple[int, int, int, int, int]
-) -> Bool[Array, "B S K"]:
-    """Whether any query of a head sees a key, a strip of queries at a time."""
-    B, T, S, K, G = sizes
-    program, strip = residue.program, min(STRIP, T)
-    operands = [Operand(k, _flat(a)) for k, a in zip(residue.kinds, arrays, strict=True)]
-    ranks = [0] * len(operands)
-
-    def look(n: Any, seen: Array) -> Array:
-        q = jnp.minimum(n * strip, T - strip)
-        tiles = [op.tile(q, jnp.int32(0), strip, S, S) for op in operands]
-        shown = pointwise(program, tiles, ranks)
-        shown = jnp.broadcast_to(shown, (B, K * G, strip, S)).any(2)
-        return seen | shown.reshape(B, K, G, S).any(2)
-
-    seen = jnp.zeros((B, K, S), bool)
-    return lax.fori_loop(jnp.int32(0), jnp.int32(-(-T // strip)), look, seen).swapaxes(1, 2)
-
-
 # --- backward -------------------------------------------------------------------------------------
 
 
@@ -280,31 +232,20 @@ def backward(
     _, S, _, Hv = x.value.shape
     wide = jnp.float32
 
-    # Queries that see nothing take no part, whatever they hold and whatever cotangent they get: of
-    # so large an LSE every weight is 0.
-    seen = lse != -jnp.inf
+    # Queries that take no part: of so large an LSE every weight is 0.
     delta = (d_out.astype(wide) * out.astype(wide)).sum(-1) - d_lse
-    lines = jnp.stack(
-        [
-            jnp.where(seen, lse * math.log2(math.e), -base.sentinel(wide)),
-            jnp.where(seen, delta, jnp.zeros((), wide)),
-        ]
-    )
-    lines = lines.transpose(1, 3, 4, 0, 2).reshape(B, K * G, 2, T)
-    beyond = jnp.full((B, K * G, 1, z.T - T), -base.sentinel(wide), wide)
+    far = jnp.where(lse == -jnp.inf, jnp.inf, lse * math.log2(math.e))
+    lines = jnp.stack([far, delta]).transpose(1, 3, 4, 0, 2).reshape(B, K * G, 2, T)
+    beyond = jnp.full((B, K * G, 1, z.T - T), jnp.inf, wide)
     beyond = jnp.concatenate([beyond, jnp.zeros_like(beyond)], 2)
-    some = seen[..., None]
-    query, d_out = (jnp.where(some, a, jnp.zeros((), a.dtype)) for a in (x.query, d_out))
-    key, value = _heard(plan, x, x.key, x.value)
-    given = x._replace(query=query, key=key, value=value)
     more = Backward(_matrix(z, d_out, z.T, z.Hv), jnp.concatenate([lines, beyond], 3))
 
-    by_rows, by_columns = (_arrays(plan, z, given, transposed) for transposed in (False, True))
+    by_rows, by_columns = (_arrays(plan, z, x, transposed) for transposed in (False, True))
     dq, row_sums = mosaic_kernels.d_query(plan, interpret, z, by_rows, more)
     dk, dv, column_sums = mosaic_kernels.d_keys(plan, interpret, z, by_columns, more)
 
     dq = dq[:, :T, :, :H].reshape(x.query.shape)
-    d_scale = (query.astype(wide) * dq).sum((1, 2, 3, 4))
+    d_scale = (x.query.astype(wide) * dq).sum((1, 2, 3, 4))
     score: list[Array | None] = [None] * len(x.score)
     for n in learns(plan.score):
         assert plan.score is not None

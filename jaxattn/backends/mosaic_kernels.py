@@ -90,8 +90,11 @@ def forward(plan: Plan, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, 
                 keys.release(n)
                 s, _ = weights(place, masked, s, scale, column, None)
                 top = jnp.maximum(m, s.max(axis=1))
-                fade = jnp.exp2(m - top)
-                p = jnp.exp2(s - across(top, z.tk))
+                # Rows that have seen nothing so far are measured from 0: -inf - -inf is NaN.
+                none = top == jnp.full_like(top, LOW)
+                level = jnp.where(none, jnp.zeros_like(top), top)
+                fade = jnp.exp2(m - level)
+                p = jnp.exp2(s - across(level, z.tk))
                 l = l * fade + p.sum(axis=1)
                 if plan.dropout:
                     p = p * place.kept(column, p.shape)
@@ -101,8 +104,7 @@ def forward(plan: Plan, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, 
                 values.release(n)
                 return acc, top, l
 
-            # So far above masked logits that the weights of those are 0 from the first tile on.
-            start = zeros(ROWS, z.Hv), zeros(ROWS, fill=LOW / 2**20), zeros(ROWS)
+            start = zeros(ROWS, z.Hv), zeros(ROWS, fill=LOW), zeros(ROWS)
             acc, m, l = two_loops(counts, step, start)
             seen = l != jnp.zeros_like(l)
             total = jnp.where(seen, l, jnp.ones_like(l))

@@ -31,7 +31,7 @@ SHARED = 227 * 1024 - 8 * 1024
 DEEPEST = 4
 
 LOG2E = math.log2(math.e)
-LOW = base.sentinel(jnp.float32)
+LOW = float("-inf")
 
 
 class Extents(NamedTuple):

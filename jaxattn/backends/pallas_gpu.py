@@ -116,9 +116,7 @@ def run(
       tile: queries and keys of a tile, powers of 2 from 16 on (Mosaic's: 64 or 128); by default
         chosen by the head dimension and the dtype.
     """
-    out, lse = transforms.attend(*_prepare(call, tile))
-    B, T, _, N, _, _, Hv = call.sizes
-    return out.reshape(B, T, N, Hv), lse.reshape(B, T, N)
+    return transforms.attend(*_prepare(call, tile))
 
 
 def _prepare(call: Call, tile: tuple[int, int] | None) -> tuple[Plan, Inputs]:

@@ -14,7 +14,7 @@ from jax import lax
 
 from ..program import varying
 from ..shapes import Array, Int
-from ..split import pointwise
+from ..split import pointwise, skewed
 from ..tiles import EMPTY, FULL, PARTIAL
 from . import base
 from .inputs import Inputs, Plan, Residue
@@ -241,19 +241,9 @@ def _spread(z: Shape, kind: str, part: Array, at: Tile, transposed: bool) -> Arr
             part = jnp.expand_dims(part, (2, 3))
         case "diagonal":
             if transposed:
-                return jnp.moveaxis(_skew(part, at.tk, at.tq), 1, 2)
-            part = _skew(jnp.flip(part, -1), at.tq, at.tk)
+                return jnp.moveaxis(skewed(part, at.tk, at.tq), 1, 2)
+            part = skewed(jnp.flip(part, -1), at.tq, at.tk)
     return jnp.moveaxis(part, 3, 1) if transposed else part
-
-
-def _skew(line: Array, rows: int, columns: int) -> Array:
-    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather would cost ten times."""
-    lead = line.shape[:-1]
-    period = rows + columns
-    gap = jnp.zeros((*lead, 1), line.dtype)
-    cycle = jnp.concatenate([line[..., rows - 1 :], gap, line[..., : rows - 1]], -1)
-    flat = jnp.broadcast_to(cycle[..., None, :], (*lead, rows, period)).reshape(*lead, -1)
-    return flat[..., : rows * (period - 1)].reshape(*lead, rows, period - 1)[..., :columns]
 
 
 def _residue(
@@ -397,24 +387,6 @@ def columns_of(z: Shape, array: Array, at: Tile) -> Array:
     """Keys or values of a step: `[units, tk, width]` of `[B * K, S, width]`."""
     first = at.b * z.K + at.h
     return cut_out(array, [first, at.j, 0], [z.cb * z.ck, at.tk, array.shape[-1]])
-
-
-def felt_by(finite: Array, shown: Array, axes: tuple[int, int]) -> Array:
-    """Which keys anyone in a tile sees: the others may hold NaN, and 0 * NaN is NaN.
-
-    Only looked up where something is not finite: it costs as much as a pass over the logits.
-    """
-    return lax.cond(finite, lambda s: _all_of(s, axes), lambda s: s.any(axes), shown)
-
-
-def _all_of(shown: Array, axes: tuple[int, int]) -> Array:
-    first = (slice(0, 1) if axis in axes else slice(None) for axis in range(4))
-    return jnp.ones_like(shown[tuple(first)]).any(axes)
-
-
-def finite(*arrays: Array) -> Array:
-    """Whether all is finite; False now and then for what is, if its sum is not."""
-    return jnp.stack([a.sum(dtype=base.accumulator(a.dtype)) * 0 == 0 for a in arrays]).all()
 
 
 def accumulate(total: Array, part: Array, starts: Any) -> Array:

@@ -16,7 +16,7 @@ from . import base, inputs, loops, steps, transforms
 from .base import Call
 from .inputs import Engine, Inputs, Plan
 
-ENGINE = Engine(loops.forward, loops.backward)
+ENGINE = Engine(loops.forward, loops.backward, differentiable=loops.forward)
 
 
 def refuse(call: Call) -> str | None:
@@ -44,9 +44,7 @@ def run(
       call: what to compute.
       tile: queries and keys of a tile; by default chosen by the shapes.
     """
-    out, lse = transforms.attend(*prepare(call, tile))
-    B, T, _, N, _, _, Hv = call.sizes
-    return out.reshape(B, T, N, Hv), lse.reshape(B, T, N)
+    return transforms.attend(*prepare(call, tile))
 
 
 def prepare(call: Call, tile: tuple[int, int] | None = None) -> tuple[Plan, Inputs]:

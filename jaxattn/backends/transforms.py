@@ -2,7 +2,8 @@
 
 From the outside in:
 
-- `custom_vjp`: the backward is an engine's own, over the same tiles;
+- `custom_jvp`: the tangent is a linear function whose transpose is an engine's own backward, over
+  the same tiles; second derivatives are those of the formula, some rows at a time;
 - `custom_vmap`: a vmapped axis is folded into the batch axis. A loop batched by JAX would compute
   every batch row to the length of the longest;
 - `custom_partitioning`: inputs sharded over batch or heads are computed where they are.
@@ -10,9 +11,11 @@ From the outside in:
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,75 +28,141 @@ from jax.sharding import PartitionSpec as P
 
 from ..program import varying, varying_alike
 from ..shapes import Array, Float
+from . import careful, formula
 from .inputs import Gradients, Inputs, Plan
+from .linear import linear
 
 # The names of the results that the backward needs, for `jax.checkpoint` policies.
 SAVED = ("jaxattn_out", "jaxattn_lse")
 
 
-def attend(plan: Plan, x: Inputs) -> tuple[Float[Array, "B T K G Hv"], Float[Array, "B T K G"]]:
+def attend(plan: Plan, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output and LSE by the plan's engine, under any transformation."""
     leaves, tree = jax.tree.flatten(x)
     # All varying over the same axes of a `shard_map`: gradients are then summed outside.
-    alike = cast(Inputs, jax.tree.unflatten(tree, varying_alike(leaves)))
-    return _attend(plan)(alike)
+    alike = varying_alike(leaves)
+    # Inside a `shard_map` arrays are local already. Asked here: derivatives are traced elsewhere.
+    local = bool(varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes)
+    out, lse = _attend(plan, tree, local)(*alike)
+    return out, lse
 
 
 # --- differentiation ------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1024)
-def _attend(plan: Plan) -> Callable[[Inputs], tuple[Array, Array]]:
-    @jax.custom_vjp
-    def attend(x: Inputs) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _forward(plan)(x))
+def _attend(plan: Plan, tree: Any, local: bool) -> Callable[..., tuple[Array, Array]]:
+    """Attention of the leaves of inputs."""
 
-    def forward(x: Inputs) -> Any:
-        out, lse = _forward(plan)(x)
+    def inputs_of(leaves: Sequence[Any]) -> Inputs:
+        return cast(Inputs, jax.tree.unflatten(tree, leaves))
+
+    def by_formula(x: Inputs, *floats: Array) -> Any:
+        return formula.by_rows(plan, x.with_floats(floats))
+
+    @jax.custom_jvp
+    def attend(*leaves: Array) -> tuple[Array, Array]:
+        return cast("tuple[Array, Array]", _forward(plan, local)(inputs_of(leaves)))
+
+    @attend.defjvp
+    def rule(primals: Any, tangents: Any) -> Any:
+        out, lse = attend(*primals)
+        # Kept without -inf, for which `jax_debug_infs` would stop.
+        lse = jnp.where(lse == -jnp.inf, jnp.finfo(lse.dtype).max, lse)
         out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED, strict=True))
-        return (out, lse), (x, out, lse)
+        result = out, _with_empty(lse)
+        operands = inputs_of(primals).floats(inputs_of(tangents))
+        return result, tuple(linear(tangent, transpose, (*primals, out, lse), operands, result))
 
-    def backward(saved: Any, cotangents: Any) -> tuple[Inputs]:
-        x, out, lse = saved
-        g: Gradients = _backward(plan, 1)(x, out, lse, *cotangents)
+    # Where these are differentiated again, the formula is, in their place.
+
+    @jax.custom_jvp
+    def tangent_of(leaves: Any, moved: Any) -> Any:
+        return _tangent(plan, local)(inputs_of(leaves), moved)
+
+    @tangent_of.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        x, others = map(inputs_of, (primals[0], tangents[0]))
+
+        def of(floats: Any, moved: Any) -> Any:
+            return jax.jvp(partial(by_formula, x), floats, moved)[1]
+
+        given = (x.floats(), primals[1])
+        return jax.jvp(of, given, (x.floats(others), tangents[1]))
+
+    @jax.custom_jvp
+    def gradients_of(leaves: Any, saved: Any, cotangents: Any) -> Any:
+        x = inputs_of(leaves)
+        g: Gradients = _backward(plan, local, 1)(x, *saved, *cotangents)
         scale = g.scale if x.scale.shape[0] != 1 else g.scale.sum(0, keepdims=True)
-        # None stands for zero: masks carry no gradient.
-        return (
-            Inputs(
-                g.query,
-                g.key,
-                g.value,
-                None,
-                scale,
-                (None,) * len(x.mask),
-                g.score,
-                (None,) * len(x.dropout),
-            ),
-        )
+        return (g.query, g.key, g.value, scale, *(a for a in g.score if a is not None))
 
-    attend.defvjp(forward, backward)
+    @gradients_of.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        x, others = map(inputs_of, (primals[0], tangents[0]))
+
+        def of(floats: Any, cotangents: Any) -> Any:
+            return jax.vjp(partial(by_formula, x), *floats)[1](cotangents)
+
+        given = (x.floats(), primals[2])
+        return jax.jvp(of, given, (x.floats(others), tangents[2]))
+
+    def tangent(fixed: Any, moved: Any) -> Any:
+        *leaves, _, _ = fixed
+        return tangent_of(tuple(leaves), tuple(moved))
+
+    def transpose(fixed: Any, cotangents: Any) -> Any:
+        *leaves, out, lse = fixed
+        return gradients_of(tuple(leaves), (out, _with_empty(lse)), tuple(cotangents))
+
     return attend
+
+
+def _with_empty(lse: Array) -> Array:
+    """A kept LSE with -inf where it is -inf."""
+    return jnp.where(lse == jnp.finfo(lse.dtype).max, -jnp.inf, lse)
 
 
 # --- vmap -----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1024)
-def _forward(plan: Plan) -> Any:
+def _forward(plan: Plan, local: bool) -> Any:
     @custom_vmap
     def forward(x: Inputs) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _partitioned(None, plan, x))
+        return cast("tuple[Array, Array]", _partitioned(Work("forward"), plan, local, x))
 
     @forward.def_vmap
     def rule(size: int, batched: Any, x: Inputs) -> Any:
-        out, lse = forward(_fold(size, batched[0], x))
-        return (_unfold(size, out), _unfold(size, lse)), (True, True)
+        return _unfolded(size, forward(_fold(size, batched[0], x)))
 
     return forward
 
 
 @lru_cache(maxsize=1024)
-def _backward(plan: Plan, groups: int) -> Any:
+def _tangent(plan: Plan, local: bool) -> Any:
+    @custom_vmap
+    def tangent(x: Inputs, moved: Any) -> tuple[Array, Array]:
+        return cast("tuple[Array, Array]", _partitioned(Work("tangent"), plan, local, x, moved))
+
+    @tangent.def_vmap
+    def rule(size: int, batched: Any, x: Inputs, moved: Any) -> Any:
+        # What moves is as large as what it moves: both are batched, or neither is.
+        flags = tuple(map(operator.or_, x.floats(batched[0]), batched[1]))
+        pairs = []
+        for of, given in ((batched[0], x.floats()), (x.with_floats(batched[1], batched[0]), moved)):
+            spread = [
+                jnp.broadcast_to(a, (size, *a.shape)) if wanted and not yes else a
+                for a, wanted, yes in zip(given, flags, x.floats(of), strict=True)
+            ]
+            pairs.append(_fold(size, x.with_floats(flags, batched[0]), x.with_floats(spread)))
+        return _unfolded(size, tangent(pairs[0], pairs[1].floats()))
+
+    return tangent
+
+
+@lru_cache(maxsize=1024)
+def _backward(plan: Plan, local: bool, groups: int) -> Any:
     """The backward, with a gradient of each operand that batch rows share for every group of rows.
 
     Under vmap an array that is not batched still has one cotangent for each element.
@@ -101,14 +170,15 @@ def _backward(plan: Plan, groups: int) -> Any:
 
     @custom_vmap
     def backward(x: Inputs, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Gradients:
-        return cast(Gradients, _partitioned(groups, plan, x, out, lse, d_out, d_lse))
+        work = Work("backward", groups)
+        return cast(Gradients, _partitioned(work, plan, local, x, out, lse, d_out, d_lse))
 
     @backward.def_vmap
     def rule(size: int, batched: Any, x: Inputs, *rest: Array) -> Any:
         B = x.query.shape[1 if batched[0].query else 0]
         folded = _fold(size, batched[0], x)
         others = (_fold_one(size, yes, B, a) for yes, a in zip(batched[1:], rest, strict=True))
-        g = _backward(plan, groups * size)(folded, *others)
+        g = _backward(plan, local, groups * size)(folded, *others)
 
         def unfold(gradient: Array, primal: Array, yes: bool) -> Array:
             """The gradient for each element: `[size, groups]` or `[size, B]` in front."""
@@ -124,13 +194,8 @@ def _backward(plan: Plan, groups: int) -> Any:
             None if part is None else unfold(part, primal, yes)
             for part, primal, yes in zip(g.score, x.score, batched[0].score, strict=True)
         )
-        result = Gradients(
-            _unfold(size, g.query),
-            _unfold(size, g.key),
-            _unfold(size, g.value),
-            _unfold(size, g.scale),
-            score,
-        )
+        rows, _ = _unfolded(size, g._replace(score=()))
+        result = rows._replace(score=score)
         return result, jax.tree.map(lambda _: True, result)
 
     return backward
@@ -162,41 +227,54 @@ def _fold(size: int, batched: Inputs, x: Inputs) -> Inputs:
     )
 
 
-def _unfold(size: int, array: Array) -> Array:
-    return array.reshape(size, -1, *array.shape[1:])
+def _unfolded(size: int, tree: Any) -> Any:
+    """Results of a folded call, `[size, B, ...]`, and that all of them are batched."""
+    found = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), tree)
+    return found, jax.tree.map(lambda _: True, found)
 
 
 # --- sharding -------------------------------------------------------------------------------------
 
 
-# Names of axes by role. Batch rows b, key heads k and groups g may be sharded; operands have more
-# axes after these, and extents of 1 where they don't depend on b or h.
+# Names of axes by role. Batch rows b, query heads n and key heads k may be sharded; operands have
+# more axes after these, and extents of 1 where they don't depend on b or h.
 _AXES = {
-    "query": "btkgh", "key": "bskh", "value": "bskw", "scale": "b", "operand": "bkg",
-    "out": "btkgw", "lse": "btkg",
+    "query": "btnh", "key": "bskh", "value": "bskw", "scale": "b", "operand": "bn", "out": "btnw",
+    "lse": "btn",
 }  # fmt: skip
 
 
-def _partitioned(groups: int | None, plan: Plan, x: Inputs, *rest: Array) -> Any:
-    """The forward, or the backward of so many groups, computed where the inputs are."""
+class Work(NamedTuple):
+    """What is computed: "forward", "tangent", or "backward", of so many groups."""
+
+    name: str
+    groups: int = 1
+
+
+def _partitioned(work: Work, plan: Plan, local: bool, x: Inputs, *rest: Any) -> Any:
+    """What `work` says, computed where the inputs are."""
     args = (x, *rest)
-    fn = _local(groups, plan)
-    if varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes:
-        # Inside a shard_map arrays are local already.
+    fn = _local(work, plan)
+    if local:
         return fn(*args)
 
     def operands(values: Any) -> Any:
         return jax.tree.map(lambda _: "operand", values)
 
     own: tuple[Any, ...] = ("query", "key", "value", operands(x.states), "scale")
-    roles = (Inputs(*own, *map(operands, x[5:])), *("out", "lse", "out", "lse")[: len(rest)])
+    roles: Any = Inputs(*own, *map(operands, x[5:]))
     shapes = jax.eval_shape(fn, *args)
     out_roles: Any = ("out", "lse")
-    if groups is not None:
-        query, key, value, _, scale = own
-        out_roles = Gradients(query, key, value, scale, operands(shapes.score))
-    B, _, K, G, _ = x.query.shape
-    extents = {"b": B, "k": K, "g": G}
+    match work.name:
+        case "forward":
+            given: tuple[Any, ...] = (roles,)
+        case "tangent":
+            given = (roles, x.floats(roles))
+        case _:
+            given = (roles, "out", "lse", "out", "lse")
+            query, key, value, _, scale = own
+            out_roles = Gradients(query, key, value, scale, operands(shapes.score))
+    extents = {"b": x.query.shape[0], "n": x.query.shape[2], "k": x.key.shape[2]}
     leaves, tree = jax.tree.flatten(args)
     results, out_tree = jax.tree.flatten(shapes)
 
@@ -204,100 +282,130 @@ def _partitioned(groups: int | None, plan: Plan, x: Inputs, *rest: Array) -> Any
         pairs = zip(arrays, jax.tree.leaves(roles), strict=True)
         return tuple(_names(a.shape, role, extents) for a, role in pairs)
 
-    op = _operation(groups, plan, tree, named(leaves, roles), out_tree, named(results, out_roles))
+    op = _operation(
+        work, plan, tree, named(leaves, given), named(results, out_roles), tuple(extents.items())
+    )
     return jax.tree.unflatten(out_tree, op(*leaves))
 
 
 @lru_cache(maxsize=1024)
-def _local(groups: int | None, plan: Plan) -> Callable[..., Any]:
-    """The engine; traced once for its shapes, for the primal and for the forward rule."""
-    engine = plan.engine
-    fn = partial(engine.forward, plan) if groups is None else partial(engine.backward, plan, groups)
+def _local(work: Work, plan: Plan) -> Callable[..., Any]:
+    """What is computed; traced once for its shapes, for the primal and for the forward rule."""
+    match work.name:
+        case "forward":
+            fn: Any = partial(careful.forward, plan)
+        case "tangent":
+            fn = partial(careful.tangent, plan)
+        case _:
+            fn = partial(careful.backward, plan, work.groups)
     return jax.jit(fn, inline=True)
 
 
 def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
-    """A letter for each axis: b, k, g where it has that extent, "." for what stays whole."""
+    """A letter for each axis: b, n, k where it has that extent, "." for what stays whole."""
     letters = _AXES[role].ljust(len(shape), ".")
     return "".join(
-        letter if letter in extents and extents[letter] == n else "."
-        for letter, n in zip(letters, shape, strict=True)
+        letter if letter in extents and extents[letter] == size else "."
+        for letter, size in zip(letters, shape, strict=True)
     )
+
+
+class _Split(NamedTuple):
+    """How an operation is split: mesh axes of batch rows, of query heads, and of key heads."""
+
+    b: tuple[Any, ...] = ()
+    n: tuple[Any, ...] = ()
+    k: tuple[Any, ...] = ()
 
 
 @lru_cache(maxsize=1024)
 def _operation(
-    groups: int | None,
+    work: Work,
     plan: Plan,
     tree: Any,
     names: tuple[str, ...],
-    out_tree: Any,
     outs: tuple[str, ...],
+    extents: tuple[tuple[str, int], ...],
 ) -> Callable[..., Any]:
-    """The engine as an operation that XLA's partitioner may split along b, k and g."""
+    """The work as an operation that XLA's partitioner may split along batch rows and heads.
 
-    def local(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
+    Where key heads are fewer than the devices that query heads are split over, every device is
+    given all of them, and takes those that its query heads use.
+    """
+    B, N, K = (size for _, size in extents)
+
+    def local(split: _Split, parts: int, *leaves: Array) -> Any:
         # XLA asks for this while it compiles, under whatever mesh the caller has set; on one
         # device there is none.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return flat(local_groups, axes, *leaves)
+            return computed(split, parts, *leaves)
 
-    def flat(local_groups: int | None, axes: dict[str, Any], *leaves: Array) -> Any:
-        results = jax.tree.leaves(_local(local_groups, plan)(*jax.tree.unflatten(tree, leaves)))
-        # The gradient of what devices share is the sum of theirs.
-        over = [tuple(at for n in "bkg" if n not in out for at in axes[n]) for out in outs]
-        return tuple(
-            lax.psum(a, names) if names else a for a, names in zip(results, over, strict=True)
-        )
+    def computed(split: _Split, parts: int, *leaves: Array) -> Any:
+        here = work._replace(groups=max(work.groups // parts, 1))
+        used = None
+        if split.n and not split.k:
+            used = _used(N, K, leaves[0].shape[2], lax.axis_index(split.n))
+            leaves = tuple(
+                jnp.take(a, used, 2) if "k" in word else a
+                for a, word in zip(leaves, names, strict=True)
+            )
+        results = jax.tree.leaves(_local(here, plan)(*jax.tree.unflatten(tree, leaves)))
+        return tuple(whole(a, word, split, used) for a, word in zip(results, outs, strict=True))
+
+    def whole(array: Array, word: str, split: _Split, used: Array | None) -> Array:
+        """A gradient of what devices share: the sum of theirs."""
+        if used is not None and "k" in word:
+            zeros = jnp.zeros((*array.shape[:2], K, *array.shape[3:]), array.dtype)
+            array = zeros.at[:, :, used].add(array)
+        over = () if "b" in word else split.b
+        if "n" not in word and not ("k" in word and split.k):
+            over += split.n
+        return lax.psum(array, over) if over else array
 
     @custom_partitioning
     def op(*leaves: Array) -> Any:
-        return flat(groups, dict.fromkeys("bkg", ()), *leaves)
+        return computed(_Split(), 1, *leaves)
 
-    def axes_of(arg_shapes: Any) -> dict[str, Any]:
+    def split_of(arg_shapes: Any) -> tuple[_Split, int]:
+        """How the queries are split, and into how many parts their batch rows are."""
         sharding = arg_shapes[0].sharding
-        spec = (*getattr(sharding, "spec", ()), *(None,) * 5)
-        axes = {n: _tuple(spec[i]) for n, i in (("b", 0), ("k", 2), ("g", 3))}
-        if groups is not None and groups > 1:
-            # A gradient for each group of rows: only whole groups are split off.
-            parts = 1
-            for axis in axes["b"]:
-                parts *= sharding.mesh.shape[axis]
-            if groups % parts:
-                axes["b"] = ()
-        return axes
+        spec = (*getattr(sharding, "spec", ()), *(None,) * 4)
+        b, n = _tuple(spec[0]), _tuple(spec[2])
+        sizes = [math.prod(sharding.mesh.shape[axis] for axis in axes) for axes in (b, n)]
+        # A gradient for each group of rows: only whole groups are split off.
+        if B % sizes[0] or (work.groups > 1 and work.groups % sizes[0]):
+            b, sizes[0] = (), 1
+        if N % sizes[1]:
+            n, sizes[1] = (), 1
+        return _Split(b, n, () if K % sizes[1] else n), sizes[0]
 
-    def shardings(mesh: Any, axes: dict[str, Any], letters: Sequence[str]) -> tuple[Any, ...]:
-        return tuple(
-            NamedSharding(mesh, P(*(axes.get(n) or None for n in word))) for word in letters
-        )
+    def shardings(mesh: Any, split: _Split, words: Sequence[str]) -> tuple[Any, ...]:
+        axes = split._asdict()
+        return tuple(NamedSharding(mesh, P(*(axes.get(n) or None for n in word))) for word in words)
 
     def infer(mesh: Any, arg_shapes: Any, _: Any) -> Any:
-        return shardings(mesh, axes_of(arg_shapes), outs)
+        return shardings(mesh, split_of(arg_shapes)[0], outs)
 
     def partition(mesh: Any, arg_shapes: Any, _: Any) -> Any:
-        axes = axes_of(arg_shapes)
-        parts = 1
-        for axis in axes["b"]:
-            parts *= mesh.shape[axis]
-        local_groups = None if groups is None else max(groups // parts, 1)
+        split, parts = split_of(arg_shapes)
         return (
             mesh,
-            partial(local, local_groups, axes),
-            shardings(mesh, axes, outs),
-            shardings(mesh, axes, names),
+            partial(local, split, parts),
+            shardings(mesh, split, outs),
+            shardings(mesh, split, names),
         )
 
     # A rule like einsum's: shared letters shard alike, every other axis stays whole.
-    whole: list[str] = []
+    left: list[str] = []
 
     def spelled(word: str) -> str:
         named = []
         for n in word:
             if n == ".":
-                whole.append(f"x{len(whole)}")
-                n = whole[-1]
-            named.append(n)
+                left.append(f"x{len(left)}")
+                n = left[-1]
+            # As many key heads as query heads: they go together.
+            named.append("n" if n == "k" and K == N else n)
         return " ".join(named)
 
     rule = ", ".join(map(spelled, names)) + " -> " + ", ".join(map(spelled, outs))
@@ -305,9 +413,17 @@ def _operation(
         infer_sharding_from_operands=infer,
         partition=partition,
         sharding_rule=rule,
-        need_replication_factors=tuple(whole),
+        need_replication_factors=tuple(left),
     )
     return cast("Callable[..., Any]", op)
+
+
+def _used(N: int, K: int, here: int, device: Array) -> Array:
+    """The key heads that this device's `here` query heads use, each for as many of them."""
+    group = N // K
+    each = math.gcd(here, group)
+    first = device * here + jnp.arange(here // each, dtype=jnp.int32) * each
+    return lax.div(first, jnp.int32(group))
 
 
 def _tuple(axes: Any) -> tuple[Any, ...]:

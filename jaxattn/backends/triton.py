@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..shapes import Array, Float
-from . import base, lists
+from . import lists
 from . import triton_tiles as tiles
 from .inputs import Engine, Gradients, Inputs, Plan
 
@@ -34,7 +34,6 @@ def _forward(how: tiles.How, plan: Plan, x: Inputs) -> tuple[Array, Array]:
     block = _blocks(how, x).forward
     z = tiles.shape_of(x, block)
     given = tiles.given_to(plan, z, x) | lists.rows(_states(plan, z, x))._asdict()
-    low = base.sentinel(jnp.float32)
 
     def kernel(refs: Any, out_ref: Any, lse_ref: Any) -> None:
         i, at = tiles.programs(z)
@@ -48,16 +47,17 @@ def _forward(how: tiles.How, plan: Plan, x: Inputs) -> tuple[Array, Array]:
             shown = tiles.visible(plan, z, refs, at, i, j) if masked else None
             s, _ = _exponents(plan, z, refs, at, i, j, tiles.dot(plan, q, k, 1, 1), scale, shown)
             if shown is not None:
-                s, v = jnp.where(shown, s, low), tiles.felt_only(shown, v)
+                s = jnp.where(shown, s, -jnp.inf)
             top = jnp.maximum(m, s.max(1))
-            p, fade = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+            # Rows that have seen nothing so far are measured from 0: -inf - -inf is NaN.
+            level = jnp.where(top == -jnp.inf, 0.0, top)
+            p, fade = jnp.exp2(s - level[:, None]), jnp.exp2(m - level)
             l = l * fade + p.sum(1)
             if plan.dropout:
                 p = tiles.dropped(z, refs, at, i, j, p)
             return acc * fade[:, None] + tiles.dot(plan, p.astype(v.dtype), v, 1, 0), top, l
 
-        # So far above masked logits that the weights of those are 0 from the first tile on.
-        m = jnp.full((z.tq,), low / 2**20, jnp.float32)
+        m = jnp.full((z.tq,), -jnp.inf, jnp.float32)
         carry = jnp.zeros((z.tq, z.Hvp), jnp.float32), m, jnp.zeros((z.tq,), jnp.float32)
         acc, m, l = tiles.over_list(refs, at, i, step, carry, tiles.has_masks(plan, z))
         seen = l != 0
@@ -140,7 +140,7 @@ def _backward(
     """Cotangents of the inputs; see `Engine`."""
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     seen = lse != -jnp.inf
-    lines = jnp.where(seen, lse * tiles.LOG2E, jnp.inf), jnp.where(seen, delta, 0.0)
+    lines = jnp.where(seen, lse * tiles.LOG2E, jnp.inf), delta
     given = tiles.Cotangents(d_out.astype(x.query.dtype), *(a.transpose(0, 2, 3, 1) for a in lines))
     score: list[Array | None] = [None] * len(x.score)
     by_kind: dict[str, list[int]] = {}
@@ -181,14 +181,10 @@ class Rows(NamedTuple):
     delta: Array
 
 
-def _rows(plan: Plan, z: tiles.Shape, refs: Any, at: tiles.Head, i: Any) -> Rows:
+def _rows(z: tiles.Shape, refs: Any, at: tiles.Head, i: Any) -> Rows:
     here = pl.ds(i * z.tq, z.tq)
     q, do = (refs[name][at.b, here, at.k, at.g, :] for name in ("q", "do"))
     lse, delta = (refs[name][at.b, at.k, at.g, here] for name in ("lse", "delta"))
-    if tiles.has_masks(plan, z) or plan.score is not None:
-        # Rows that see nothing may hold anything, and be given any cotangent.
-        alive = (lse != jnp.inf)[:, None]
-        q, do = (jnp.where(alive, a, jnp.zeros((), a.dtype)) for a in (q, do))
     return Rows(q, do, lse, delta)
 
 
@@ -238,7 +234,7 @@ def _d_queries(
 
     def kernel(refs: Any, dq_ref: Any, dc_ref: Any, *part_refs: Any) -> None:
         i, at = tiles.programs(z)
-        rows = _rows(plan, z, refs, at, i)
+        rows = _rows(z, refs, at, i)
         scale = refs["scale"][0 if x.scale.shape[0] == 1 else at.b]
 
         def step(masked: bool, j: Any, carry: Any) -> Any:
@@ -246,8 +242,6 @@ def _d_queries(
             k = refs["k"][at.b, pl.ds(j * z.tk, z.tk), at.k, :]
             v = refs["v"][at.b, pl.ds(j * z.tk, z.tk), at.k, :]
             shown = tiles.visible(plan, z, refs, at, i, j) if masked else None
-            if shown is not None:
-                k = tiles.felt_only(shown, k)
             _, ds, parts = _slopes(plan, z, refs, at, i, j, rows, k, v, scale, shown, learned)
             sums = tuple(total + part.sum(1) for total, part in zip(sums, parts, strict=True))
             return dq + tiles.dot(plan, ds.astype(k.dtype), k, 1, 0), sums
@@ -297,7 +291,7 @@ def _d_keys(
 
             def step(masked: bool, i: Any, carry: Any) -> Any:
                 dk, dv, sums = carry
-                rows = _rows(plan, z, refs, at, i)
+                rows = _rows(z, refs, at, i)
                 shown = tiles.visible(plan, z, refs, at, i, j) if masked else None
                 p, ds, parts = _slopes(plan, z, refs, at, i, j, rows, k, v, scale, shown, learned)
                 sums = tuple(total + part.sum(1) for total, part in zip(sums, parts, strict=True))
@@ -368,7 +362,7 @@ def _d_table(
             scale = refs["scale"][0 if x.scale.shape[0] == 1 else at.b]
 
             def add(i: Any, j: Any, total: Array) -> Array:
-                rows = _rows(plan, z, refs, at, i)
+                rows = _rows(z, refs, at, i)
                 k = refs["k"][at.b, pl.ds(j * z.tk, z.tk), at.k, :]
                 v = refs["v"][at.b, pl.ds(j * z.tk, z.tk), at.k, :]
                 shown = tiles.visible(plan, z, refs, at, i, j) if tiles.has_masks(plan, z) else None

@@ -307,12 +307,6 @@ def scored(plan: Plan, parts: Sequence[Array], logits: Array) -> Array:
     return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
 
 
-def felt_only(shown: Array, array: Array) -> Array:
-    """Keys or values, 0 where nobody sees them in a tile `[tq, tk]`: 0 * NaN is NaN."""
-    felt = jnp.max(shown.astype(jnp.float32), 0) > 0
-    return jnp.where(felt[:, None], array, jnp.zeros((), array.dtype))
-
-
 def over_list(refs: Any, at: Head, row: Any, step: Any, carry: Any, masked: bool) -> Any:
     """Runs `step(masked, tile, carry)` over the list of a row of tiles."""
     own = (*own_of(refs["tile"], at), row)

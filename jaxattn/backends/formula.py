@@ -1,0 +1,320 @@
+"""Masked attention as the formula, on whole rows of logits: the definition.
+
+    logits = score(scale * query . key)     weights = softmax(logits, where=mask)
+    out = weights @ value                   lse = log(sum(exp(logits), where=mask))
+
+Differentiable any number of times, in both modes. Every other engine computes the same; where a
+derivative has none of its own, this is differentiated, some rows at a time.
+
+Sums run over visible pairs and nothing else, also where something is not finite. The products of
+matrices run over all pairs, and 0 * NaN is NaN; so they take what is finite, and what is not is
+brought to those who see it by `reach`. Nothing of that is computed where all is finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..pointwise import pointwise
+from ..shapes import Array, Bool, Float
+from ..split import Kind, Operand
+from . import base
+from .inputs import Inputs, Plan, Residue
+from .linear import linear
+
+# Logits of the rows that are computed at once where a derivative takes some rows at a time.
+CELLS = 2**22
+
+# Words of a row, positions of keys, the rate.
+_DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head")
+
+
+class Result(NamedTuple):
+    """Output, LSE and weights of some rows; weights after dropout are `kept`."""
+
+    out: Float[Array, "B T N Hv"]
+    lse: Float[Array, "B T N"]
+    weights: Float[Array, "B N T S"]
+
+
+def attend(plan: Plan, x: Inputs, start: Any = 0, rows: int | None = None) -> Result:
+    """Attention of `rows` queries from `start` on, by default of all."""
+    T = x.query.shape[1]
+    rows = T if rows is None else rows
+    dtype = base.accumulator(x.query.dtype)
+    zero = jnp.zeros((), dtype)
+    seen = visible(plan, x, start, rows)  # [B|1, N|1, T, S]
+
+    query = x.query if rows == T else lax.dynamic_slice_in_dim(x.query, start, rows, 1)
+    logits = _product(plan.precision, query, x.key) * x.scale.reshape(-1, 1, 1, 1)  # [B, N, T, S]
+    if seen is not None:
+        logits = jnp.where(seen, logits, zero)
+    if plan.score is not None:
+        logits = _scored(plan.score, x, start, rows, logits)
+    weights, lse = _softmax(seen, logits)
+    kept = weights
+    if plan.dropout:
+        first, second, at, rate = _tiles(_DROPOUT, x.dropout, x, start, rows)
+        keep = base.keeps((first, second), at, rate)
+        kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
+    out = _weigh(plan.precision, kept, x.value, x.key, seen)
+    return Result(out.astype(x.query.dtype), jnp.moveaxis(lse, 1, 2), weights)
+
+
+def by_rows(plan: Plan, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Output and LSE, some rows at a time: memory is O(T + S), forward and backward."""
+
+    def some(start: Any, rows: int) -> tuple[Array, Array]:
+        return jax.checkpoint(lambda first: attend(plan, x, first, rows)[:2])(start)
+
+    out, lse = over_rows(x, some)
+    return out, lse
+
+
+def over_rows(x: Inputs, fn: Callable[[Any, int], Any]) -> Any:
+    """`fn(start, rows)` for all rows, some at a time: arrays `[B, rows, ...]` as `[B, T, ...]`."""
+    B, T, N, _ = x.query.shape
+    size = max(1, CELLS // max(B * N * x.key.shape[1], 1))
+    if size >= T:
+        return fn(0, T)
+    found = lax.map(lambda start: fn(start, size), jnp.arange(T // size, dtype=jnp.int32) * size)
+    parts = [jax.tree.map(_rows_joined, found)]
+    if T % size:
+        parts.append(fn(T - T % size, T % size))
+    return jax.tree.map(lambda *each: jnp.concatenate(each, 1), *parts)
+
+
+def _rows_joined(array: Array) -> Array:
+    """`[n, B, rows, ...]` as `[B, n * rows, ...]`."""
+    n, B, rows = array.shape[:3]
+    return jnp.moveaxis(array, 0, 1).reshape(B, n * rows, *array.shape[3:])
+
+
+# --- the mask and the score of some rows ----------------------------------------------------------
+
+
+def visible(plan: Plan, x: Inputs, start: Any, rows: int) -> Bool[Array, "b n T S"] | None:
+    """Which keys some rows see, `[B|1, N|1, rows, S]`; None where they see all."""
+    if plan.mask is None:
+        return None
+    found = _evaluated(plan.mask, _tiles(plan.mask.kinds, x.mask, x, start, rows))
+    lead = (1, 1, *found.shape[:-2])[-2:]
+    return jnp.broadcast_to(found, (*lead, rows, x.key.shape[1]))
+
+
+def _scored(residue: Residue, x: Inputs, start: Any, rows: int, logits: Array) -> Array:
+    found = _evaluated(residue, [logits, *_tiles(residue.kinds, x.score, x, start, rows)])
+    return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
+
+
+def _evaluated(residue: Residue, tiles: Sequence[Array]) -> Array:
+    program = residue.program
+    return pointwise(program, tiles, [len(program.types[ref].shape) for ref in program.inputs])
+
+
+def _tiles(
+    kinds: Sequence[Kind], arrays: Sequence[Array], x: Inputs, start: Any, rows: int
+) -> list[Array]:
+    """The parts of operands that belong to some rows, as they broadcast to `[.., rows, S]`."""
+    S = x.key.shape[1]
+    pairs = zip(kinds, arrays, strict=True)
+    return [Operand(kind, array).tile(start, 0, rows, S, S) for kind, array in pairs]
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def _logits(precision: Any, query: Array, key: Array) -> Float[Array, "B N T S"]:
+    """`query . key` of every pair; the queries of a key head together, which reads it once."""
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    by_key = query.reshape(B, T, K, N // K, H)
+    found = _einsum("btkgh,bskh->bkgts", precision, by_key, key)
+    return found.reshape(B, N, T, S)
+
+
+def _values(precision: Any, weights: Array, value: Array) -> Float[Array, "B T N Hv"]:
+    B, N, T, S = weights.shape
+    K = value.shape[2]
+    by_key = weights.reshape(B, K, N // K, T, S)
+    found = _einsum("bkgts,bskh->btkgh", precision, by_key, value.astype(weights.dtype))
+    return found.reshape(B, T, N, -1)
+
+
+def _einsum(form: str, precision: Any, a: Array, b: Array) -> Array:
+    dtype = base.accumulator(a.dtype)
+    precision = lax.Precision.HIGHEST if precision is None else precision
+    return jnp.einsum(form, a, b, precision=precision, preferred_element_type=dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(precision: Any, query: Array, key: Array) -> Float[Array, "B N T S"]:
+    """`query . key`; what is not finite stays with its pairs, in derivatives too."""
+    return _logits(precision, query, key)
+
+
+@_product.defjvp
+def _product_jvp(precision: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    query, key = primals
+    d_query, d_key = tangents
+    moved = _logits(precision, d_query, base.finite(key))
+    return _product(precision, query, key), moved + _logits(precision, base.finite(query), d_key)
+
+
+@jax.custom_jvp
+def _softmax(
+    seen: Bool[Array, "#B #N T S"] | None, logits: Float[Array, "B N T S"]
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T"]]:
+    """Weights of what is seen, `exp(logits - lse)`, and the LSE; 0 and -inf where nothing is.
+
+    The mask decides which rows are empty: one that sees only logits of -inf is NaN, as in any
+    softmax.
+    """
+    if seen is None:
+        top = logits.max(-1, keepdims=True)
+        p = jnp.exp(logits - top)
+        total = p.sum(-1, keepdims=True)
+        return p / total, (top + jnp.log(total))[..., 0]
+    some = seen.any(-1, keepdims=True)
+    # Over visible cells alone: theirs may lie below any number that stands for a masked one.
+    top = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
+    top = jnp.where(some, top, 0)
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
+    total = jnp.where(some, p.sum(-1, keepdims=True), 1)
+    return p / total, jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    p, lse = _softmax(*primals)
+    # What has no weight has no slope, however large it is: 0 * inf is NaN.
+    none = p == 0
+    moved = jnp.where(none, 0, tangents[1])
+    mean = (p * moved).sum(-1)
+    return (p, lse), (jnp.where(none, 0, p * (moved - mean[..., None])), mean)
+
+
+# --- weights @ value, with what is not finite -----------------------------------------------------
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weigh(
+    precision: Any, weights: Array, value: Array, key: Array, seen: Array | None
+) -> Float[Array, "B T N Hv"]:
+    """`weights @ value` over visible pairs; `key` says which rows are not to be differentiated."""
+    out = _values(precision, weights, value)
+    if seen is None:
+        return out
+
+    def careful() -> Array:
+        found = added(reach(seen, kinds(value), weights.shape[1]), out.dtype)
+        return _values(precision, weights, base.finite(value)) + found
+
+    return lax.cond(base.anywhere(~jnp.isfinite(out)), careful, lambda: out)
+
+
+@_weigh.defjvp
+def _weigh_jvp(precision: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    weights, value, key, seen = primals
+    out = _weigh(precision, *primals)
+    given = (weights, value, key, out) + (() if seen is None else (seen,))
+    (moved,) = linear(*_weighing(precision), given, tuple(tangents[:2]), (out,))
+    return out, moved
+
+
+@lru_cache(maxsize=64)
+def _weighing(precision: Any) -> Any:
+    """The tangent of `_weigh` in weights and values, and its transpose."""
+
+    def apply(fixed: Any, operands: Any) -> Any:
+        weights, value, *_ = fixed
+        d_weights, d_value = operands
+        by_weights = _values(precision, d_weights, base.finite(value))
+        return (by_weights + _values(precision, weights, d_value),)
+
+    def products(weights: Array, value: Array, d_out: Array) -> tuple[Array, Array]:
+        _, back = jax.vjp(partial(_values, precision), weights, value)
+        return back(d_out)
+
+    def transpose(fixed: Any, cotangents: Any) -> Any:
+        weights, value, key, out, *seen = fixed
+        (d_out,) = cotangents
+        bad = ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)  # [B, T, N]
+
+        def careful() -> Any:
+            shown = seen[0] if seen else jnp.ones((1, 1, *weights.shape[2:]), bool)
+            rows, keys = sick(shown, bad, unfit(key, value))
+            some = shown.any(-1).swapaxes(1, 2)  # [B|1, T, N|1]
+            calm = jnp.where((some & ~rows)[..., None], d_out, 0)
+            poison = rows.swapaxes(1, 2)[..., None]  # [B, N, T, 1]
+            d_weights, d_value = products(jnp.where(poison, 0, weights), base.finite(value), calm)
+            return jnp.where(poison, jnp.nan, d_weights), jnp.where(
+                keys[..., None], jnp.nan, d_value
+            ).astype(value.dtype)
+
+        trouble = bad.any() | unfit(key, value).any()
+        return lax.cond(base.anywhere(trouble), careful, lambda: products(weights, value, d_out))
+
+    return apply, transpose
+
+
+# --- what is not finite ---------------------------------------------------------------------------
+
+
+def unfit(key: Array, value: Array) -> Bool[Array, "B S K"]:
+    """Keys of which something is not finite, in the key or in the value."""
+    return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
+
+
+def sick(
+    seen: Bool[Array, "#B #N T S"], bad: Bool[Array, "B T N"], keys: Bool[Array, "B S K"]
+) -> tuple[Bool[Array, "B T N"], Bool[Array, "B S K"]]:
+    """Queries that have no finite gradient, and the keys that they see.
+
+    These are the queries that see something and are `bad`, or that see one of `keys`.
+    """
+    B, T, N = bad.shape
+    S, K = keys.shape[1:]
+    some = jnp.swapaxes(seen.any(-1), 1, 2)
+    rows = (some & bad) | reach(seen, keys[..., None], N)[..., 0]
+    shown = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, N // K, T, S)
+    felt = _counted("bkgts,btkg->bsk", shown, rows.reshape(B, T, K, N // K))
+    return rows, felt
+
+
+def reach(
+    seen: Bool[Array, "#B #N T S"], flags: Bool[Array, "B S K C"], N: int
+) -> Bool[Array, "B T N C"]:
+    """Which flags of the keys that it sees reach a query."""
+    B, S, K, C = flags.shape
+    n, T = seen.shape[1:3]
+    if n == 1:
+        found = _counted("bts,bskc->btkc", jnp.broadcast_to(seen, (B, 1, T, S))[:, 0], flags)
+        return jnp.repeat(found, N // K, 2)
+    shown = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, N // K, T, S)
+    return _counted("bkgts,bskc->btkgc", shown, flags).reshape(B, T, N, C)
+
+
+def _counted(form: str, a: Array, b: Array) -> Bool[Array, "..."]:
+    """Whether any term of a product of flags is there."""
+    return jnp.einsum(form, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
+
+
+def kinds(value: Float[Array, "B S K Hv"]) -> Bool[Array, "B S K kinds"]:
+    """Where values are NaN, inf, and -inf: what `reach` brings to queries, and `added` adds."""
+    return jnp.concatenate([jnp.isnan(value), value == jnp.inf, value == -jnp.inf], -1)
+
+
+def added(kinds: Bool[Array, "B T N kinds"], dtype: Any) -> Float[Array, "B T N Hv"]:
+    """What those who see values that are not finite have in their sums: 0, NaN, inf or -inf."""
+    nan, up, down = jnp.split(kinds, 3, -1)
+    zero = jnp.zeros((), dtype)
+    found = jnp.where(up, jnp.asarray(jnp.inf, dtype), zero)
+    found = found + jnp.where(down, jnp.asarray(-jnp.inf, dtype), zero)
+    return jnp.where(nan, jnp.asarray(jnp.nan, dtype), found)
