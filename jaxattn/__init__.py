@@ -1,14 +1,20 @@
 """jaxattn: a mask is a pure function of positions; everything else is derived."""
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from . import masks, nn, scores, testing
 from .algebra import Mask, Positions
 from .attention import attention, attention_weights
 from .cache import KVCache
 from .compat import dot_product_attention, scaled_dot_product_attention
 from .explain import Explanation, explain
+from .foreign import unknown_attribute
 from .paged import PagedKVCache
 from .scores import Score
 from .tiles import TileMap, tile_map
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
@@ -29,3 +35,14 @@ __all__ = [
     "testing",
     "tile_map",
 ]
+
+
+def __dir__() -> list[str]:
+    own = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, *own})
+
+
+if not TYPE_CHECKING:
+    # Not seen by type checkers, to whom it would say that every name exists.
+    def __getattr__(name: str) -> Any:
+        raise unknown_attribute(__name__, name, sys.modules[__name__])

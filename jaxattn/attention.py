@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import foreign
 from .algebra import Positions
 from .backends import base, cudnn, decode, dense, pallas_gpu, tiled
 from .backends.base import Call
-from .request import request
+from .foreign import answers
+from .request import request, swapped
 from .shapes import Array, ArrayLike, Float
 
 # Up to so many logits the dense backend is faster. On 2 CPU cores its times cross those of the
@@ -38,6 +41,7 @@ BACKENDS: dict[str, ModuleType] = {
 ACCELERATED = ("cudnn", "pallas_gpu")
 
 
+@answers
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -89,6 +93,9 @@ def attention(
       TypeError: for arguments of the wrong type, a float array as mask among them.
       ValueError: for shapes that do not fit, and for a backend that refuses.
 
+    Warns where lengths and heads look mixed up, as in `[B, N, T, H]`; `positions=Positions()` says
+    that they are not.
+
     Example:
       >>> import jax, jaxattn as ja
       >>> q = k = v = jax.numpy.ones([1, 4, 2, 8])
@@ -110,6 +117,8 @@ def attention(
         dropout_seed=dropout_seed,
         precision=precision,
     )
+    if positions is None:
+        _check_layout(call)
     chosen = choose(call, backend).backend
     out, lse = run(_settled(call, chosen), chosen)
     if np.ndim(query) == 3:
@@ -117,6 +126,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@answers
 def attention_weights(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -147,8 +157,17 @@ def attention_weights(
         positions=positions,
         precision=precision,
     )
+    if positions is None:
+        _check_layout(call)
     weights = _run_weights(call)
     return weights[0] if np.ndim(query) == 3 else weights
+
+
+def _check_layout(call: Call) -> None:
+    """Warns of lengths and heads that look mixed up; Python says it once a line of code."""
+    if (said := swapped(call)) is not None:
+        # The caller of `attention`, which is wrapped.
+        warnings.warn(said, stacklevel=4)
 
 
 def _settled(call: Call, backend: str) -> Call:
@@ -195,6 +214,20 @@ def _share(lse: Array, sinks: Array) -> Array:
     return jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])[..., None]
 
 
+def check_backend(name: str, given: Any) -> None:
+    """Checks that "auto" or a backend is named.
+
+    Raises:
+      ValueError: for another name, with what is meant by it, if that is known.
+    """
+    names = ["auto", *BACKENDS]
+    if isinstance(given, str) and given in names:
+        return
+    message = f"{name}: got {given!r}, expected one of {', '.join(map(repr, names))}"
+    meant = foreign.BACKENDS.get(given) if given is None or isinstance(given, str) else None
+    raise ValueError(f"{message}; here it is {meant}" if meant else message)
+
+
 class Choice(NamedTuple):
     """A backend, why it was chosen, and why the others were not."""
 
@@ -211,9 +244,7 @@ def choose(call: Call, backend: str) -> Choice:
     Raises:
       ValueError: for an unknown name, and for a backend that refuses, with its reason.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        known = ", ".join(map(repr, ["auto", *BACKENDS]))
-        raise ValueError(f"backend: got {backend!r}, expected one of {known}")
+    check_backend("backend", backend)
     if backend != "auto":
         reason = BACKENDS[backend].refuse(call)
         if reason is not None:
