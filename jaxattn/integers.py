@@ -111,13 +111,13 @@ def integers(given: Any, name: str, shapes: Sequence[str], minimum: int | None =
       TypeError: for what is no integer.
       ValueError: for other ranks, and for what is below the minimum.
     """
+    if type(given) is int and "[]" in shapes and (minimum is None or given >= minimum):
+        return min(max(given, LEAST), MOST)
     array = _read(given, name, shapes)
     values = known(array) if minimum is not None else None
     if values is not None and values.size and values.min() < minimum:
         raise ValueError(f"{name}: got {values.min()}, expected at least {minimum}")
-    if isinstance(given, (int, np.integer)):
-        return min(max(int(given), LEAST), MOST)
-    return narrowed(array)
+    return int(narrowed(array)) if isinstance(given, (int, np.integer)) else narrowed(array)
 
 
 def identifiers(*given: tuple[Any, str, Sequence[str]]) -> tuple[Array, ...]:

@@ -197,7 +197,7 @@ def _real(name: str, given: Any, expected: str) -> Any:
 def _described(given: Any) -> str:
     """A value as it was written, or its dtype and shape."""
     if isinstance(given, jax.core.Tracer) or np.ndim(given):
-        return f"{np.result_type(given)}{list(np.shape(given))}"
+        return f"{getattr(given, 'dtype', type(given).__name__)}{list(np.shape(given))}"
     return repr(given)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.algebra import as_mask
+from jaxattn.algebra import And, Or, Xor, as_mask
 
 
 def _near(b: Any, h: Any, q: Any, k: Any, n: Any = 3) -> Any:
@@ -90,6 +90,17 @@ def test_equal_where_written_alike_and_nowhere_else() -> None:
     assert len({*first, *second}) == len(DISTINCT)
 
 
+def test_structures_of_different_classes_differ() -> None:
+    """Were they equal, `jit` might run the program of `a & b` for `a | b`."""
+    parts = masks.causal(), masks.sliding_window(3)
+    kinds = [kind(*parts) for kind in (And, Or, Xor)]
+    assert len({jax.tree.structure(mask) for mask in kinds}) == 3
+    for a in kinds:
+        for b in kinds:
+            assert (jax.tree.structure(a) == jax.tree.structure(b)) is (a is b)
+    assert jax.tree.structure(~parts[0]) != jax.tree.structure(masks.per_head([parts[0]]))
+
+
 @pytest.mark.parametrize("name", DISTINCT)
 def test_copies_are_equal(name: str) -> None:
     made = DISTINCT[name]()
@@ -116,11 +127,11 @@ def test_lambdas_are_themselves() -> None:
 @pytest.mark.parametrize("name", WITH_ARRAYS)
 def test_with_arrays_only_itself_and_no_hash(name: str) -> None:
     made, again = WITH_ARRAYS[name](), WITH_ARRAYS[name]()
-    assert (made == made) is True  # noqa: PLR0124
+    assert (made == made) is True
     assert (made == again) is False
     assert (made != again) is True
     assert (made == masks.causal()) is False
-    with pytest.raises(TypeError, match="holds arrays.*argument of the compiled function"):
+    with pytest.raises(TypeError, match=r"holds arrays.*argument of the compiled function"):
         hash(made)
 
 
@@ -138,7 +149,7 @@ def test_subclasses_that_are_no_pytrees() -> None:
             return (q + k) % 2 == 0
 
     even = Even()
-    assert even == even  # noqa: PLR0124
+    assert even == even
     assert even != Even()
     assert len({even, even}) == 1
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
-import subprocess
-import sys
 import time
 from importlib import metadata
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxattn as ja
 from jaxattn import foreign, masks, scores
+from jaxattn.attention import BACKENDS
 
 x = jnp.ones((1, 3, 2, 4))
 
@@ -47,7 +46,9 @@ CALLS = {
 @pytest.mark.parametrize("function", CALLS)
 def test_keywords(function: str) -> None:
     for name, meant in KEYWORDS.items():
-        with pytest.raises(TypeError, match=rf"^{function}\(\) got .*'{name}'; here it is .*{meant}"):
+        with pytest.raises(
+            TypeError, match=rf"^{function}\(\) got .*'{name}'; here it is .*{meant}"
+        ):
             CALLS[function](**{name: None})
 
 
@@ -59,7 +60,7 @@ def test_the_twin_of_jax_nn_has_its_own() -> None:
 
 def test_keywords_through_a_cache() -> None:
     cache = ja.KVCache.create(batch=1, capacity=4, heads=2, head_dim=4).append(x, x)
-    with pytest.raises(TypeError, match="is_causal.*masks.causal"):
+    with pytest.raises(TypeError, match=r"is_causal.*masks\.causal"):
         cache.attend(x, cache.upcoming(3), is_causal=True)
 
 
@@ -68,7 +69,7 @@ def test_unknown_keywords_are_plain_errors(function: str) -> None:
     for name, near in {"maks": "mask", "scores": "score", "postions": "positions"}.items():
         with pytest.raises(TypeError, match=rf"argument '{name}'; did you mean '{near}'\?$"):
             CALLS[function](**{name: None})
-    with pytest.raises(TypeError, match="argument 'zzz'$"):
+    with pytest.raises(TypeError, match=r"argument 'zzz'$"):
         CALLS[function](zzz=1)
 
 
@@ -80,9 +81,13 @@ def test_positional_mask() -> None:
 def test_no_answer_is_for_a_name_that_exists() -> None:
     names = inspect.signature(ja.attention).parameters
     assert not foreign.KEYWORDS.keys() & names.keys()
-    assert not foreign.BACKENDS.keys() & ja.attention.__globals__["BACKENDS"].keys()
+    assert not foreign.BACKENDS.keys() & BACKENDS.keys()
     assert not [name for name in foreign.METHODS if hasattr(masks.causal(), name)]
-    for module, table in ((ja, foreign._PACKAGE), (masks, foreign._MASKS), (scores, foreign._SCORES)):
+    for module, table in (
+        (ja, foreign._PACKAGE),
+        (masks, foreign._MASKS),
+        (scores, foreign._SCORES),
+    ):
         assert not [name for name in table if name in module.__all__]
 
 
@@ -106,7 +111,11 @@ def test_signatures_are_not_hidden() -> None:
 
 @pytest.mark.usefixtures("own_errors")
 def test_words_for_masks() -> None:
-    for word, meant in {"causal": r"masks\.causal\(\)", "full": "masks.full", "no": "a Mask"}.items():
+    for word, meant in {
+        "causal": r"masks\.causal\(\)",
+        "full": "masks.full",
+        "no": "a Mask",
+    }.items():
         with pytest.raises(TypeError, match=f"^mask: got '{word}', .*{meant}"):
             ja.attention(x, x, x, mask=word)
     with pytest.raises(TypeError, match=r"^&: got 'causal', say masks\.causal\(\)"):
@@ -117,12 +126,16 @@ def test_words_for_masks() -> None:
 def test_backends() -> None:
     for name, meant in {None: "'auto'", "xla": "'auto'", "flash": "'tiled'", "triton": "'pallas_gpu'",
                         "eager": "'dense'", "xla_chunked": "'tiled'"}.items():  # fmt: skip
-        with pytest.raises(ValueError, match=rf"^backend: got {name!r}, expected .*; here it is .*{meant}"):
+        with pytest.raises(
+            ValueError, match=rf"^backend: got {name!r}, expected .*; here it is .*{meant}"
+        ):
             ja.attention(x, x, x, backend=name)
     for name in ("zzz", 3, ["dense"]):
-        with pytest.raises(ValueError, match=r"^backend: got .*expected one of 'auto', 'dense'[^;]*$"):
+        with pytest.raises(
+            ValueError, match=r"^backend: got .*expected one of 'auto', 'dense'[^;]*$"
+        ):
             ja.attention(x, x, x, backend=name)
-    with pytest.raises(ValueError, match="^implementation: got 'flash', expected .*'auto'"):
+    with pytest.raises(ValueError, match=r"^implementation: got 'flash', expected .*'auto'"):
         ja.dot_product_attention(x, x, x, implementation="flash")
 
 
@@ -152,22 +165,19 @@ def test_attributes(owner: Any, name: str, meant: str) -> None:
 
 def test_other_attributes_are_plain_errors() -> None:
     for owner in (ja, masks, scores, masks.causal()):
-        with pytest.raises(AttributeError, match="no attribute 'zzz'$"):
+        with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
             owner.zzz  # noqa: B018
         assert not hasattr(owner, "zzz")
     assert not hasattr(masks.causal(), "shape")
 
 
-def test_a_call_costs_less_than_a_millisecond() -> None:
-    mask, many = masks.causal(), 200
-    jax.block_until_ready(ja.attention(x, x, x, mask=mask))
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(many):
-            foreign.answers(lambda *, mask: None)
-        best = min(best, (time.perf_counter() - start) / many)
-    assert best < 1e-3
+def test_answers_cost_nothing() -> None:
+    """An eager call is to cost less than a millisecond beyond JAX's own."""
+    call = foreign.answers(lambda query, *, mask: None)
+    start = time.perf_counter()
+    for _ in range(1000):
+        call(x, mask=None)
+    assert time.perf_counter() - start < 0.1  # a tenth of a millisecond each; it takes one of 500
 
 
 # --- the package itself ---------------------------------------------------------------------------
@@ -186,5 +196,8 @@ def test_dir_has_public_names_alone() -> None:
 
 
 def test_internal_modules_can_be_imported_all_the_same() -> None:
-    code = "import jaxattn; import jaxattn.algebra; from jaxattn import tiles; jaxattn.backends"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert importlib.import_module("jaxattn.algebra") is ja.algebra
+    assert ja.backends.base
+    from jaxattn import tiles
+
+    assert tiles.TileMap is ja.TileMap
