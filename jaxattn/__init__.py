@@ -1,15 +1,14 @@
 """jaxattn: a mask is a pure function of positions; everything else is derived."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+import typing
 
-from . import masks, nn, scores, testing
+from . import foreign, masks, nn, scores, testing
 from .algebra import Mask, Positions
 from .attention import attention, attention_weights
 from .cache import KVCache
 from .compat import dot_product_attention, scaled_dot_product_attention
 from .explain import Explanation, explain
-from .foreign import unknown_attribute
 from .paged import PagedKVCache
 from .scores import Score
 from .tiles import TileMap, tile_map
@@ -42,7 +41,7 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *own})
 
 
-if not TYPE_CHECKING:
+if not typing.TYPE_CHECKING:
     # Not seen by type checkers, to whom it would say that every name exists.
-    def __getattr__(name: str) -> Any:
-        raise unknown_attribute(__name__, name, sys.modules[__name__])
+    def __getattr__(name: str) -> object:
+        raise foreign.unknown_attribute(__name__, name, sys.modules[__name__])

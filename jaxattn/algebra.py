@@ -6,20 +6,21 @@ library is derived from that answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .equality import ByStructure
 from .foreign import WORDS, unknown_method
 from .integers import as_given, beyond, is_integer, narrowed
 from .integers import known as known
+from .pytrees import ByStructure, registered
+from .pytrees import pytree as pytree
+from .pytrees import static as static
 from .shapes import Array, ArrayLike, Bool, Int
 
 if TYPE_CHECKING:
@@ -30,56 +31,7 @@ Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
 MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
 
-C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def static(**options: Any) -> Any:
-    """A dataclass field that is structure, not a leaf."""
-    return field(metadata={"static": True}, **options)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, field))
-def pytree(cls: type[C]) -> type[C]:
-    """A frozen dataclass as a pytree; fields made by `static` are its structure."""
-    # eq=False: equality of arrays is elementwise, so a generated __eq__ could only mislead; masks,
-    # scores, positions and caches are compared `ByStructure`.
-    made = dataclass(frozen=True, eq=False, repr=False)(cls)
-    return registered(made)
-
-
-def registered(cls: type[C]) -> type[C]:
-    """A frozen dataclass registered as a pytree; fields made by `static` are its structure."""
-    # Not jax.tree_util.register_dataclass: structures of its classes are equal where their fields
-    # are, whatever the class, and a program compiled for `a & b` may then be run for `a | b`.
-    leaves, structure = (
-        tuple(each.name for each in fields(cls) if bool(each.metadata.get("static")) is fixed)  # type: ignore[arg-type]
-        for fixed in (False, True)
-    )
-    names = leaves + structure
-    keys = tuple(map(jax.tree_util.GetAttrKey, leaves))
-    values_of, fixed_of = _getter(leaves), _getter(structure)
-
-    def flatten(thing: C) -> tuple[Iterable[Any], tuple[Any, ...]]:
-        return values_of(thing), fixed_of(thing)
-
-    def flatten_with_keys(thing: C) -> tuple[Iterable[tuple[Any, Any]], tuple[Any, ...]]:
-        return zip(keys, values_of(thing), strict=True), fixed_of(thing)
-
-    def unflatten(fixed: tuple[Any, ...], values: Iterable[Any]) -> C:
-        thing = object.__new__(cls)
-        vars(thing).update(zip(names, (*values, *fixed), strict=True))
-        return thing
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
-
-
-def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    """What reads attributes, as a tuple; masks are flattened many times a call."""
-    if len(names) > 1:
-        return attrgetter(*names)
-    return lambda thing: tuple([getattr(thing, name) for name in names])
 
 
 class Filled(NamedTuple):

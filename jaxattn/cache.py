@@ -21,8 +21,8 @@ import numpy as np
 from .algebra import Mask, Positions, Predicate, as_mask, pytree, static
 from .attention import attention
 from .backends import decode
-from .equality import ByStructure
 from .integers import as_given, integers, is_integer, known, narrowed
+from .pytrees import ByStructure
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 # The largest number of an int8, kept symmetric.

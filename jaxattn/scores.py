@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Scalar, leaf_repr, pytree, static
+from .algebra import Mask, Scalar, leaf_repr
 from .conventions import removes
-from .equality import ByStructure
 from .foreign import unknown_attribute
 from .integers import check_exact, known
+from .pytrees import ByStructure, pytree, static
 from .shapes import Array, ArrayLike, Float
 
 __all__ = [
