@@ -140,7 +140,8 @@ class Mask(ByStructure):
     and of the key, all scalar int32, possibly traced. True means *may attend*.
 
     Masks compose with `&`, `|`, `~` and `^`, with each other and with any callable
-    `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape.
+    `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape. Without arrays
+    they are equal, and hash, by how they were written; with arrays they have no hash.
 
     Example:
       >>> from jaxattn import masks

@@ -50,6 +50,29 @@ def test_numbers_beyond_every_position(n: Any, dense_all: Any) -> None:
         np.testing.assert_array_equal(got[name], want, err_msg=name)
 
 
+def test_numbers_beyond_every_position_with_64_bits(dense_all: Any) -> None:
+    with jax.enable_x64(True):
+        got = dense_all({name: make(2**40) for name, (make, _) in SATURATING.items()})
+    for name, (_, want) in SATURATING.items():
+        np.testing.assert_array_equal(got[name], want, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("mask", "like"),
+    [
+        (masks.causal(2**40), masks.full()),
+        (masks.causal(-(2**40)), masks.empty()),
+        (masks.causal(1), lambda b, h, q, k: k <= q + 1),
+        (masks.sliding_window(2**40), masks.causal()),
+        (masks.key_padding(lengths=2**40), masks.full()),
+    ],
+)
+def test_tiles_know_what_everything_is(mask: Any, like: Any) -> None:
+    shape = (1, 8, 1, 4)
+    states = [ja.tile_map(each, shape, shape, tile=2).states for each in (mask, like)]
+    np.testing.assert_array_equal(*states)
+
+
 def test_far_below() -> None:
     assert not masks.causal(-(2**40)).dense(S, S).any()
     assert not masks.causal(np.array([-(2**40)])).dense(S, S).any()
