@@ -1,6 +1,9 @@
 """jaxattn: a mask is a pure function of positions; everything else is derived."""
 
-from . import masks, nn, scores, testing
+import sys
+import typing
+
+from . import foreign, masks, nn, scores, testing
 from .algebra import Mask, Positions
 from .attention import attention, attention_weights
 from .cache import KVCache
@@ -9,6 +12,8 @@ from .explain import Explanation, explain
 from .paged import PagedKVCache
 from .scores import Score
 from .tiles import TileMap, tile_map
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
@@ -29,3 +34,14 @@ __all__ = [
     "testing",
     "tile_map",
 ]
+
+
+def __dir__() -> list[str]:
+    own = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, *own})
+
+
+if not typing.TYPE_CHECKING:
+    # Not seen by type checkers, to whom it would say that every name exists.
+    def __getattr__(name: str) -> object:
+        raise foreign.unknown_attribute(__name__, name, sys.modules[__name__])

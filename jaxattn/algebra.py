@@ -6,15 +6,21 @@ library is derived from that answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .foreign import WORDS, unknown_method
+from .integers import as_given, beyond, is_integer, narrowed
+from .integers import known as known
+from .pytrees import ByStructure, registered
+from .pytrees import pytree as pytree
+from .pytrees import static as static
 from .shapes import Array, ArrayLike, Bool, Int
 
 if TYPE_CHECKING:
@@ -25,21 +31,7 @@ Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
 MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
 
-C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def static(**options: Any) -> Any:
-    """A dataclass field that is structure, not a leaf."""
-    return field(metadata={"static": True}, **options)
-
-
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, field))
-def pytree(cls: type[C]) -> type[C]:
-    """A frozen dataclass as a pytree; fields made by `static` are its structure."""
-    # eq=False: equality of arrays is elementwise, so a generated __eq__ could only mislead.
-    made = dataclass(frozen=True, eq=False, repr=False)(cls)
-    return jax.tree_util.register_dataclass(made)
 
 
 class Filled(NamedTuple):
@@ -51,9 +43,9 @@ class Filled(NamedTuple):
     k: Array
 
 
-@jax.tree_util.register_dataclass
+@registered
 @dataclass(frozen=True, eq=False)
-class Positions:
+class Positions(ByStructure):
     """The positions that masks, scores and dropout see; `None` means 0, 1, 2, ...
 
     Attributes:
@@ -65,6 +57,9 @@ class Positions:
     Any of them may be traced. One mechanism says decoding (`q = length + arange(T)`), ragged
     batches, ring buffers (`k` in storage order), chunked prefill, shards of a longer sequence and
     bottom-right alignment (`q = arange(T) + S - T`).
+
+    Positions are int32, and so are their differences: results are exact where all of them are at
+    least 0, or none is further from 0 than 2**30.
     """
 
     b: Int[ArrayLike, "B"] | None = None
@@ -77,14 +72,15 @@ class Positions:
 
         Raises:
           TypeError: for positions that are not integers.
-          ValueError: for positions whose shape does not fit.
+          ValueError: for positions whose shape does not fit, or beyond int32 (where they are
+            traced, the nearest int32 is taken).
         """
 
         def check(name: str, given: Any, *shapes: tuple[int, ...]) -> Array | None:
             if given is None:
                 return None
-            array = jnp.asarray(given)
-            if not jnp.issubdtype(array.dtype, jnp.integer):
+            array = as_given(given)
+            if not is_integer(array):
                 raise TypeError(
                     f"positions.{name}: got dtype {array.dtype}, expected integers; positions are "
                     "counted, not measured: use .astype(jnp.int32)"
@@ -94,7 +90,12 @@ class Positions:
                 raise ValueError(
                     f"positions.{name}: got shape {list(array.shape)}, expected {expected}"
                 )
-            return array.astype(jnp.int32)
+            if (far := beyond(array)) is not None:
+                raise ValueError(
+                    f"positions.{name}: got {far}, expected numbers from -2**31 to 2**31 - 1: "
+                    "positions are int32; count them from a nearer origin"
+                )
+            return narrowed(array)
 
         b, h = check("b", self.b, (B,)), check("h", self.h, (N,))
         # One row for all, as `checked` itself leaves it, is checked again unchanged.
@@ -131,7 +132,7 @@ def over_grid(fn: Callable[..., Any], positions: Filled) -> Any:
     return jax.vmap(over_h, (0, None, *axes))(positions.b, positions.h, q, k)
 
 
-class Mask:
+class Mask(ByStructure):
     """Which query may see which key: a pure function of positions.
 
     The one required method is `__call__(b, h, q, k) -> bool`, written for a single query and a
@@ -139,7 +140,8 @@ class Mask:
     and of the key, all scalar int32, possibly traced. True means *may attend*.
 
     Masks compose with `&`, `|`, `~` and `^`, with each other and with any callable
-    `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape.
+    `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape. Without arrays
+    they are equal, and hash, by how they were written; with arrays they have no hash.
 
     Example:
       >>> from jaxattn import masks
@@ -178,6 +180,11 @@ class Mask:
             "`not`, `if`); compose masks with `&`, `|`, `~` and `^`"
         )
 
+    if not TYPE_CHECKING:
+        # Not seen by type checkers, to whom it would say that a mask has every attribute.
+        def __getattr__(self, name: str) -> Any:
+            raise unknown_method(self, name)
+
     # NumPy would otherwise try to compose elementwise: `array & mask` must come here.
     __array_ufunc__ = None
 
@@ -205,6 +212,7 @@ class Mask:
         from .split import check_extents
 
         given = positions or Positions()
+        check_tokens(self, given, T, S)
         check_extents(self, given, batch, heads, T, S)
         return over_grid(self, given.filled(batch, heads, T, S))
 
@@ -253,21 +261,31 @@ def as_mask(given: Any, where: str = "mask") -> Mask:
     if hasattr(given, "dtype") and hasattr(given, "shape"):
         return dense(given)
     if callable(given):
+        check_is_predicate(given, where)
         return Predicate(given, ())
-    raise TypeError(
-        f"{where}: got {type(given).__name__}, expected a Mask, a callable (b, h, q, k) -> bool, "
-        "or a boolean array [T, S] or [B|1, N|1, T|1, S|1]"
+    expected = (
+        "expected a Mask, a callable (b, h, q, k) -> bool, or a boolean array [T, S] or "
+        "[B|1, N|1, T|1, S|1]"
     )
+    if isinstance(given, str):
+        said = WORDS.get(given.lower())
+        raise TypeError(f"{where}: got {given!r}, " + (f"say {said}" if said else expected))
+    raise TypeError(f"{where}: got {type(given).__name__}, {expected}")
 
 
-def known(given: Any) -> np.ndarray | None:
-    """The values of an argument where they can be looked at; `None` for a tracer's.
+def check_is_predicate(given: Any, where: str) -> None:
+    """Checks that a callable is none of those that change logits.
 
-    Under `jit` the check of a value is the caller's, as it is for arrays spread over several hosts.
+    Raises:
+      TypeError: for a score.
     """
-    if isinstance(given, jax.core.Tracer) or not getattr(given, "is_fully_addressable", True):
-        return None
-    return np.asarray(given)
+    from .scores import Score
+
+    if isinstance(given, Score):
+        raise TypeError(
+            f"{where}: got the score {given!r}, expected a mask; scores change logits and remove "
+            "no cells: pass it as score=, beside mask="
+        )
 
 
 def leaf_repr(leaf: Any) -> str:
@@ -290,10 +308,14 @@ def written(form: Callable[..., str]) -> Callable[[F], F]:
 
 @pytree
 class Predicate(Mask):
-    """A mask from a function `fn(b, h, q, k, *args) -> bool` and its array arguments."""
+    """A mask from a function `fn(b, h, q, k, *args) -> bool` and its array arguments.
+
+    One of so many `tokens` has that many queries and keys; at positions beyond, nothing is seen.
+    """
 
     fn: Callable[..., Any] = static()
     args: tuple[Any, ...] = ()
+    tokens: int | None = static(default=None)
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
         result = self.fn(b, h, q, k, *self.args)
@@ -307,7 +329,10 @@ class Predicate(Mask):
                 f"{self!r}: for one query and one key it returned {got}, expected a single bool; "
                 "a mask says whether they may meet (numbers belong in jaxattn.scores)"
             )
-        return answer
+        if self.tokens is None:
+            return answer
+        rows, columns = ((at >= 0) & (at < self.tokens) for at in (q, k))
+        return answer & rows & columns
 
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
@@ -320,6 +345,40 @@ class Predicate(Mask):
         if getattr(self.fn, "__module__", "").startswith("jaxattn."):
             return f"{name.lstrip('_')}({inner})"
         return f"predicate({', '.join(filter(None, (name, inner)))})"
+
+
+def tokens_of(mask: Mask) -> Iterator[tuple[int, Mask]]:
+    """The parts of a mask that are for a certain number of tokens, and those numbers."""
+    if isinstance(mask, Predicate) and mask.tokens is not None:
+        yield mask.tokens, mask
+    for part in parts_of(mask):
+        yield from tokens_of(part)
+
+
+def parts_of(mask: Mask) -> Iterator[Mask]:
+    """The masks that a mask is made of."""
+    if not is_dataclass(mask):
+        return
+    for each in fields(mask):
+        value = getattr(mask, each.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Mask):
+                yield part
+
+
+def check_tokens(mask: Mask, positions: Positions, T: int, S: int) -> None:
+    """Checks that a mask for a certain number of tokens is used on as many.
+
+    Raises:
+      ValueError: for other numbers of queries or keys, where they count from 0.
+    """
+    for number, part in tokens_of(mask):
+        for letter, given, size in (("T", positions.q, T), ("S", positions.k, S)):
+            if given is None and size != number:
+                raise ValueError(
+                    f"mask: got {part!r}, which is for {number} tokens, and {letter} = {size}; "
+                    "expected as many. Tokens before the grid, as a class token, are its prefix="
+                )
 
 
 def _dense(b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:

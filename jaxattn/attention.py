@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 
+from . import foreign
 from .algebra import Positions
 from .backends import base, cudnn, decode, dense, pallas_gpu, tiled
 from .backends.base import Call
-from .request import request
+from .foreign import answers
+from .request import request, swapped
 from .shapes import Array, ArrayLike, Float
 
 # Up to so many logits the dense backend is faster. On 2 CPU cores its times cross those of the
@@ -40,6 +43,7 @@ BACKENDS: dict[str, ModuleType] = {
 ACCELERATED = ("cudnn", "pallas_gpu")
 
 
+@answers
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -91,6 +95,9 @@ def attention(
       TypeError: for arguments of the wrong type, a float array as mask among them.
       ValueError: for shapes that do not fit, and for a backend that refuses.
 
+    Warns where lengths and heads look mixed up, as in `[B, N, T, H]`; `positions=Positions()` says
+    that they are not.
+
     Example:
       >>> import jax, jaxattn as ja
       >>> q = k = v = jax.numpy.ones([1, 4, 2, 8])
@@ -112,6 +119,8 @@ def attention(
         dropout_seed=dropout_seed,
         precision=precision,
     )
+    if positions is None:
+        _check_layout(call)
     chosen = choose(call, backend).backend
     results = run(_settled(call, chosen), chosen, return_lse)
     if np.ndim(query) == 3:
@@ -119,6 +128,7 @@ def attention(
     return results if return_lse else results[0]
 
 
+@answers
 def attention_weights(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -149,8 +159,17 @@ def attention_weights(
         positions=positions,
         precision=precision,
     )
+    if positions is None:
+        _check_layout(call)
     weights = _run_weights(call)
     return weights[0] if np.ndim(query) == 3 else weights
+
+
+def _check_layout(call: Call) -> None:
+    """Warns of lengths and heads that look mixed up; Python says it once a line of code."""
+    if (said := swapped(call)) is not None:
+        # The caller of `attention`, which is wrapped.
+        warnings.warn(said, stacklevel=4)
 
 
 def _settled(call: Call, backend: str) -> Call:
@@ -189,8 +208,8 @@ def _learnable(call: Call) -> Call:
     """The call as derivatives see it: parameters of scores in float32, none in the dropout rate."""
     dropout = call.dropout
     if dropout is not None:
-        rate = jax.lax.stop_gradient(dropout.rate)
-        dropout = replace(dropout, rate=rate, seed=_own_seed(jax.lax.stop_gradient(call.query), dropout.seed))
+        rate, query = jax.lax.stop_gradient((dropout.rate, call.query))
+        dropout = replace(dropout, rate=rate, seed=_own_seed(query, dropout.seed))
     return replace(call, dropout=dropout)
 
 
@@ -241,6 +260,20 @@ def _share(lse: Array, sinks: Array) -> Array:
     return jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])[..., None]
 
 
+def check_backend(name: str, given: Any) -> None:
+    """Checks that "auto" or a backend is named.
+
+    Raises:
+      ValueError: for another name, with what is meant by it, if that is known.
+    """
+    names = ["auto", *BACKENDS]
+    if isinstance(given, str) and given in names:
+        return
+    message = f"{name}: got {given!r}, expected one of {', '.join(map(repr, names))}"
+    meant = foreign.BACKENDS.get(given) if given is None or isinstance(given, str) else None
+    raise ValueError(f"{message}; here it is {meant}" if meant else message)
+
+
 class Choice(NamedTuple):
     """A backend, why it was chosen, and why the others were not."""
 
@@ -257,9 +290,7 @@ def choose(call: Call, backend: str) -> Choice:
     Raises:
       ValueError: for an unknown name, and for a backend that refuses, with its reason.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        known = ", ".join(map(repr, ["auto", *BACKENDS]))
-        raise ValueError(f"backend: got {backend!r}, expected one of {known}")
+    check_backend("backend", backend)
     if _is_empty(call):
         name = "dense" if backend == "auto" else backend
         others = {each: "there are no pairs to compute" for each in BACKENDS if each != name}

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Positions, Predicate, as_mask, known, pytree, static
+from .algebra import Mask, Positions, Predicate, as_mask, pytree, static
 from .attention import attention
 from .backends import decode
+from .integers import as_given, integers, is_integer, known, narrowed
+from .pytrees import ByStructure
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 # The largest number of an int8, kept symmetric.
@@ -67,8 +69,8 @@ def unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
 def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
     if given is None:
         return jnp.full(B, T, jnp.int32)
-    array = jnp.asarray(given)
-    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != (B,):
+    array = as_given(given)
+    if not is_integer(array) or array.shape != (B,):
         raise ValueError(
             f"cache.append(counts): got {array.dtype}{list(array.shape)}, expected integers [B] = "
             f"[{B}], how many of the {T} tokens of each row are real"
@@ -76,7 +78,7 @@ def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
     values = known(array)
     if values is not None and ((values < 0) | (values > T)).any():
         raise ValueError(f"cache.append(counts): got {values}, expected numbers from 0 to {T}")
-    return jnp.clip(array.astype(jnp.int32), 0, T)
+    return jnp.clip(narrowed(array), 0, T)
 
 
 def check_room(length: Array, room: Any) -> None:
@@ -100,7 +102,7 @@ def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
             raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
 
 
-class Cache(ABC):
+class Cache(ByStructure, ABC):
     """What every cache can do; how keys are kept is each class's own.
 
     Attributes:
@@ -181,7 +183,7 @@ class Cache(ABC):
         """
         key, value = self.read()
         held = self.mask if mask is None else as_mask(mask) & self.mask
-        positions = Positions(q=jnp.asarray(at), k=self.positions)
+        positions = Positions(q=at, k=self.positions)
         _, T, N, _ = jnp.shape(query)
         # XLA on CPU converts keys of 16 bits before it multiplies them, and dense does it best.
         direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
@@ -373,7 +375,8 @@ class KVCache(Cache):
           ValueError: outside `jit`, for a ring that can't go so far back. Inside, `overflowed`
             says so.
         """
-        shorter = jnp.minimum(self.length, jnp.maximum(jnp.asarray(length, jnp.int32), 0))
+        to = integers(length, "cache.truncate(length)", ("[]", "[B]"))
+        shorter = jnp.minimum(self.length, jnp.maximum(to, 0))
         lost = jnp.zeros_like(self.overflowed)
         if self.window is not None:
             lost = (self.length > self.capacity) & (shorter > 0)

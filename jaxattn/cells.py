@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import And, Mask, Not, Or, PerHead, Positions, Xor
+from .algebra import And, Mask, Not, Or, PerHead, Positions, Xor, tokens_of
 from .hoist import hoist
 from .shapes import Int
 from .split import split
@@ -109,6 +109,8 @@ def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int
     if T is None or S is None:
         plan = split(hoist(mask), Positions()).plan
         extents = {extent.position: extent.extent for _, extent in plan.extents}
+        for tokens, _ in tokens_of(mask):
+            extents = {"q": tokens, "k": tokens} | extents
     T = extents.get("q", extents.get("k", S or 16)) if T is None else T
     S = extents.get("k", T) if S is None else S
     for letter, size in (("T", T), ("S", S)):

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import masks, scores
-from .algebra import Mask, as_mask
-from .attention import attention, attention_weights
+from .algebra import Mask, Positions, as_mask
+from .attention import attention, attention_weights, check_backend
+from .foreign import answers
+from .integers import integers
 from .shapes import Array, ArrayLike, Float, Int
 
 
@@ -69,7 +71,9 @@ def scaled_dot_product_attention(
                     f"(..., T, S) = {[*lead, T, S]}"
                 ) from error
         mask = as_mask(mask)
-    call = {"query": layout(query), "key": layout(key), "mask": mask}
+    # Positions of its own: here heads and lengths can't have been mixed up.
+    at = Positions()
+    call = {"query": layout(query), "key": layout(key), "mask": mask, "positions": at}
     weights = attention_weights(**call)
     # The second result wants all weights anyway: the values are one product away.
     output = attention(**call, value=layout(value), backend="dense")
@@ -77,6 +81,7 @@ def scaled_dot_product_attention(
     return output, weights.reshape(*lead, T, S)
 
 
+@answers
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -116,6 +121,8 @@ definition |
     Raises:
       TypeError, ValueError: for what does not fit, naming the argument.
     """
+    if implementation not in (None, "xla"):
+        check_backend("implementation", implementation)
     query, key, value = (jnp.asarray(x) for x in (query, key, value))
     shape = query.shape
     query, key, value = (_at_least_4d(x) for x in (query, key, value))
@@ -135,7 +142,7 @@ definition |
         ("key_value_seq_lengths", key_value_seq_lengths, masks.key_padding),
     ):
         if lengths is not None:
-            counts = jnp.asarray(lengths)
+            counts = integers(lengths, name, ("[B]",))
             if counts.shape != (B,):
                 raise ValueError(f"{name}: got shape {list(counts.shape)}, expected [B] = [{B}]")
             parts.append(padding(lengths=jnp.maximum(counts, 0)))

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import known
+from .integers import known
 from .shapes import Array, Bool
 
 Convention = Literal["attend", "ignore", "additive", "hf", "keras", "flax"]
@@ -29,13 +29,13 @@ def kept(array: Any, convention: str) -> Bool[Array, "..."]:
         _check_values(numbers, convention)
     if convention == "additive":
         # Written so that a NaN removes: nothing unknown is let through.
-        return values > _removes(values.dtype)
+        return values > removes(values.dtype)
     nonzero = values if values.dtype == jnp.bool_ else values != 0
     return ~nonzero if convention == "ignore" else nonzero
 
 
-def _removes(dtype: Any) -> float:
-    """-1e4 as that dtype rounds it: bfloat16 has -9984 instead."""
+def removes(dtype: Any) -> float:
+    """The largest number that removes a cell: -1e4 as that dtype rounds it (bfloat16: -9984)."""
     return float(np.asarray(_REMOVES, dtype))
 
 
@@ -77,7 +77,7 @@ def _check_values(values: Any, convention: str) -> None:
             "expected 0 where a key is kept and -inf (or -1e9) where it is removed; say 'attend' "
             "after .astype(bool) if 1 keeps, 'ignore' if 1 removes"
         )
-    odd = ~((numbers == 0.0) | (numbers <= _removes(values.dtype)))
+    odd = ~((numbers == 0.0) | (numbers <= removes(values.dtype)))
     if odd.any():
         raise ValueError(
             f"from_array(array): got the value {numbers[odd].flat[0]} with convention 'additive', "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,18 @@ import jax
 import numpy as np
 
 from . import intervals, masks
-from .attention import BACKENDS, choose
+from .attention import BACKENDS, attention, choose
 from .backends.base import Call
-from .request import request
+from .foreign import unexpected
+from .request import request, swapped
 from .split import split
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
 
 # Up to so many pairs every one is looked at for queries that see nothing; beyond, tiles are.
 _LOOKED_AT = 2**22
+
+
+_OPTIONS = frozenset(inspect.signature(attention).parameters)
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ def explain(
       >>> print(ja.explain(x, x, x, mask=ja.masks.causal()).density)
       0.53125
     """
+    unknown = {name: given for name, given in options.items() if name not in _OPTIONS}
+    if unknown:
+        raise unexpected("explain", unknown, _OPTIONS)
     options.pop("return_lse", None)
     call = request(query, key, value, **options)
     choice = choose(call, backend)
@@ -124,8 +132,13 @@ def explain(
         dense_flops=2.0 * pairs * (H + Hv),
         bytes=BACKENDS[choice.backend].footprint(call),
         dense_bytes=BACKENDS["dense"].footprint(call),
-        notes=(*_blind(call, tiles), *_notes(call)),
+        notes=(*_layout(call, options), *_blind(call, tiles), *_notes(call)),
     )
+
+
+def _layout(call: Call, options: dict[str, Any]) -> tuple[str, ...]:
+    said = swapped(call) if options.get("positions") is None else None
+    return () if said is None else (said,)
 
 
 def _tiles(call: Call) -> TileMap | None:

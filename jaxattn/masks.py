@@ -3,10 +3,13 @@
 Every constructor returns a `Mask`, a pure function of positions that composes with `&`, `|`, `~`
 and `^`. Its arguments are leaves: they may be traced, and new values reuse the compiled program.
 Where an argument may differ by batch row or by head its shape says so (`[B]`, `[N]`, `[B, T]`).
+Numbers that meet positions become int32 like these: beyond, the nearest, which means the same.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +24,13 @@ from .algebra import (
     Positions,
     Predicate,
     as_mask,
+    check_is_predicate,
     dense,
-    known,
     written,
 )
 from .conventions import Convention, kept
+from .foreign import unknown_attribute
+from .integers import MOST, as_given, check_exact, identifiers, integers, is_integer, known, plain
 from .shapes import Array, ArrayLike, Bool, Int, Shaped
 
 if TYPE_CHECKING:
@@ -59,41 +64,13 @@ __all__ = [
 ]
 
 
+if not TYPE_CHECKING:
+    # Not seen by type checkers, to whom it would say that every mask exists.
+    def __getattr__(name: str) -> Any:
+        raise unknown_attribute(__name__, name, sys.modules[__name__])
+
+
 # --- checks of arguments, and how an argument is read -------------------------------------------
-
-
-def _integers(
-    given: Any, name: str, shapes: Sequence[str], minimum: int | None = None, *, ids: bool = False
-) -> Any:
-    """An integer argument: Python ints stay as they are, everything else becomes a jax array.
-
-    `shapes` says what each allowed rank means, as in `("[]", "[B]")`. Numbers that meet positions
-    become int32; ids, which meet only each other, stay as wide as they are.
-    """
-    if isinstance(given, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {given!r}, expected integers {' or '.join(shapes)}")
-    if isinstance(given, (int, np.integer)):
-        array: Any = int(given)
-    else:
-        array = jnp.asarray(given)
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(
-                f"{name}: got dtype {array.dtype}, expected integers {' or '.join(shapes)}"
-            )
-        if not ids:
-            # Compared with int32 positions, under strict dtype promotion too.
-            array = array.astype(jnp.int32)
-    ranks = [0 if shape == "[]" else shape.count(",") + 1 for shape in shapes]
-    if np.ndim(array) not in ranks:
-        raise ValueError(
-            f"{name}: got shape {list(np.shape(array))}, expected {' or '.join(shapes)}"
-        )
-    values = known(array)
-    if minimum is not None and values is not None:
-        least = int(values.min(initial=minimum))
-        if least < minimum:
-            raise ValueError(f"{name}: got {least}, expected at least {minimum}")
-    return array
 
 
 def _booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
@@ -144,7 +121,8 @@ def _causal(b: Any, h: Any, q: Any, k: Any) -> Any:
 
 @written(lambda offset: f"causal({offset})")
 def _causal_offset(b: Any, h: Any, q: Any, k: Any, offset: Any) -> Any:
-    return q + _at(offset, b) >= k
+    # Not q + offset >= k: the sum of two large numbers would wrap around.
+    return k - q <= _at(offset, b)
 
 
 def causal(offset: Int[ArrayLike, "*B"] | int = 0) -> Mask:
@@ -160,7 +138,7 @@ def causal(offset: Int[ArrayLike, "*B"] | int = 0) -> Mask:
     """
     if isinstance(offset, int) and not isinstance(offset, bool) and offset == 0:
         return Predicate(_causal)
-    return Predicate(_causal_offset, (_integers(offset, "causal(offset)", ("[]", "[B]")),))
+    return Predicate(_causal_offset, (integers(offset, "causal(offset)", ("[]", "[B]")),))
 
 
 def _sliding_window(b: Any, h: Any, q: Any, k: Any, left: Any, right: Any) -> Any:
@@ -183,8 +161,8 @@ def sliding_window(
     return Predicate(
         _sliding_window,
         (
-            _integers(left, "sliding_window(left)", allowed, 0),
-            _integers(right, "sliding_window(right)", allowed, 0),
+            integers(left, "sliding_window(left)", allowed, 0),
+            integers(right, "sliding_window(right)", allowed, 0),
         ),
     )
 
@@ -201,7 +179,7 @@ def prefix_lm(lengths: Int[ArrayLike, "*B"] | int) -> Mask:
 
     Sources: T5, arXiv 1910.10683, section 3.2.1; UniLM, arXiv 1905.03197.
     """
-    return Predicate(_prefix_lm, (_integers(lengths, "prefix_lm(lengths)", ("[]", "[B]"), 0),))
+    return Predicate(_prefix_lm, (integers(lengths, "prefix_lm(lengths)", ("[]", "[B]"), 0),))
 
 
 def _chunked(b: Any, h: Any, q: Any, k: Any, size: Any) -> Any:
@@ -214,7 +192,7 @@ def chunked(size: Int[ArrayLike, ""] | int) -> Mask:
     With `& causal()` this is the local attention of Llama 4; alone, the blockwise attention of
     arXiv 1911.02972.
     """
-    return Predicate(_chunked, (_integers(size, "chunked(size)", ("[]",), 1),))
+    return Predicate(_chunked, (integers(size, "chunked(size)", ("[]",), 1),))
 
 
 def _dilated(b: Any, h: Any, q: Any, k: Any, rate: Any) -> Any:
@@ -227,7 +205,7 @@ def dilated(rate: Int[ArrayLike, ""] | int) -> Mask:
     With `& causal()`, the strided head of the Sparse Transformer (arXiv 1904.10509); with
     `& sliding_window(rate * w, rate * w)`, Longformer's dilated window (arXiv 2004.05150).
     """
-    return Predicate(_dilated, (_integers(rate, "dilated(rate)", ("[]",), 1),))
+    return Predicate(_dilated, (integers(rate, "dilated(rate)", ("[]",), 1),))
 
 
 # --- documents, padding, prompts ---------------------------------------------------------------
@@ -244,13 +222,18 @@ def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | No
       q_ids: segment ids of the queries, integers `[T]` or `[B, T]`, in any order.
       k_ids: segment ids of the keys, `[S]` or `[B, S]`; by default those of the queries.
 
+    Ids may have 64 bits, as hashes of documents do: without JAX's x64 they are numbered, where
+    their values are known. Through `jit` they come as wide as JAX keeps them, by default cut to 32
+    bits: make the mask outside and pass it.
+
     Padding is a segment like any other here: `& key_padding(...)` keeps it from being seen.
     Source: packing, Krell et al., arXiv 2107.02027; T5, arXiv 1910.10683.
     """
     rows, columns = ("[T]", "[B, T]"), ("[S]", "[B, S]")
-    queries = _integers(q_ids, "segments(q_ids)", rows, ids=True)
-    keys = queries if k_ids is None else _integers(k_ids, "segments(k_ids)", columns, ids=True)
-    return Predicate(_segments, (queries, keys))
+    of_queries = (q_ids, "segments(q_ids)", rows)
+    if k_ids is None:
+        return Predicate(_segments, identifiers(of_queries) * 2)
+    return Predicate(_segments, identifiers(of_queries, (k_ids, "segments(k_ids)", columns)))
 
 
 @written(lambda valid: f"key_padding({valid})")
@@ -320,7 +303,7 @@ def _padding(
     if valid is not None:
         shapes = (f"[{axis}]", f"[B, {axis}]")
         return Predicate(by_valid, (_booleans(valid, f"{name}(valid)", shapes),))
-    counts = _integers(lengths, f"{name}(lengths)", ("[]", "[B]"), 0)
+    counts = integers(lengths, f"{name}(lengths)", ("[]", "[B]"), 0)
     return Predicate(by_length, (counts,))
 
 
@@ -333,8 +316,8 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
 
     Args:
       length: number of prompt tokens, int or `[B]`.
-      ids: which continuation each position belongs to, integers `[T]` or `[B, T]`; the prompt
-        needs an id of its own.
+      ids: which continuation each position belongs to, integers `[T]` or `[B, T]`, as wide as in
+        `segments`; the prompt needs an id of its own.
 
     Compose with `& causal()` to train on or to score many answers to a prompt that is computed
     once. Source: Hydragen, arXiv 2402.05099.
@@ -342,8 +325,8 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
     return Predicate(
         _shared_prefix,
         (
-            _integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
-            _integers(ids, "shared_prefix(ids)", ("[T]", "[B, T]"), ids=True),
+            integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
+            *identifiers((ids, "shared_prefix(ids)", ("[T]", "[B, T]"))),
         ),
     )
 
@@ -351,7 +334,7 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
 # --- global tokens, grids, blocks, trees -------------------------------------------------------
 
 
-@written(lambda n: f"global_tokens({n})")
+@written(lambda n: f"global_tokens({n if n.isdigit() else f'counts={n}'})")
 def _first_tokens(b: Any, h: Any, q: Any, k: Any, n: Any) -> Any:
     return (q < _at(n, b)) | (k < _at(n, b))
 
@@ -361,30 +344,52 @@ def _flagged_tokens(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
     return _at(flags, b, q) | _at(flags, b, k)
 
 
-def global_tokens(tokens: Bool[ArrayLike, "*B T"] | Int[ArrayLike, "*B"] | int) -> Mask:
+def global_tokens(
+    tokens: Bool[ArrayLike, "*B T"] | Int[ArrayLike, ""] | int | None = None,
+    *,
+    counts: Int[ArrayLike, "*B"] | int | None = None,
+) -> Mask:
     """Global tokens see all and are seen by all: `(q < n[b]) | (k < n[b])`, or `g[b, q] | g[b, k]`.
 
     Args:
-      tokens: an int or ints `[B]`, the first `n` tokens; or booleans `[T]` or `[B, T]`, True at
-        global tokens.
+      tokens: an int, the first `n` tokens; or booleans `[T]` or `[B, T]`, True at global tokens.
+      counts: instead, how many tokens of each row are global, the first ones: int or `[B]`.
 
     `global_tokens(n) | sliding_window(w, w)` is Longformer (arXiv 2004.05150) and, with
     `| random_blocks(...)`, BigBird (arXiv 2007.14062);
     `(global_tokens(4) | sliding_window(w)) & causal()` keeps the attention sinks of StreamingLLM
     (arXiv 2309.17453).
+
+    Raises:
+      TypeError: for integers `[n]` as `tokens`: positions and numbers a row look the same.
     """
-    if not isinstance(tokens, int) and jnp.asarray(tokens).dtype == jnp.bool_:
-        flags = _booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
-        return Predicate(_flagged_tokens, (flags,))
-    return Predicate(_first_tokens, (_integers(tokens, "global_tokens(n)", ("[]", "[B]"), 0),))
+    if (tokens is None) == (counts is None):
+        got = "neither" if tokens is None else "both"
+        raise ValueError(f"global_tokens: got {got} of `tokens` and `counts`, expected one of them")
+    if counts is not None:
+        n = integers(counts, "global_tokens(counts)", ("[]", "[B]"), 0)
+        return Predicate(_first_tokens, (n,))
+    array = as_given(tokens)
+    if array.ndim == 0:
+        return Predicate(_first_tokens, (integers(tokens, "global_tokens(n)", ("[]",), 0),))
+    if is_integer(array):
+        raise TypeError(
+            f"global_tokens(tokens): got integers {list(array.shape)}, expected one integer or "
+            "booleans [T] or [B, T]; tokens at these positions are "
+            "global_tokens(jnp.zeros(T, bool).at[positions].set(True)), so many first tokens of "
+            "each row are global_tokens(counts=...)"
+        )
+    flags = _booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
+    return Predicate(_flagged_tokens, (flags,))
 
 
 def _written_grid(*numbers: str) -> str:
-    half = len(numbers) // 2
+    axes = len(numbers) // 2
     shape, radius = (
-        f"({', '.join(n)}{',' * (half == 1)})" for n in (numbers[:half], numbers[half:])
+        f"({', '.join(n)}{',' * (axes == 1)})" for n in (numbers[:axes], numbers[axes : 2 * axes])
     )
-    return f"neighborhood({shape}, {radius})"
+    prefix = f", prefix={numbers[-1]}" if len(numbers) % 2 else ""
+    return f"neighborhood({shape}, {radius}{prefix})"
 
 
 @written(_written_grid)
@@ -397,7 +402,15 @@ def _neighborhood(b: Any, h: Any, q: Any, k: Any, shape: Any, radius: Any) -> An
     return near
 
 
-def neighborhood(shape: Sequence[int], radius: int | Sequence[int]) -> Mask:
+@written(_written_grid)
+def _neighborhood_after(
+    b: Any, h: Any, q: Any, k: Any, shape: Any, radius: Any, prefix: Any
+) -> Any:
+    near = _neighborhood(b, h, q - prefix, k - prefix, shape, radius)
+    return (q < prefix) | (k < prefix) | near
+
+
+def neighborhood(shape: Sequence[int], radius: int | Sequence[int], *, prefix: int = 0) -> Mask:
     """Tokens of a grid see the nearest `2 * radius + 1` along every axis.
 
     With x the coordinates of a position in a row-major grid:
@@ -407,23 +420,38 @@ def neighborhood(shape: Sequence[int], radius: int | Sequence[int]) -> Mask:
     Args:
       shape: extents of the grid, as in `(height, width)`.
       radius: one for all axes, or one an axis; `2 * radius + 1` fits in the extent.
+      prefix: tokens before the grid that see all and are seen by all, as the class token of a ViT.
+
+    The mask is for `prefix + prod(shape)` queries and keys: another T or S is an error, and where
+    `positions=` lie beyond, nothing is seen.
 
     Source: Neighborhood Attention (NATTEN), arXiv 2204.07143.
     """
-    extents = tuple(int(extent) for extent in shape)
-    reach = (radius,) * len(extents) if isinstance(radius, int) else tuple(radius)
-    if len(reach) != len(extents) or not extents:
+    axes = tuple(shape) if isinstance(shape, (Sequence, np.ndarray)) else (shape,)
+    extents = tuple(plain(n, f"neighborhood(shape[{i}])", 1) for i, n in enumerate(axes))
+    radii = tuple(radius) if isinstance(radius, (Sequence, np.ndarray)) else (radius,) * len(axes)
+    if len(radii) != len(extents) or not extents:
         raise ValueError(
             f"neighborhood(radius): got {radius!r}, expected one integer or one for each axis of "
             f"shape {extents}"
         )
+    reach = tuple(plain(r, "neighborhood(radius)", 0) for r in radii)
     for extent, r in zip(extents, reach, strict=True):
-        if r < 0 or 2 * r + 1 > extent:
+        if 2 * r + 1 > extent:
             raise ValueError(
                 f"neighborhood(radius): got {r} for an axis of extent {extent}, expected "
                 f"0 <= radius and 2 * radius + 1 <= extent"
             )
-    return Predicate(_neighborhood, (extents, reach))
+    before = plain(prefix, "neighborhood(prefix)", 0)
+    tokens = before + math.prod(extents)
+    if tokens > MOST:
+        raise ValueError(
+            f"neighborhood(shape): got {extents}, {tokens} tokens, expected less than 2**31: "
+            "positions are int32"
+        )
+    if before:
+        return Predicate(_neighborhood_after, (extents, reach, before), tokens)
+    return Predicate(_neighborhood, (extents, reach), tokens)
 
 
 def _block_sparse(b: Any, h: Any, q: Any, k: Any, table: Any, block: Any) -> Any:
@@ -446,8 +474,22 @@ def block_sparse(table: Bool[ArrayLike, "*BN Q K"], block: Int[ArrayLike, ""] | 
         _block_sparse,
         (
             _booleans(table, "block_sparse(table)", allowed),
-            _integers(block, "block_sparse(block)", ("[]",), 1),
+            integers(block, "block_sparse(block)", ("[]",), 1),
         ),
+    )
+
+
+def _check_key(key: Any) -> None:
+    """Checks that it is one key of `jax.random`, typed or of the old kind."""
+    dtype, shape = getattr(key, "dtype", None), np.shape(key) if hasattr(key, "shape") else None
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape == ():
+            return
+    elif dtype == jnp.uint32 and shape is not None and len(shape) == 1:
+        return
+    got = repr(key) if dtype is None else f"{dtype}{list(shape or ())}"
+    raise TypeError(
+        f"random_blocks(key): got {got}, expected one key of jax.random, as jax.random.key(0)"
     )
 
 
@@ -463,9 +505,16 @@ def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | N
 
     Source: BigBird, arXiv 2007.14062, section 2.
     """
-    k_len = q_len if k_len is None else k_len
-    for name, size in {"count": count, "block": block, "q_len": q_len, "k_len": k_len}.items():
-        _integers(size, f"random_blocks({name})", ("[]",), 1)
+    _check_key(key)
+    count, block, q_len, k_len = (
+        plain(size, f"random_blocks({name})", 1)
+        for name, size in (
+            ("count", count),
+            ("block", block),
+            ("q_len", q_len),
+            ("k_len", q_len if k_len is None else k_len),
+        )
+    )
     table = (-(-q_len // block), -(-k_len // block))
     if count > table[1]:
         raise ValueError(
@@ -504,9 +553,9 @@ def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*B"] | int | No
     Verifies a tree of drafted tokens in one pass. Sources: SpecInfer, arXiv 2305.09781; Medusa,
     arXiv 2401.10774.
     """
-    array = _integers(parents, "tree(parents)", ("[T]", "[B, T]"), -1)
-    known = not isinstance(array, jax.core.Tracer)
-    if known and (np.asarray(array) >= np.arange(array.shape[-1])).any():
+    array = integers(parents, "tree(parents)", ("[T]", "[B, T]"), -1)
+    values = known(array)
+    if values is not None and (values >= np.arange(array.shape[-1])).any():
         raise ValueError(
             "tree(parents): got a node before its parent, expected parents[i] < i; sort the nodes"
         )
@@ -514,7 +563,7 @@ def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*B"] | int | No
     enter, leave = number(array)
     if start is None:
         return Predicate(_tree, (enter, leave))
-    first = _integers(start, "tree(start)", ("[]", "[B]"), 0)
+    first = integers(start, "tree(start)", ("[]", "[B]"), 0)
     return Predicate(_tree_after, (enter, leave, first))
 
 
@@ -567,8 +616,8 @@ def block_diffusion(length: Int[ArrayLike, ""] | int, block: Int[ArrayLike, ""] 
     return Predicate(
         _block_diffusion,
         (
-            _integers(length, "block_diffusion(length)", ("[]",), 1),
-            _integers(block, "block_diffusion(block)", ("[]",), 1),
+            integers(length, "block_diffusion(length)", ("[]",), 1),
+            integers(block, "block_diffusion(block)", ("[]",), 1),
         ),
     )
 
@@ -597,6 +646,12 @@ def predicate(fn: Callable[..., Any], *args: Any) -> Mask:
     """
     if not callable(fn):
         raise TypeError(f"predicate(fn): got {type(fn).__name__}, expected fn(b, h, q, k, *args)")
+    check_is_predicate(fn, "predicate(fn)")
+    if isinstance(fn, Mask):
+        if args:
+            raise TypeError(f"predicate(fn): got {fn!r} with arguments, expected a function")
+        return fn
+    check_exact(args, "predicate(args)")
     return Predicate(fn, args)
 
 

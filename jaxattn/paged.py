@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .algebra import pytree, static
 from .cache import Cache, check_room, check_sizes, empty, unpacked
+from .integers import integers
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 
@@ -101,7 +102,9 @@ class PagedKVCache(Cache):
 
     def allocate(self, counts: Int[ArrayLike, "B"] | int) -> PagedKVCache:
         """The cache with pages for `counts` more tokens of each row, as far as there are any."""
-        number = jnp.broadcast_to(jnp.asarray(counts, jnp.int32), self.length.shape)
+        given = integers(counts, "cache.allocate(counts)", ("[]", "[B]"), 0)
+        most = jnp.int32(self.capacity)
+        number = jnp.broadcast_to(jnp.minimum(most, given), self.length.shape)
         has = (self.table >= 0).sum(1, dtype=jnp.int32)
         wants = jnp.minimum(-(-(self.length + number) // self.page), self.table.shape[1])
         need = jnp.maximum(wants - has, 0)
@@ -174,7 +177,8 @@ class PagedKVCache(Cache):
 
     def truncate(self, length: Int[ArrayLike, "B"] | int) -> PagedKVCache:
         """The cache without the tokens from position `length` on; a row keeps its pages."""
-        shorter = jnp.minimum(self.length, jnp.maximum(jnp.asarray(length, jnp.int32), 0))
+        to = integers(length, "cache.truncate(length)", ("[]", "[B]"))
+        shorter = jnp.minimum(self.length, jnp.maximum(to, 0))
         over = self.overflowed & (shorter > 0)
         return PagedKVCache(self.key, self.value, self.table, shorter, over, self.dtype)
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, PerHead, Positions, as_mask
+from .algebra import Mask, PerHead, Positions, as_mask, check_tokens, parts_of
 from .backends import base
 from .backends.base import Call
+from .integers import as_given, known
 from .scores import as_score
 from .shapes import Array
-from .split import check_extents, hoist
+from .split import check_extents, hoist, split
 from .tiles import TileMap
 
 
@@ -81,6 +81,7 @@ def request(
         if isinstance(mask, TileMap):
             mask.check(B, N, T, S, at)
         mask = _mask(mask, B, N, T, S)
+        check_tokens(mask, at, T, S)
         if at.h is None:
             _check_heads(mask, N)
         mask = hoist(mask)
@@ -99,6 +100,27 @@ def request(
         positions=at,
         dropout=_dropout(dropout_rate, dropout_seed),
         precision=precision,
+    )
+
+
+def swapped(call: Call) -> str | None:
+    """What to say of a call whose lengths and heads look mixed up; nothing can be sure of it.
+
+    That is self-attention with more heads than tokens, and no array in its mask or score that has
+    the length of the tokens.
+    """
+    _, T, S, N, K, *_ = call.sizes
+    if not (1 < T == S and N == K and N > T):
+        return None
+    for part in (call.mask, call.score):
+        if part is not None and any(
+            extent.position in "qk" for _, extent in split(part, call.positions).plan.extents
+        ):
+            return None
+    return (
+        f"query: got {T} tokens with {N} heads; axes are [batch, length, heads, head dimension]. "
+        f"If these are {T} heads of {N} tokens, swap them: jnp.swapaxes(query, -3, -2), and "
+        "likewise key and value"
     )
 
 
@@ -155,30 +177,45 @@ def _check_heads(mask: Mask, N: int) -> None:
         raise ValueError(
             f"mask: got per_head of {len(mask.parts)} masks, expected {N}, one for each query head"
         )
-    if not dataclasses.is_dataclass(mask):
-        return
-    for field in dataclasses.fields(mask):
-        held = getattr(mask, field.name)
-        for part in held if isinstance(held, tuple) else (held,):
-            if isinstance(part, Mask):
-                _check_heads(part, N)
+    for part in parts_of(mask):
+        _check_heads(part, N)
+
+
+def _real(name: str, given: Any, expected: str) -> Any:
+    """One real number: Python's as a float, so that 1 and 1.0 are one program."""
+    try:
+        array = given if hasattr(given, "dtype") else np.asarray(given)
+        number = np.ndim(array) == 0 and not isinstance(given, (str, bytes))
+        kinds = (np.floating, np.integer)
+        if number and any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+            return float(given) if isinstance(given, int) else given
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name}: got {_described(given)}, expected {expected}")
+
+
+def _described(given: Any) -> str:
+    """A value as it was written, or its dtype and shape."""
+    if isinstance(given, jax.core.Tracer) or np.ndim(given):
+        return f"{getattr(given, 'dtype', type(given).__name__)}{list(np.shape(given))}"
+    return repr(given)
 
 
 def _scale(given: Any, H: int) -> Any:
     if given is None:
         return float(max(H, 1) ** -0.5)
-    if isinstance(given, (bool, str)) or np.ndim(given) != 0:
-        raise ValueError(f"scale: got {given!r}, expected one number")
-    if not isinstance(given, jax.core.Tracer) and not np.isfinite(given):
-        raise ValueError(f"scale: got {given}, expected a finite number")
-    return given
+    number = _real("scale", given, "one real number")
+    if not isinstance(number, jax.core.Tracer) and not np.isfinite(number):
+        raise ValueError(f"scale: got {number}, expected a finite number")
+    return number
 
 
 def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
-    known = not isinstance(rate, jax.core.Tracer)
-    if np.ndim(rate) != 0 or (known and not 0 <= float(rate) <= 1):
+    rate = _real("dropout_rate", rate, "a probability from 0 to 1")
+    concrete = not isinstance(rate, jax.core.Tracer)
+    if concrete and not 0 <= float(rate) <= 1:
         raise ValueError(f"dropout_rate: got {rate!r}, expected a probability from 0 to 1")
-    if known and float(rate) == 0:
+    if concrete and float(rate) == 0:
         return None
     if seed is None:
         raise ValueError(
@@ -195,20 +232,34 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
             f"dropout_seed: got {seed}, expected 0 <= seed < 2**32 or a jax.random.key; "
             "jax.random.key(seed) takes larger ones"
         )
-    array = seed if hasattr(seed, "dtype") else np.asarray(seed)
+    array = as_given(seed) if hasattr(seed, "shape") else np.asarray(seed)
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (2,)):
         raise TypeError(
             f"dropout_seed: got {array.dtype}{list(array.shape)}, expected a uint32 or a "
             "jax.random.key"
         )
+    wide = array.dtype.itemsize > 4
+    values = known(array) if wide else None
+    if values is not None and ((values < 0) | (values >= 2**32)).any():
+        raise ValueError(
+            f"dropout_seed: got {values}, expected numbers from 0 to 2**32 - 1 or a jax.random.key"
+        )
     words = jnp.asarray(array.astype(np.uint32))
-    return base.Dropout(rate, words if words.ndim else jnp.stack([words, jnp.zeros_like(words)]))
+    if words.ndim:
+        return base.Dropout(rate, words)
+    # Of a traced one of 64 bits, both halves.
+    upper = (array >> 32).astype(np.uint32) if wide else 0
+    return base.Dropout(rate, jnp.stack([words, jnp.asarray(upper, jnp.uint32)]))
 
 
 def _sinks(given: Any, heads: int) -> Array | None:
     if given is None:
         return None
-    array = jnp.asarray(given)
+    try:
+        array = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        got = type(given).__name__
+        raise TypeError(f"sinks: got {got}, expected floats [N] = [{heads}]") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"sinks: got dtype {array.dtype}, expected floats [N] = [{heads}]")
     if array.shape != (heads,):

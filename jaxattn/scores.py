@@ -7,14 +7,20 @@ they may be traced, new values reuse the compiled program, and gradients flow to
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Scalar, known, leaf_repr, pytree, static
+from .algebra import Mask, Scalar, leaf_repr
+from .conventions import removes
+from .foreign import unknown_attribute
+from .integers import check_exact, known
+from .pytrees import ByStructure, pytree, static
 from .shapes import Array, ArrayLike, Float
 
 __all__ = [
@@ -30,7 +36,13 @@ __all__ = [
 ]
 
 
-class Score:
+if not TYPE_CHECKING:
+    # Not seen by type checkers, to whom it would say that every score exists.
+    def __getattr__(name: str) -> Any:
+        raise unknown_attribute(__name__, name, sys.modules[__name__])
+
+
+class Score(ByStructure):
     """A function of one logit and its positions.
 
     The one required method is `__call__(logit, b, h, q, k)`, written for a single cell: the logit
@@ -101,11 +113,20 @@ def as_score(given: Any, where: str = "score") -> Score:
     if isinstance(given, Score):
         return given
     if callable(given) and not hasattr(given, "dtype"):
+        _check_is_function(given, where)
         return Scored(given, ())
     raise TypeError(
         f"{where}: got {type(given).__name__}, expected a Score or a callable "
         "(logit, b, h, q, k) -> logit; an array is added to the logits by scores.bias(array)"
     )
+
+
+def _check_is_function(given: Any, where: str) -> None:
+    if isinstance(given, Mask):
+        raise TypeError(
+            f"{where}: got the mask {given!r}, expected a Score; masks remove cells and change no "
+            "logits: pass it as mask=, beside score="
+        )
 
 
 def _parameter(given: Any, name: str, ranks: dict[int, str]) -> Any:
@@ -269,7 +290,7 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
 
     Args:
       array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. What
-        removes cells is a mask, not a bias.
+        removes cells is a mask, not a bias: a warning says so of numbers like -1e9.
     """
     values = known(array)
     if values is not None and (values == -np.inf).any():
@@ -278,7 +299,15 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
             "masks.from_array(array, 'additive')"
         )
     allowed = {2: "[T, S]", 4: "[B|1, N|1, T|1, S|1]"}
-    return Scored(add_array, (_parameter(array, "bias(array)", allowed),))
+    parameter = _parameter(array, "bias(array)", allowed)
+    if values is not None and (low := values <= removes(parameter.dtype)).any():
+        warnings.warn(
+            f"bias(array): got {values[low].flat[0]:g}, as of an array that removes cells; as a "
+            "bias it leaves them visible: nothing is skipped, and a query that sees no other key "
+            "attends to them. masks.from_array(array, 'additive') reads such an array as a mask",
+            stacklevel=2,
+        )
+    return Scored(add_array, (parameter,))
 
 
 def chain(*parts: Any) -> Score:
@@ -298,4 +327,10 @@ def score(fn: Callable[..., Any], *params: Any) -> Score:
     """
     if not callable(fn):
         raise TypeError(f"score(fn): got {type(fn).__name__}, expected fn(logit, b, h, q, k, ...)")
+    _check_is_function(fn, "score(fn)")
+    if isinstance(fn, Score):
+        if params:
+            raise TypeError(f"score(fn): got the score {fn!r} with parameters, expected a function")
+        return fn
+    check_exact(params, "score(params)")
     return Scored(fn, params)

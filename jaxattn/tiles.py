@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from . import intervals
-from .algebra import Mask, MaskLike, Positions, Scalar, as_mask, pytree, static
+from .algebra import Mask, MaskLike, Positions, Scalar, as_mask, check_tokens, pytree, static
 from .hoist import hoist
 from .shapes import Array, Bool, Form, Int
 from .split import Operand, Split, split
@@ -195,7 +195,9 @@ def tile_map(
     if len(tiles) != 2 or any(not isinstance(n, int) or n < 1 for n in tiles):
         raise ValueError(f"tile: got {tile!r}, expected one integer or two, at least 1")
     given = (positions or Positions()).checked(B, N, T, S)
-    hoisted = hoist(as_mask(mask.mask if isinstance(mask, TileMap) else mask))
+    plain = as_mask(mask.mask if isinstance(mask, TileMap) else mask)
+    check_tokens(plain, given, T, S)
+    hoisted = hoist(plain)
     found = _states(split(hoisted, given), given, (B, N, T, S), tiles, exact)
     return TileMap(hoisted, found, tiles, (B, N, T, S), counts(given))
 

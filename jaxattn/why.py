@@ -15,6 +15,7 @@ import numpy as np
 
 from .algebra import And, Mask, MaskLike, Not, Or, PerHead, Predicate, Xor, as_mask
 from .hoist import struct
+from .integers import MOST
 from .plan import labels
 from .program import Const, Ref, Type, run
 from .reads import Recogniser
@@ -60,7 +61,7 @@ def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
 
     Raises:
       TypeError: for positions that are not integers, and for a mask whose arrays are traced.
-      ValueError: for negative positions.
+      ValueError: for negative positions, and for those beyond int32.
 
     Example:
       >>> from jaxattn import masks
@@ -73,8 +74,10 @@ def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
     for name, value in at.items():
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"why({name}): got {value!r}, expected an integer")
-        if value < 0:
-            raise ValueError(f"why({name}): got {value}, expected a position, at least 0")
+        if not 0 <= value <= MOST:
+            raise ValueError(
+                f"why({name}): got {value}, expected a position, at least 0 and below 2**31"
+            )
     asked = Asked(mask, np.array([q]), np.array([k]), b, h)
     return asked.why(0, 0)
 

@@ -226,7 +226,9 @@ def global_first(B: int, N: int, T: int, S: int) -> MaskCase:
 @_case
 def global_per_row(B: int, N: int, T: int, S: int) -> MaskCase:
     n = lengths(B, 3)
-    return MaskCase(masks.global_tokens(jnp.asarray(n)), lambda b, h, q, k: np.minimum(q, k) < n[b])
+    return MaskCase(
+        masks.global_tokens(counts=jnp.asarray(n)), lambda b, h, q, k: np.minimum(q, k) < n[b]
+    )
 
 
 @_case(square=True)
@@ -239,7 +241,8 @@ def global_flags(B: int, N: int, T: int, S: int) -> MaskCase:
 
 @_case(square=True)
 def neighborhood(B: int, N: int, T: int, S: int) -> MaskCase:
-    height, width = 2, -(-T // 2)
+    height = 1 if T % 2 else 2
+    width = T // height
     table = np.zeros((height * width, height * width), bool)
 
     def nearest(at: int, extent: int, reach: int) -> range:

@@ -126,9 +126,10 @@ def library() -> dict[str, Mask]:
         "dilated": masks.dilated(5),
         "dilated & causal": masks.dilated(3) & causal,
         "dilated & window": masks.dilated(7) & masks.sliding_window(20, 20),
-        "neighborhood": masks.neighborhood((7, 8), 1),
+        # Not by its constructor: T and S are not those of a grid.
+        "neighborhood": masks.predicate(masks._neighborhood, (7, 8), (1, 1)),
         "global tokens": masks.global_tokens(3) | window,
-        "global tokens & causal": (masks.global_tokens(jnp.array([2, 0])) | window) & causal,
+        "global tokens & causal": (masks.global_tokens(counts=jnp.array([2, 0])) | window) & causal,
         "blocks": masks.block_sparse(jnp.asarray(TABLE), 5),
         "blocks & causal": masks.block_sparse(jnp.asarray(TABLE[0, 0]), 8) & causal,
         "random blocks": masks.random_blocks(jax.random.key(0), 2, 8, 64),

@@ -440,7 +440,10 @@ def test_integers_of_any_width(dtype: str) -> None:
             & masks.chunked(n[1])
             & masks.dilated(n[0])
             & masks.prefix_lm(n)
-        ) | (masks.global_tokens(n) & masks.tree(jnp.arange(4).astype(dtype).astype("int32") - 1))
+        ) | (
+            masks.global_tokens(counts=n)
+            & masks.tree(jnp.arange(4).astype(dtype).astype("int32") - 1)
+        )
         b, h, q, k = grid(2, 2, 4, 4)
         m = np.array([1, 4])
         gold = (k < m[b]) & (q + m[b] >= k) & (q >= k) & (q - k <= m[h]) & (q // 2 == k // 2) | (
