@@ -81,6 +81,12 @@ class PagedKVCache(Cache):
         return jnp.broadcast_to(places, (self.table.shape[0], self.capacity))
 
     @property
+    def _form(self) -> tuple[str, dict[str, Any]]:
+        batch, columns = self.table.shape
+        sizes = {"batch": batch, "pages": self.key[0].shape[0], "page": self.page}
+        return "PagedKVCache", sizes | {"pages_per_row": columns}
+
+    @property
     def available(self) -> Int[Array, ""]:
         """How many pages nobody has."""
         return (~self._taken()).sum(dtype=jnp.int32)

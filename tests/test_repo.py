@@ -80,7 +80,7 @@ LAYERS = [
     ["explain"],
     ["why", "cells"],
     ["cache"],
-    ["paged"],
+    ["kv_cache", "paged"],
     ["nn", "parallel", "compat", "show", "plot", "html", "testing"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

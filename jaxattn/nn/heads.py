@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from ..algebra import Mask, Positions, as_mask
 from ..attention import attention, attention_weights
-from ..cache import Cache, KVCache
+from ..cache import Cache
+from ..kv_cache import KVCache
 from ..scores import Score
 from ..shapes import Array, Float, Int
 

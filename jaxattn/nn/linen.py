@@ -9,7 +9,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..cache import Cache, KVCache
+from ..cache import Cache
+from ..kv_cache import KVCache
 from ..shapes import Array, Float, Int
 from . import heads
 from .adapters import attention_fn
