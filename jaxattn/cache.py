@@ -79,9 +79,8 @@ def _shown(leaf: Any) -> str:
     values = _values(leaf)
     if values is None:
         return leaf_repr(leaf)
-    plain = {"all": str}
     return np.array2string(
-        values, separator=", ", threshold=8, max_line_width=10**6, formatter=plain
+        values, separator=", ", threshold=8, max_line_width=10**6, formatter={"all": str}
     )
 
 

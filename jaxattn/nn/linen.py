@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import linen as nn
 
 from ..cache import Cache
 from ..kv_cache import KVCache
 from ..shapes import Array, Float, Int
 from . import heads
 from .adapters import attention_fn
+from .dialects import linen as nn
 from .heads import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -138,6 +138,10 @@ class MultiHeadAttention(nn.Module):
     @nn.compact
     def _all(self, inputs_q: Any, inputs_kv: Any, **call: Any) -> Any:
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        if inputs_q is not None:
+            heads.check_inputs("inputs_q", inputs_q, _width(self, "query", "kernel"))
+        if not isinstance(inputs_kv, Cache):
+            heads.check_inputs("inputs_kv", inputs_kv, _width(self, "key", "kernel"))
         features = self.qkv_features or (inputs_kv if inputs_q is None else inputs_q).shape[-1]
         kv_heads, head_dim = heads.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
@@ -223,6 +227,12 @@ class MultiHeadAttention(nn.Module):
         return out if cache is None else (out, cache)
 
 
+def _width(module: nn.Module, name: str, parameter: str) -> int | None:
+    """Features that a submodule was made for; `None` while it is being made."""
+    made = module.variables.get("params", {}).get(name)
+    return None if made is None else int(nn.unbox(made[parameter]).shape[0])
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention if there is a memory, and a feed-forward network.
 
@@ -290,6 +300,7 @@ class TransformerBlock(nn.Module):
         heads.check_norm(self.norm)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
+        heads.check_inputs("x", x, _width(self, "mlp_in", "kernel"))
 
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)

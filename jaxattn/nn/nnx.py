@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import nnx
 
 from ..cache import Cache
 from ..kv_cache import KVCache
 from ..shapes import Array, Float, Int
 from . import heads
 from .adapters import attention_fn
+from .dialects import nnx
 from .heads import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -184,6 +184,7 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError: for dropout without `deterministic`.
         """
+        heads.check_inputs("inputs_q", inputs_q, self.query.in_features[-1])
         key = value = memory = None
         if isinstance(inputs_kv, Cache):
             memory = inputs_kv
@@ -227,6 +228,7 @@ class MultiHeadAttention(nnx.Module):
         return out if cache is None else (out, cache)
 
     def _keys_and_values(self, inputs: Array) -> tuple[Array, Array]:
+        heads.check_inputs("inputs_kv", inputs, self.key.in_features[-1])
         key = self.key(inputs)
         return self.key_ln(key) if self.normalize_qk else key, self.value(inputs)
 
@@ -321,6 +323,7 @@ class TransformerBlock(nnx.Module):
         Raises:
           ValueError: for a memory without `memory_features`, or the reverse.
         """
+        heads.check_inputs("x", x, self.mlp_in.in_features)
         if (memory is not None) != self.has_memory:
             got, said = ("one", "without") if memory is not None else ("None", "with")
             raise ValueError(f"memory: got {got} in a block {said} memory_features")
