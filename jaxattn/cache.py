@@ -11,6 +11,12 @@ A step is `upcoming`, `append` and `attend`, in that order, where they are wante
     at = cache.upcoming(T)  # positions of the next tokens: before they are appended
     cache = cache.append(key, value)
     out = cache.attend(query, at, mask=mask)
+
+Prompts of different lengths share a batch, padded after their ends: `counts` says how many tokens of
+each row are real, and the others are neither kept nor given a position. Prompts padded before their
+beginnings are turned first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. So no mask of the
+padding is needed. Where padding is kept all the same, its mask must go on after the prompt: an array
+as long as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
 """
 
 from __future__ import annotations

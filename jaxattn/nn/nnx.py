@@ -166,13 +166,16 @@ class MultiHeadAttention(nnx.Module):
           inputs_q: `[B, T, features]` or `[T, features]`.
           inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention; or what `remember`
             made of it, so that it is projected once and not at every step.
-          mask: which query may see which key, as in `jaxattn.attention`.
+          mask: which query may see which key, as in `jaxattn.attention`. With a cache it sees
+            positions in the whole sequence: an array of padding that is as long as the prompt knows
+            nothing of later tokens; `counts` needs none.
           score: what changes the logits, as in `jaxattn.attention`.
           positions: what masks, scores and `rope` see, as in `jaxattn.attention`.
           rope_positions: what `rope` sees instead, of queries and of keys: positions within packed
             documents, depths in a tree of drafts.
           cache: keys and values of the tokens before; those of this call are appended.
-          counts: how many of the tokens of each row are real, `[B]`, for the cache.
+          counts: how many of the tokens of each row are real, `[B]`, the first ones: padding after
+            a prompt is neither kept in the cache nor given a position.
           deterministic: True turns dropout off.
           sow_weights: keep the weights `[B, N, T, S]`, before dropout, as the `nnx.Intermediate`
             "attention_weights": O(T * S) memory.
