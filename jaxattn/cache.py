@@ -12,11 +12,11 @@ A step is `upcoming`, `append` and `attend`, in that order, where they are wante
     cache = cache.append(key, value)
     out = cache.attend(query, at, mask=mask)
 
-Prompts of different lengths share a batch, padded after their ends: `counts` says how many tokens of
-each row are real, and the others are neither kept nor given a position. Prompts padded before their
-beginnings are turned first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. So no mask of the
-padding is needed. Where padding is kept all the same, its mask must go on after the prompt: an array
-as long as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
+Prompts of different lengths share a batch, padded after their ends: `counts` says how many tokens
+of each row are real, and the others are neither kept nor given a position. Prompts padded before
+their beginnings are turned first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. So no mask
+of the padding is needed. Where padding is kept all the same, its mask must go on after the prompt:
+an array as long as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
 """
 
 from __future__ import annotations
@@ -126,6 +126,20 @@ def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
             raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
 
 
+def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
+    """Rows of a cache by number; raises for those that are none, where that can be seen."""
+    order = jnp.asarray(rows)
+    if not jnp.issubdtype(order.dtype, jnp.integer) or order.shape != (B,):
+        raise ValueError(
+            f"cache.reorder(rows): got {order.dtype}{list(order.shape)}, expected integers [B] = "
+            f"[{B}], for each row the one whose past it takes"
+        )
+    values = known(order)
+    if values is not None and ((values < 0) | (values >= B)).any():
+        raise ValueError(f"cache.reorder(rows): got {values}, expected numbers from 0 to {B - 1}")
+    return order
+
+
 class Cache(ABC):
     """What every cache can do; how keys are kept is each class's own.
 
@@ -220,14 +234,14 @@ class Cache(ABC):
           >>> cache.length.tolist()
           [6, 4]
         """
-        number = self._check_query("step", query)
-        if number != jnp.shape(key)[1]:
-            raise ValueError(
-                f"cache.step(query): got {number} tokens, expected the {jnp.shape(key)[1]} of the "
-                "keys; for other queries use append, then attend"
-            )
-        at = self.upcoming(number)
+        T = self._check_query("step", query)
+        at = self.upcoming(T)
         after = self.append(key, value, counts)
+        if jnp.shape(key)[1] != T:
+            raise ValueError(
+                f"cache.step(query): got {T} tokens, expected the {jnp.shape(key)[1]} of the keys; "
+                "for other queries use append, then attend"
+            )
         return over(after, query, at, mask=mask, **options), after
 
     def attend(
@@ -298,7 +312,7 @@ class Cache(ABC):
             return
         raise ValueError(
             f"cache.attend(at): got positions from {places[0, 0]} on in row 0, and the cache "
-            f"holds {lengths[0]} tokens there, at 0 to {lengths[0] - 1}; ask "
+            f"holds {lengths[0]} tokens there, all before position {lengths[0]}; ask "
             "at = cache.upcoming(T) before cache.append, or let cache.step do both"
         )
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Filled, Mask, Predicate, as_mask, known, over_grid, pytree, static
-from .cache import Cache, check_room, check_sizes, empty, unpacked
+from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 
@@ -208,7 +208,7 @@ class KVCache(Cache):
 
     def reorder(self, rows: Int[ArrayLike, "B"]) -> KVCache:
         """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
-        order = jnp.asarray(rows)
+        order = check_rows(rows, self.length.shape[0])
         return jax.tree.map(lambda a: a[order], self)
 
     @property
@@ -220,8 +220,11 @@ class KVCache(Cache):
 
     def _check_positions(self, at: Int[Array, "B T"], N: int, mask: Any) -> None:
         super()._check_positions(at, N, mask)
-        places, first, lengths = known(at), known(self._first), known(self.length)
-        if self.window is None or places is None or first is None or lengths is None:
+        places, lengths = known(at), known(self.length)
+        if self.window is None or places is None or lengths is None:
+            return
+        first = known(self._first)
+        if first is None:
             return
         begins = np.maximum(places - self.window, 0)
         if not (begins < first[:, None]).any():

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .algebra import pytree, static
-from .cache import Cache, check_room, check_sizes, empty, unpacked
+from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 
@@ -186,7 +186,7 @@ class PagedKVCache(Cache):
 
     def reorder(self, rows: Int[ArrayLike, "B"]) -> PagedKVCache:
         """The cache whose row b is this one's row `rows[b]`, copied to pages of its own."""
-        order = jnp.asarray(rows)
+        order = check_rows(rows, self.length.shape[0])
         pages = jnp.maximum(self.table, 0)[order]
 
         def copied(held: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -242,12 +242,16 @@ SHORT = jnp.ones((B, 1, 1, H))
         (lambda c: c.step(SHORT.repeat(2, 1), SHORT, SHORT), r"step\(query\): got 2 tokens, expected the 1 of the keys"),
         (lambda c: c.step(SHORT.astype(jnp.bfloat16), SHORT, SHORT), r"step\(query\): got bfloat16, expected float32"),
         (lambda c: c.step(SHORT, SHORT, SHORT[:1]), r"append\(value\): got shape"),
+        (lambda c: c.step(SHORT, SHORT[0, 0, 0], SHORT), r"append\(key\): got shape \[4\]"),
+        (lambda c: c.reorder(jnp.asarray([0, 2])), r"reorder\(rows\): got \[0 2\], expected numbers from 0 to 1"),
+        (lambda c: c.reorder(jnp.ones(B, bool)), r"reorder\(rows\): got bool\[2\]"),
+        (lambda c: c.attend(SHORT, c.upcoming(1)), r"holds 0 tokens there, all before position 0"),
         (lambda c: c.attend(SHORT, jnp.zeros((B, 2), int)), r"attend\(at\): got int32\[2, 2\], expected integers \[B, T\] = \[2, 1\]"),
         (lambda c: c.attend(SHORT, jnp.zeros((B, 1))), r"attend\(at\): got float32"),
         (lambda c: c.attend(SHORT[..., :2], jnp.zeros((B, 1), int)), r"attend\(query\): got shape .*head_dim=4"),
         (lambda c: ja.KVCache.create(B, 2, 1, H, dtype=jnp.bfloat16).attend(SHORT, jnp.zeros((B, 1), int)), r"attend\(query\): got float32, expected bfloat16.*dtype=jnp\.float32, and stored="),
     ],
-    ids=range(9),
+    ids=range(13),
 )  # fmt: skip
 def test_errors(call: Callable[[Any], Any], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):

@@ -466,6 +466,13 @@ def test_what_a_module_is_given(dialect: str) -> None:
             call(attends(dialect, False))
     with pytest.raises(ValueError, match=r"x: got shape \[2, 6, 5\], expected \[B, T, 16\]"):
         attends(dialect, True)(x[..., :5])
+    if dialect == "nnx":
+        make = partial(ours.MultiHeadAttention, N)
+        block = ours.TransformerBlock(F, make, 8, memory_features=10, rngs=nnx.Rngs(0))
+        with pytest.raises(
+            ValueError, match=r"memory: got shape \[2, 6, 16\], expected \[B, T, 10\]"
+        ):
+            block(x, memory=x)
     # What the last of them advises.
     held = cache(N, 4, stored=jnp.bfloat16)
     out, _ = attends(dialect, False)(x, cache=held, mask=masks.causal())

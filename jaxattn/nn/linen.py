@@ -142,9 +142,9 @@ class MultiHeadAttention(nn.Module):
     def _all(self, inputs_q: Any, inputs_kv: Any, **call: Any) -> Any:
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         if inputs_q is not None:
-            heads.check_inputs("inputs_q", inputs_q, _width(self, "query", "kernel"))
+            heads.check_inputs("inputs_q", inputs_q, _width(self, "query"))
         if not isinstance(inputs_kv, Cache):
-            heads.check_inputs("inputs_kv", inputs_kv, _width(self, "key", "kernel"))
+            heads.check_inputs("inputs_kv", inputs_kv, _width(self, "key"))
         features = self.qkv_features or (inputs_kv if inputs_q is None else inputs_q).shape[-1]
         kv_heads, head_dim = heads.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
@@ -230,10 +230,10 @@ class MultiHeadAttention(nn.Module):
         return out if cache is None else (out, cache)
 
 
-def _width(module: nn.Module, name: str, parameter: str) -> int | None:
-    """Features that a submodule was made for; `None` while it is being made."""
+def _width(module: nn.Module, name: str) -> int | None:
+    """Features that a projection of the module takes; `None` while it is being made."""
     made = module.variables.get("params", {}).get(name)
-    return None if made is None else int(nn.unbox(made[parameter]).shape[0])
+    return None if made is None else int(nn.unbox(made["kernel"]).shape[0])
 
 
 class TransformerBlock(nn.Module):
@@ -303,7 +303,7 @@ class TransformerBlock(nn.Module):
         heads.check_norm(self.norm)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
-        heads.check_inputs("x", x, _width(self, "mlp_in", "kernel"))
+        heads.check_inputs("x", x, _width(self, "mlp_in"))
 
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)

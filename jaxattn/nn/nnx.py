@@ -120,10 +120,11 @@ class MultiHeadAttention(nnx.Module):
                 **types,
             )
 
-        from_features = in_features if in_kv_features is None else in_kv_features
-        self.query = projection(in_features, num_heads)
-        self.key = projection(from_features, kv_heads)
-        self.value = projection(from_features, kv_heads)
+        self.in_features = in_features
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.query = projection(self.in_features, num_heads)
+        self.key = projection(self.in_kv_features, kv_heads)
+        self.value = projection(self.in_kv_features, kv_heads)
         if normalize_qk:
             ones = placed(nnx.initializers.ones_init(), by_dim)
             norm = partial(nnx.LayerNorm, use_bias=False, scale_init=ones, rngs=rngs, **types)
@@ -187,7 +188,7 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError: for dropout without `deterministic`.
         """
-        heads.check_inputs("inputs_q", inputs_q, self.query.in_features[-1])
+        heads.check_inputs("inputs_q", inputs_q, self.in_features)
         key = value = memory = None
         if isinstance(inputs_kv, Cache):
             memory = inputs_kv
@@ -231,7 +232,7 @@ class MultiHeadAttention(nnx.Module):
         return out if cache is None else (out, cache)
 
     def _keys_and_values(self, inputs: Array) -> tuple[Array, Array]:
-        heads.check_inputs("inputs_kv", inputs, self.key.in_features[-1])
+        heads.check_inputs("inputs_kv", inputs, self.in_kv_features)
         key = self.key(inputs)
         return self.key_ln(key) if self.normalize_qk else key, self.value(inputs)
 
@@ -282,8 +283,8 @@ class TransformerBlock(nnx.Module):
         self.deterministic = deterministic
         self.attention = attention(in_features=in_features, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(in_features, **options)
-        self.has_memory = memory_features is not None
-        if self.has_memory:
+        self.in_features, self.memory_features = in_features, memory_features
+        if memory_features is not None:
             self.cross_attention = attention(
                 in_features=in_features, in_kv_features=memory_features, rngs=rngs
             )
@@ -326,10 +327,12 @@ class TransformerBlock(nnx.Module):
         Raises:
           ValueError: for a memory without `memory_features`, or the reverse.
         """
-        heads.check_inputs("x", x, self.mlp_in.in_features)
-        if (memory is not None) != self.has_memory:
+        heads.check_inputs("x", x, self.in_features)
+        if (memory is None) != (self.memory_features is None):
             got, said = ("one", "without") if memory is not None else ("None", "with")
             raise ValueError(f"memory: got {got} in a block {said} memory_features")
+        if memory is not None and not isinstance(memory, Cache):
+            heads.check_inputs("memory", memory, self.memory_features)
         off = self.deterministic if deterministic is None else deterministic
         both = {"deterministic": off, "sow_weights": sow_weights}
 
