@@ -456,6 +456,7 @@ def test_what_a_module_is_given(dialect: str) -> None:
         (lambda f: f(x, masks.causal()), TypeError, r"inputs_kv: got causal\(\), .*given by name, as layer\(x, mask="),
         (lambda f: f(x, lambda b, h, q, k: q >= k), TypeError, "inputs_kv: got .*given by name"),
         (lambda f: f(x, jnp.ones((T, T), bool)), TypeError, r"inputs_kv: got booleans \[6, 6\].*given by name"),
+        (lambda f: f(x, counts=jnp.asarray([1, 2])), ValueError, "counts: got some without a cache"),
         (lambda f: f([[1.0]]), TypeError, "inputs_q: got list, expected an array"),
         (lambda f: f(x, cache=ja.KVCache.create(3, T, N, 4)), ValueError, r"cache: got KVCache\(batch=3.*expected batch=2"),
         (lambda f: f(x, cache=cache(2, 4)), ValueError, "cache: got KVCache.*expected batch=2, head_dim=4 and heads=4"),

@@ -204,6 +204,11 @@ def attend(
     if cache is not None and (memory is not None or positions is not None):
         name = "inputs_kv" if memory is not None else "positions"
         raise ValueError(f"{name}: got a {type(cache).__name__} too; a cache says where keys stand")
+    if counts is not None and cache is None:
+        raise ValueError(
+            "counts: got some without a cache, expected None: they say what a cache keeps; without "
+            "one, mask=masks.key_padding(lengths=counts) hides padding"
+        )
     if memory is not None and (given.b, given.h, given.k) != (None, None, None):
         raise ValueError(
             "positions: got more than q with a memory, which says where its keys stand"
