@@ -6,9 +6,9 @@ import typing
 from . import foreign, masks, nn, scores, testing
 from .algebra import Mask, Positions
 from .attention import attention, attention_weights
-from .cache import KVCache
 from .compat import dot_product_attention, scaled_dot_product_attention
 from .explain import Explanation, explain
+from .kv_cache import KVCache
 from .paged import PagedKVCache
 from .scores import Score
 from .tiles import TileMap, tile_map

@@ -1,41 +1,49 @@
 """Caches of keys and values: what a decoder has seen so far, and where it stood.
 
-    at = cache.upcoming(T)  # positions of the next tokens, for rotary embeddings too
-    cache = cache.append(key, value)
-    out = cache.attend(query, at, mask=mask)  # any mask: the one of training
+    out, cache = cache.step(query, key, value, mask=mask)  # any mask: the one of training
 
 A cache says where its keys stand (`positions`) and which of its places hold one (`mask`); attention
 itself knows nothing of caches. So a chunk of a prompt, a single token and a tree of drafts are the
 same call, and equal what one pass over the whole sequence gives.
+
+A step is `upcoming`, `append` and `attend`, in that order, where they are wanted apart:
+
+    at = cache.upcoming(T)  # positions of the next tokens: before they are appended
+    cache = cache.append(key, value)
+    out = cache.attend(query, at, mask=mask)
+
+Prompts of different lengths share a batch, padded after their ends: `counts` says how many tokens
+of each row are real, and the others are neither kept nor given a position. Prompts padded before
+their beginnings are turned first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. So no mask
+of the padding is needed. Where padding is kept all the same, its mask must go on after the prompt:
+an array as long as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Positions, Predicate, as_mask, pytree, static
+from .algebra import Mask, Positions, Predicate, as_mask, leaf_repr
 from .attention import attention
 from .backends import decode
-from .integers import as_given, integers, is_integer, known, narrowed
+from .integers import as_given, is_integer, known, narrowed
 from .pytrees import ByStructure
 from .shapes import Array, ArrayLike, Bool, Float, Int
+
+C = TypeVar("C", bound="Cache")
 
 # The largest number of an int8, kept symmetric.
 _LARGEST = 127
 
 
 def _held(b: Any, h: Any, q: Any, k: Any, length: Any) -> Any:
-    # A ring that is not full yet has places before position 0.
+    # What holds nothing yet stands at -1; what was taken back stands at the length or after it.
     return (k >= 0) & (k < length[b])
-
-
-def _recent(b: Any, h: Any, q: Any, k: Any, window: Any) -> Any:
-    return q - k <= window
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
@@ -64,6 +72,24 @@ def unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
         return held[0].astype(dtype)
     whole, scale = held
     return (whole.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _values(leaf: Any) -> np.ndarray | None:
+    """What a leaf holds, if it is an array that can be read."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, (jax.Array, np.ndarray)):
+        return None
+    gone = isinstance(leaf, jax.Array) and leaf.is_deleted()
+    return None if gone else known(leaf)
+
+
+def _shown(leaf: Any) -> str:
+    """The numbers of a row each, a few of many, where they can be read."""
+    values = _values(leaf)
+    if values is None:
+        return leaf_repr(leaf)
+    return np.array2string(
+        values, separator=", ", threshold=8, max_line_width=10**6, formatter={"all": str}
+    )
 
 
 def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
@@ -102,6 +128,20 @@ def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
             raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
 
 
+def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
+    """Rows of a cache by number; raises for those that are none, where that can be seen."""
+    order = jnp.asarray(rows)
+    if not jnp.issubdtype(order.dtype, jnp.integer) or order.shape != (B,):
+        raise ValueError(
+            f"cache.reorder(rows): got {order.dtype}{list(order.shape)}, expected integers [B] = "
+            f"[{B}], for each row the one whose past it takes"
+        )
+    values = known(order)
+    if values is not None and ((values < 0) | (values >= B)).any():
+        raise ValueError(f"cache.reorder(rows): got {values}, expected numbers from 0 to {B - 1}")
+    return order
+
+
 class Cache(ByStructure, ABC):
     """What every cache can do; how keys are kept is each class's own.
 
@@ -135,11 +175,11 @@ class Cache(ByStructure, ABC):
 
     @abstractmethod
     def append(
-        self,
+        self: C,
         key: Float[ArrayLike, "B T K H"],
         value: Float[ArrayLike, "B T K Hv"],
         counts: Int[ArrayLike, "B"] | None = None,
-    ) -> Cache:
+    ) -> C:
         """The cache with the keys and values of the next tokens.
 
         Args:
@@ -157,13 +197,59 @@ class Cache(ByStructure, ABC):
         return Predicate(_held, (self.length,))
 
     def upcoming(self, T: int) -> Int[Array, "B T"]:
-        """The positions of the next `T` tokens of each row."""
+        """The positions of the next `T` tokens of each row: asked for before they are appended."""
         return self.length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+
+    def step(
+        self: C,
+        query: Float[ArrayLike, "B T N H"],
+        key: Float[ArrayLike, "B T K H"],
+        value: Float[ArrayLike, "B T K Hv"],
+        counts: Int[ArrayLike, "B"] | None = None,
+        *,
+        mask: Any = None,
+        **options: Any,
+    ) -> tuple[Any, C]:
+        """Appends the next tokens, and attends from them to everything in the cache.
+
+        Where rotary embeddings turn queries and keys first, `upcoming(T)` says their positions.
+
+        Args:
+          query: `[B, T, N, H]`, of the tokens that key and value are of.
+          key, value, counts: as in `append`. What queries of padding get means nothing.
+          mask, **options: as in `attend`.
+
+        Returns:
+          What `attention` returns, and the cache after.
+
+        Raises:
+          ValueError: as `append`, and for queries that do not fit the cache.
+          TypeError: for queries of another dtype than that of the cache.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxattn as ja
+          >>> prompt, token = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 1, 4, 8))
+          >>> cache = ja.KVCache.create(batch=2, capacity=16, heads=4, head_dim=8)
+          >>> real = jnp.array([5, 3])  # the second prompt has two tokens of padding after it
+          >>> out, cache = cache.step(prompt, prompt, prompt, real, mask=ja.masks.causal())
+          >>> out, cache = cache.step(token, token, token, mask=ja.masks.causal())
+          >>> cache.length.tolist()
+          [6, 4]
+        """
+        T = self._check_query("step", query)
+        at = self.upcoming(T)
+        after = self.append(key, value, counts)
+        if jnp.shape(key)[1] != T:
+            raise ValueError(
+                f"cache.step(query): got {T} tokens, expected the {jnp.shape(key)[1]} of the keys; "
+                "for other queries use append, then attend"
+            )
+        return over(after, query, at, mask=mask, **options), after
 
     def attend(
         self,
         query: Float[ArrayLike, "B T N H"],
-        at: Int[ArrayLike, "B T"],
+        at: Int[ArrayLike, "*Bq T"],
         *,
         mask: Any = None,
         **options: Any,
@@ -172,7 +258,9 @@ class Cache(ByStructure, ABC):
 
         Args:
           query: `[B, T, N, H]`.
-          at: their positions, what `upcoming` said before they were appended.
+          at: their positions, `[B, T]` or `[T]`: what `upcoming` said before their own keys were
+            appended. Asked afterwards it answers T too late, and a causal mask shows a query what
+            comes after it.
           mask: which query may see which key, by position. Without one a query sees the whole
             cache, later tokens of its own chunk included.
           **options: those of `attention`, but for `positions`; without a `backend`, few queries
@@ -180,16 +268,83 @@ class Cache(ByStructure, ABC):
 
         Returns:
           What `attention` returns.
+
+        Raises:
+          ValueError: for queries that do not fit the cache; and, outside `jit`, for positions that
+            are all after what it holds, and for those whose keys a ring no longer has. Inside
+            `jit` positions can't be looked at: the first goes unseen (`step` can't get it wrong),
+            and of the second only the keys that are still there are seen.
+          TypeError: for queries of another dtype than that of the cache.
         """
-        key, value = self.read()
-        held = self.mask if mask is None else as_mask(mask) & self.mask
-        positions = Positions(q=at, k=self.positions)
-        _, T, N, _ = jnp.shape(query)
-        # XLA on CPU converts keys of 16 bits before it multiplies them, and dense does it best.
-        direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
-        if direct and T * (N // key.shape[2]) <= decode.MOST:
-            options = {"backend": "decode"} | options
-        return attention(query, key, value, mask=held, positions=positions, **options)
+        T = self._check_query("attend", query)
+        at, B = jnp.asarray(at), self.length.shape[0]
+        if not jnp.issubdtype(at.dtype, jnp.integer) or at.shape not in ((T,), (1, T), (B, T)):
+            raise ValueError(
+                f"cache.attend(at): got {at.dtype}{list(at.shape)}, expected integers [B, T] = "
+                f"[{B}, {T}], the positions of the queries"
+            )
+        self._check_positions(jnp.broadcast_to(at, (B, T)), jnp.shape(query)[2], mask)
+        return over(self, query, at, mask=mask, **options)
+
+    def _check_query(self, method: str, query: Any) -> int:
+        """How many queries of each row there are; raises for those that do not fit the cache."""
+        shape, dtype = jnp.shape(query), jnp.result_type(query)
+        B, (K, H) = self.length.shape[0], self.key[0].shape[1::2]
+        if len(shape) != 4 or shape[0] != B or shape[2] % K or shape[3] != H:
+            raise ValueError(
+                f"cache.{method}(query): got shape {list(shape)}, expected [{B}, T, N, {H}] with N "
+                f"a multiple of {K}, as the cache was created: {self!r}"
+            )
+        if dtype != self.dtype:
+            raise TypeError(
+                f"cache.{method}(query): got {dtype}, expected {self.dtype}, in which this cache "
+                f"is read; create it with dtype=jnp.{dtype}, and stored= for what its memory "
+                "holds, or cast the queries"
+            )
+        return int(shape[1])
+
+    def _check_positions(self, at: Int[Array, "B T"], N: int, mask: Any) -> None:
+        """Raises for queries that stand where the cache has no token, where that can be seen."""
+        places, lengths, flags = known(at), known(self.length), known(self.overflowed)
+        if places is None or lengths is None or flags is None or 0 in places.shape:
+            return
+        # Padding of a chunk stands there too: only if all of them do is it a mistake. What a row
+        # had no room for stands there and `overflowed` has said it.
+        if flags.any() or (places < lengths[:, None]).any():
+            return
+        raise ValueError(
+            f"cache.attend(at): got positions from {places[0, 0]} on in row 0, and the cache "
+            f"holds {lengths[0]} tokens there, all before position {lengths[0]}; ask "
+            "at = cache.upcoming(T) before cache.append, or let cache.step do both"
+        )
+
+    @property
+    @abstractmethod
+    def _form(self) -> tuple[str, dict[str, Any]]:
+        """How the cache was made, and the sizes that are its kind's own, for its repr."""
+
+    def __repr__(self) -> str:
+        if any(getattr(part, "ndim", 0) != 4 for part in (*self.key, *self.value)):
+            # Stacked ones, or no arrays at all: what trees of caches are made of on their way.
+            parts = {"key": self.key, "value": self.value, "length": self.length}
+            inner = ", ".join(
+                f"{name}=[{', '.join(map(leaf_repr, jax.tree.leaves(part)))}]"
+                for name, part in parts.items()
+            )
+            return f"{type(self).__name__}({inner})"
+        name, sizes = self._form
+        key, value = self.key[0], self.value[0]
+        sizes |= {"heads": key.shape[1], "head_dim": key.shape[3]}
+        if value.shape[3] != key.shape[3]:
+            sizes["value_dim"] = value.shape[3]
+        sizes["dtype"] = self.dtype
+        if key.dtype != self.dtype:
+            sizes["stored"] = key.dtype
+        sizes["length"] = _shown(self.length)
+        flags = _values(self.overflowed)
+        if flags is not None and flags.any():
+            sizes["overflowed"] = _shown(self.overflowed)
+        return f"{name}({', '.join(f'{name}={size}' for name, size in sizes.items())})"
 
     def _tokens(self, key: Any, value: Any, counts: Any) -> tuple[Any, Any, Int[Array, "B"]]:
         """New keys and values in the form they are held in, and how many a row has."""
@@ -217,181 +372,16 @@ class Cache(ByStructure, ABC):
         )
 
 
-@pytree
-class KVCache(Cache):
-    """Keys and values of each row in places of its own: `capacity` of them, or a ring.
-
-    `key[0]` is `[B, K, capacity, H]`: with heads first, decoding reads it as it lies, several times
-    faster than in the layout of the inputs.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxattn as ja
-      >>> x = jnp.ones((1, 3, 2, 8))
-      >>> cache = ja.KVCache.create(batch=1, capacity=16, heads=2, head_dim=8)
-      >>> at, cache = cache.upcoming(3), cache.append(x, x)
-      >>> cache.attend(x, at, mask=ja.masks.causal()).shape
-      (1, 3, 2, 8)
-    """
-
-    key: tuple[Array, ...]
-    value: tuple[Array, ...]
-    length: Int[Array, "B"]
-    overflowed: Bool[Array, "B"]
-    dtype: Any = static()
-    window: int | None = static(default=None)
-
-    @classmethod
-    def create(
-        cls,
-        batch: int,
-        capacity: int,
-        heads: int,
-        head_dim: int,
-        *,
-        value_dim: int | None = None,
-        dtype: Any = jnp.float32,
-        stored: Any = None,
-    ) -> KVCache:
-        """An empty cache.
-
-        Args:
-          batch: rows B.
-          capacity: how many tokens a row can hold.
-          heads: key heads K.
-          head_dim: H.
-          value_dim: Hv; by default `head_dim`.
-          dtype: of the keys and values that are read.
-          stored: what they are held in; by default `dtype`. `jnp.int8` keeps every head of every
-            token by its largest number, in a quarter of float32's memory: errors of 1/254 of it.
-        """
-        sizes = {"batch": batch, "capacity": capacity, "heads": heads, "head_dim": head_dim}
-        check_sizes("KVCache.create", sizes)
-        hold = dtype if stored is None else stored
-        return cls(
-            empty((batch, heads, capacity, head_dim), hold),
-            empty((batch, heads, capacity, value_dim or head_dim), hold),
-            jnp.zeros(batch, jnp.int32),
-            jnp.zeros(batch, bool),
-            jnp.dtype(dtype),
-        )
-
-    @classmethod
-    def rolling(
-        cls,
-        batch: int,
-        window: int,
-        heads: int,
-        head_dim: int,
-        *,
-        chunk: int = 1,
-        value_dim: int | None = None,
-        dtype: Any = jnp.float32,
-        stored: Any = None,
-    ) -> KVCache:
-        """A ring: the last `window` tokens before each query, and no more, for ever.
-
-        Its `mask` is `q - k <= window`, so that results are those of the whole sequence under
-        `mask & masks.sliding_window(window)`. Memory is `window + chunk` places.
-
-        Args:
-          window: how far back a query sees, as `left` of `masks.sliding_window`.
-          chunk: the most tokens that one `append` brings, and that `truncate` takes back.
-          batch, heads, head_dim, value_dim, dtype, stored: as in `create`.
-        """
-        check_sizes("KVCache.rolling", {"window": window}, least=0)
-        check_sizes("KVCache.rolling", {"chunk": chunk})
-        made = cls.create(
-            batch, window + chunk, heads, head_dim, value_dim=value_dim, dtype=dtype, stored=stored
-        )
-        return cls(made.key, made.value, made.length, made.overflowed, made.dtype, window)
-
-    @property
-    def capacity(self) -> int:
-        return int(self.key[0].shape[2])
-
-    @property
-    def positions(self) -> Int[Array, "B S"]:
-        places = jnp.arange(self.capacity, dtype=jnp.int32)
-        if self.window is None:
-            return jnp.broadcast_to(places, (self.length.shape[0], self.capacity))
-        # The last token that was put there: the largest position of that place below the length.
-        last = self.length[:, None] - 1
-        return last - (last - places[None]) % self.capacity
-
-    @property
-    def mask(self) -> Mask:
-        held = Predicate(_held, (self.length,))
-        return held if self.window is None else held & Predicate(_recent, (self.window,))
-
-    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
-        key, value = unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
-        return jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
-
-    def append(
-        self,
-        key: Float[ArrayLike, "B T K H"],
-        value: Float[ArrayLike, "B T K Hv"],
-        counts: Int[ArrayLike, "B"] | None = None,
-    ) -> KVCache:
-        new_key, new_value, number = self._tokens(key, value, counts)
-        T = new_key[0].shape[1]
-        if self.window is None:
-            check_room(self.length + number, self.capacity)
-        elif self.capacity < self.window + T:
-            raise ValueError(
-                f"cache.append(key): got {T} tokens, expected at most the "
-                f"{self.capacity - self.window} that this ring takes at once; create it with "
-                "rolling(chunk=...), or append in parts"
-            )
-        at = self.upcoming(T)
-        fits = jnp.arange(T, dtype=jnp.int32)[None] < number[:, None]
-        if self.window is None:
-            fits &= at < self.capacity
-        # Out of bounds: dropped.
-        at = jnp.where(fits, at % self.capacity, self.capacity)
-        rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
-
-        def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
-            pairs = zip(held, new, strict=True)
-            return tuple(a.at[rows, :, at].set(n, mode="drop") for a, n in pairs)
-
-        length = self.length + number
-        most = length if self.window is not None else jnp.minimum(length, self.capacity)
-        return KVCache(
-            put(self.key, new_key),
-            put(self.value, new_value),
-            most,
-            self.overflowed | (most < length),
-            self.dtype,
-            self.window,
-        )
-
-    def truncate(self, length: Int[ArrayLike, "B"] | int) -> KVCache:
-        """The cache without the tokens from position `length` on: rejected drafts, a new prompt.
-
-        A ring takes back its last `chunk` tokens at most: what stood in their places is gone.
-
-        Raises:
-          ValueError: outside `jit`, for a ring that can't go so far back. Inside, `overflowed`
-            says so.
-        """
-        to = integers(length, "cache.truncate(length)", ("[]", "[B]"))
-        shorter = jnp.minimum(self.length, jnp.maximum(to, 0))
-        lost = jnp.zeros_like(self.overflowed)
-        if self.window is not None:
-            lost = (self.length > self.capacity) & (shorter > 0)
-            lost &= self.length - shorter > self.capacity - self.window
-            found = known(lost)
-            if found is not None and found.any():
-                raise ValueError(
-                    f"cache.truncate(length): got {known(shorter)} of {known(self.length)} tokens, "
-                    f"expected at most the last {self.capacity - self.window} to be taken back: "
-                    "what a ring held before them is gone; create it with rolling(chunk=...)"
-                )
-        over = (self.overflowed & (shorter > 0)) | lost
-        return KVCache(self.key, self.value, shorter, over, self.dtype, self.window)
-
-    def reorder(self, rows: Int[ArrayLike, "B"]) -> KVCache:
-        """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
-        order = jnp.asarray(rows)
-        return jax.tree.map(lambda a: a[order], self)
+def over(
+    cache: Cache, query: Any, at: Int[ArrayLike, "*Bq T"], *, mask: Any = None, **options: Any
+) -> Any:
+    """`Cache.attend` without its checks: of queries that stand anywhere, as in cross-attention."""
+    key, value = cache.read()
+    held = cache.mask if mask is None else as_mask(mask) & cache.mask
+    positions = Positions(q=at, k=cache.positions)
+    _, T, N, _ = jnp.shape(query)
+    # XLA on CPU converts keys of 16 bits before it multiplies them, and dense does it best.
+    direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
+    if direct and T * (N // key.shape[2]) <= decode.MOST:
+        options = {"backend": "decode"} | options
+    return attention(query, key, value, mask=held, positions=positions, **options)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .algebra import pytree, static
-from .cache import Cache, check_room, check_sizes, empty, unpacked
+from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 from .integers import integers
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
@@ -80,6 +80,12 @@ class PagedKVCache(Cache):
     def positions(self) -> Int[Array, "B S"]:
         places = jnp.arange(self.capacity, dtype=jnp.int32)
         return jnp.broadcast_to(places, (self.table.shape[0], self.capacity))
+
+    @property
+    def _form(self) -> tuple[str, dict[str, Any]]:
+        batch, columns = self.table.shape
+        sizes = {"batch": batch, "pages": self.key[0].shape[0], "page": self.page}
+        return "PagedKVCache", sizes | {"pages_per_row": columns}
 
     @property
     def available(self) -> Int[Array, ""]:
@@ -184,7 +190,7 @@ class PagedKVCache(Cache):
 
     def reorder(self, rows: Int[ArrayLike, "B"]) -> PagedKVCache:
         """The cache whose row b is this one's row `rows[b]`, copied to pages of its own."""
-        order = jnp.asarray(rows)
+        order = check_rows(rows, self.length.shape[0])
         pages = jnp.maximum(self.table, 0)[order]
 
         def copied(held: tuple[Array, ...]) -> tuple[Array, ...]:

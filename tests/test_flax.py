@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -426,3 +428,67 @@ def test_sharded_parameters() -> None:
 def test_errors(call: Callable[[Any], Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call(inputs())
+
+
+def attends(dialect: str, block: bool) -> Callable[..., Any]:
+    """A module with rotary embeddings, or a block of one, made for `inputs()`."""
+    rope = ja.nn.RoPE()
+    if dialect == "nnx":
+        make = partial(ours.MultiHeadAttention, N, rope=rope)
+        rngs = nnx.Rngs(0)
+        return ours.TransformerBlock(F, make, 8, rngs=rngs) if block else make(F, rngs=rngs)
+    layer = partial(linen.MultiHeadAttention, num_heads=N, rope=rope)
+    module = linen.TransformerBlock(layer, 8) if block else layer()
+    return partial(module.apply, module.init(jax.random.key(0), inputs()))
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+def test_what_a_module_is_given(dialect: str) -> None:
+    """Inputs, masks and caches that are not its own are named, before anything is computed."""
+    x = inputs()
+    cache = partial(ja.KVCache.create, B, T)
+    for call, kind, says in (
+        (lambda f: f(x[..., :5]), ValueError, r"inputs_q: got shape \[2, 6, 5\], expected \[B, T, 16\]"),
+        (lambda f: f(x[0, 0]), ValueError, r"inputs_q: got shape \[16\], expected"),
+        (lambda f: f(x, x[..., :5]), ValueError, r"inputs_kv: got shape \[2, 6, 5\], expected \[B, T, 16\]"),
+        (lambda f: f(x, x[:1]), ValueError, r"inputs_kv: got a batch of \[1\], expected \[2\]"),
+        (lambda f: f(x, masks.causal()), TypeError, r"inputs_kv: got causal\(\), .*given by name, as layer\(x, mask="),
+        (lambda f: f(x, lambda b, h, q, k: q >= k), TypeError, "inputs_kv: got .*given by name"),
+        (lambda f: f(x, jnp.ones((T, T), bool)), TypeError, r"inputs_kv: got booleans \[6, 6\].*given by name"),
+        (lambda f: f(x, counts=jnp.asarray([1, 2])), ValueError, "counts: got some without a cache"),
+        (lambda f: f([[1.0]]), TypeError, "inputs_q: got list, expected an array"),
+        (lambda f: f(x, cache=ja.KVCache.create(3, T, N, 4)), ValueError, r"cache: got KVCache\(batch=3.*expected batch=2"),
+        (lambda f: f(x, cache=cache(2, 4)), ValueError, "cache: got KVCache.*expected batch=2, head_dim=4 and heads=4"),
+        (lambda f: f(x, ja.KVCache.create(3, T, N, 4)), ValueError, r"inputs_kv: got KVCache\(batch=3"),
+        (lambda f: f(x, cache=cache(N, 4, dtype=jnp.bfloat16)), TypeError, r"cache: got .*expected dtype=float32.*stored="),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=says):
+            call(attends(dialect, False))
+    with pytest.raises(ValueError, match=r"x: got shape \[2, 6, 5\], expected \[B, T, 16\]"):
+        attends(dialect, True)(x[..., :5])
+    if dialect == "nnx":
+        make = partial(ours.MultiHeadAttention, N)
+        block = ours.TransformerBlock(F, make, 8, memory_features=10, rngs=nnx.Rngs(0))
+        with pytest.raises(
+            ValueError, match=r"memory: got shape \[2, 6, 16\], expected \[B, T, 10\]"
+        ):
+            block(x, memory=x)
+    # What the last of them advises.
+    held = cache(N, 4, stored=jnp.bfloat16)
+    out, _ = attends(dialect, False)(x, cache=held, mask=masks.causal())
+    np.testing.assert_allclose(out, attends(dialect, False)(x, mask=masks.causal()), atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["linen", "nnx"])
+def test_without_flax(name: str, monkeypatch: Any) -> None:
+    """Whoever reaches for a module is told which extra brings it."""
+    monkeypatch.setitem(sys.modules, "flax", None)
+    for module in ("dialects", "linen", "nnx"):
+        monkeypatch.delitem(sys.modules, f"jaxattn.nn.{module}")
+        monkeypatch.delattr(ja.nn, module)
+    with pytest.raises(ImportError, match=r'need flax; pip install "jaxattn\[flax\]"'):
+        getattr(ja.nn, name)
+    with pytest.raises(ImportError, match=r'need flax; pip install "jaxattn\[flax\]"'):
+        importlib.import_module(f"jaxattn.nn.{name}")
+    assert callable(ja.nn.attention_fn(masks.causal()))

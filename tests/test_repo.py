@@ -81,7 +81,7 @@ LAYERS = [
     ["explain"],
     ["why", "cells"],
     ["cache"],
-    ["paged"],
+    ["kv_cache", "paged"],
     ["nn", "parallel", "compat", "show", "plot", "html", "testing"],
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
@@ -134,7 +134,7 @@ def test_imports_point_down(path: Path) -> None:
                 "mosaic",
             )
             made_of += ("triton_tiles", "mosaic_tiles", "mosaic_parts")
-            shared = (*made_of, "heads", "adapters", target[1])
+            shared = (*made_of, "heads", "adapters", "dialects", target[1])
             assert target[-1] in shared or own in target[-1], (
                 f"{'/'.join(parts)} imports {'.'.join(target)}"
             )

@@ -40,6 +40,7 @@ def attention_fn(
     | a query that sees no key | the mean of all values | output 0 |
     | NaN or inf in keys and values that nobody sees | NaN everywhere | not felt |
     | softmax of 16-bit inputs | in 16 bits, unless `force_fp32_for_softmax` | float32 |
+    | weights and output of 16 bits | float32 if `force_fp32_for_softmax` | the same |
     | float32 products on GPU and TPU | the platform's default precision | true float32 |
     | dropout | bits of `jax.random` | bits of a hash of positions; `broadcast_dropout` as there |
     | `sow_weights` | after the softmax | the same, by the dense backend |
@@ -116,7 +117,12 @@ def attention_fn(
                     f"attention_fn({name}): got {given!r}, expected None: the products are "
                     "jaxattn's own; use Flax's attention_fn for quantised ones"
                 )
-        query, key, value = _promoted((query, key, value), dtype)
+        query, key, value = (promote_dtype or _promoted)((query, key, value), dtype=dtype)
+        if force_fp32_for_softmax:
+            # Flax's weights are float32 then, and so is what they are multiplied with.
+            query, key, value = _promoted(
+                (query, key, value), jnp.promote_types(query.dtype, jnp.float32)
+            )
         lead = query.shape[:-3]
         query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
         B, T, N, _ = query.shape
@@ -127,8 +133,8 @@ def attention_fn(
             whole = both(whole, masks.causal())
         parts = [] if own_score is None else [own_score]
         if bias is not None:
-            wide = _rank_4("bias", bias, lead, N, T, S)
-            parts.insert(0, scores.bias(wide))
+            array = _rank_4("bias", bias, lead, N, T, S)
+            parts.insert(0, scores.bias(array))
         options = {
             "mask": whole,
             "score": scores.chain(*parts) if parts else None,
@@ -186,7 +192,7 @@ def _rank_4(name: str, array: Any, lead: tuple[int, ...], N: int, T: int, S: int
 
 
 def _sow(module: Any, weights: Array) -> None:
-    from flax import linen, nnx
+    from .dialects import linen, nnx
 
     where = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
     module.sow(where, "attention_weights", weights)

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import linen as nn
 
-from ..cache import Cache, KVCache
+from ..cache import Cache
+from ..kv_cache import KVCache
 from ..shapes import Array, Float, Int
 from . import heads
 from .adapters import attention_fn
+from .dialects import linen as nn
 from .heads import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -97,13 +98,16 @@ class MultiHeadAttention(nn.Module):
           inputs_q: `[B, T, features]` or `[T, features]`.
           inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention; or what `remember`
             made of it, so that it is projected once and not at every step.
-          mask: which query may see which key, as in `jaxattn.attention`.
+          mask: which query may see which key, as in `jaxattn.attention`. With a cache it sees
+            positions in the whole sequence: an array of padding that is as long as the prompt knows
+            nothing of later tokens; `counts` needs none.
           score: what changes the logits, as in `jaxattn.attention`.
           positions: what masks, scores and `rope` see, as in `jaxattn.attention`.
           rope_positions: what `rope` sees instead, of queries and of keys: positions within packed
             documents, depths in a tree of drafts.
           cache: keys and values of the tokens before; those of this call are appended.
-          counts: how many of the tokens of each row are real, `[B]`, for the cache.
+          counts: how many of the tokens of each row are real, `[B]`, the first ones: padding after
+            a prompt is neither kept in the cache nor given a position.
           deterministic: True turns dropout off.
           sow_weights: put the weights `[B, N, T, S]`, before dropout, into the collection
             "intermediates" as "attention_weights": O(T * S) memory.
@@ -137,6 +141,10 @@ class MultiHeadAttention(nn.Module):
     @nn.compact
     def _all(self, inputs_q: Any, inputs_kv: Any, **call: Any) -> Any:
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
+        if inputs_q is not None:
+            heads.check_inputs("inputs_q", inputs_q, _width(self, "query"))
+        if not isinstance(inputs_kv, Cache):
+            heads.check_inputs("inputs_kv", inputs_kv, _width(self, "key"))
         features = self.qkv_features or (inputs_kv if inputs_q is None else inputs_q).shape[-1]
         kv_heads, head_dim = heads.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
@@ -222,6 +230,12 @@ class MultiHeadAttention(nn.Module):
         return out if cache is None else (out, cache)
 
 
+def _width(module: nn.Module, name: str) -> int | None:
+    """Features that a projection of the module takes; `None` while it is being made."""
+    made = module.variables.get("params", {}).get(name)
+    return None if made is None else int(nn.unbox(made["kernel"]).shape[0])
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention if there is a memory, and a feed-forward network.
 
@@ -289,6 +303,7 @@ class TransformerBlock(nn.Module):
         heads.check_norm(self.norm)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
+        heads.check_inputs("x", x, _width(self, "mlp_in"))
 
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from flax import nnx
 
-from ..cache import Cache, KVCache
+from ..cache import Cache
+from ..kv_cache import KVCache
 from ..shapes import Array, Float, Int
 from . import heads
 from .adapters import attention_fn
+from .dialects import nnx
 from .heads import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -119,10 +120,11 @@ class MultiHeadAttention(nnx.Module):
                 **types,
             )
 
-        from_features = in_features if in_kv_features is None else in_kv_features
-        self.query = projection(in_features, num_heads)
-        self.key = projection(from_features, kv_heads)
-        self.value = projection(from_features, kv_heads)
+        self.in_features = in_features
+        self.in_kv_features = in_features if in_kv_features is None else in_kv_features
+        self.query = projection(self.in_features, num_heads)
+        self.key = projection(self.in_kv_features, kv_heads)
+        self.value = projection(self.in_kv_features, kv_heads)
         if normalize_qk:
             ones = placed(nnx.initializers.ones_init(), by_dim)
             norm = partial(nnx.LayerNorm, use_bias=False, scale_init=ones, rngs=rngs, **types)
@@ -165,13 +167,16 @@ class MultiHeadAttention(nnx.Module):
           inputs_q: `[B, T, features]` or `[T, features]`.
           inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention; or what `remember`
             made of it, so that it is projected once and not at every step.
-          mask: which query may see which key, as in `jaxattn.attention`.
+          mask: which query may see which key, as in `jaxattn.attention`. With a cache it sees
+            positions in the whole sequence: an array of padding that is as long as the prompt knows
+            nothing of later tokens; `counts` needs none.
           score: what changes the logits, as in `jaxattn.attention`.
           positions: what masks, scores and `rope` see, as in `jaxattn.attention`.
           rope_positions: what `rope` sees instead, of queries and of keys: positions within packed
             documents, depths in a tree of drafts.
           cache: keys and values of the tokens before; those of this call are appended.
-          counts: how many of the tokens of each row are real, `[B]`, for the cache.
+          counts: how many of the tokens of each row are real, `[B]`, the first ones: padding after
+            a prompt is neither kept in the cache nor given a position.
           deterministic: True turns dropout off.
           sow_weights: keep the weights `[B, N, T, S]`, before dropout, as the `nnx.Intermediate`
             "attention_weights": O(T * S) memory.
@@ -183,6 +188,7 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError: for dropout without `deterministic`.
         """
+        heads.check_inputs("inputs_q", inputs_q, self.in_features)
         key = value = memory = None
         if isinstance(inputs_kv, Cache):
             memory = inputs_kv
@@ -226,6 +232,7 @@ class MultiHeadAttention(nnx.Module):
         return out if cache is None else (out, cache)
 
     def _keys_and_values(self, inputs: Array) -> tuple[Array, Array]:
+        heads.check_inputs("inputs_kv", inputs, self.in_kv_features)
         key = self.key(inputs)
         return self.key_ln(key) if self.normalize_qk else key, self.value(inputs)
 
@@ -276,8 +283,8 @@ class TransformerBlock(nnx.Module):
         self.deterministic = deterministic
         self.attention = attention(in_features=in_features, rngs=rngs)
         self.attention_norm = nnx.LayerNorm(in_features, **options)
-        self.has_memory = memory_features is not None
-        if self.has_memory:
+        self.in_features, self.memory_features = in_features, memory_features
+        if memory_features is not None:
             self.cross_attention = attention(
                 in_features=in_features, in_kv_features=memory_features, rngs=rngs
             )
@@ -320,9 +327,12 @@ class TransformerBlock(nnx.Module):
         Raises:
           ValueError: for a memory without `memory_features`, or the reverse.
         """
-        if (memory is not None) != self.has_memory:
+        heads.check_inputs("x", x, self.in_features)
+        if (memory is None) != (self.memory_features is None):
             got, said = ("one", "without") if memory is not None else ("None", "with")
             raise ValueError(f"memory: got {got} in a block {said} memory_features")
+        if memory is not None and not isinstance(memory, Cache):
+            heads.check_inputs("memory", memory, self.memory_features)
         off = self.deterministic if deterministic is None else deterministic
         both = {"deterministic": off, "sow_weights": sow_weights}
 
