@@ -64,7 +64,7 @@ def test_doctests_are_found() -> None:
 
 # From the ground up; a module may import those of lower rank only. `backends` stands for all.
 LAYERS = [
-    ["shapes"],
+    ["shapes", "spelling"],
     ["algebra"],
     ["conventions"],
     ["masks", "scores"],
