@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
-MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
 
 C = TypeVar("C")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -238,6 +237,9 @@ class Mask:
         from .html import default
 
         return default(self)
+
+
+MaskLike: TypeAlias = Mask | Predicate4 | ArrayLike
 
 
 def as_mask(given: Any, where: str = "mask") -> Mask:
