@@ -7,6 +7,12 @@ BIN := $(VENV)/bin
 # What users import; the rest is how it is done.
 REFERENCE := jaxattn jaxattn.show jaxattn.plot jaxattn.html jaxattn.why
 
+# Verbs that run nothing which takes any.
+WITHOUT_ARGS := check format peers compile-gpu clean
+ifneq ($(ARGS),)
+$(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
+endif
+
 .PHONY: test test-deep check format experiment language-model explain gallery docs faults \
 	benchmark benchmark-gpu peers compile-gpu clean
 
@@ -61,7 +67,7 @@ peers: .venv-peers/ready  ## PyTorch, in an environment of its own
 	touch $@
 
 compile-gpu: .venv-gpu/ready  ## the kernels for an H100, on a machine without one
-	.venv-gpu/bin/python -W "ignore:The Pallas Triton backend" experiments/compile_gpu.py $(ARGS)
+	.venv-gpu/bin/python -W "ignore:The Pallas Triton backend" experiments/compile_gpu.py
 .venv-gpu/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install --progress-bar on --editable .

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -272,10 +273,20 @@ def test_every_verb_is_told_with_its_time_and_takes_arguments() -> None:
     verbs = set(re.findall(r"[a-z-]+", re.search(r"PHONY:((?:.*\\\n)*.*)\n", MAKEFILE)[1]))
     assert verbs == set(told)
     assert all(told.values())
+
+
+def test_every_verb_is_given_its_arguments_or_refuses_them() -> None:
+    refusing = set(re.search(r"^WITHOUT_ARGS := (.+)$", MAKEFILE, re.M)[1].split())
+    assert refusing < set(RECIPES) | {"peers", "compile-gpu"}
     for verb, recipe in RECIPES.items():
-        for line in recipe.splitlines():
-            if re.search(r"bin/python .*(experiments/|-m pytest|-m pdoc)|BIN\)/python", line):
-                assert line.endswith(" $(ARGS)"), f"{verb}: {line}"
+        assert recipe.rstrip().endswith(" $(ARGS)") != (verb in refusing), verb
+    if shutil.which("make"):
+        made = ["make", "-n", "-C", str(ROOT), "-o", ".venv/ready", "ARGS=--help"]
+        run = subprocess.run([*made, "experiment"], capture_output=True, text=True, check=True)
+        assert "experiments/translate.py --help" in run.stdout
+        run = subprocess.run([*made, "check"], capture_output=True, text=True, check=False)
+        assert run.returncode != 0
+        assert "make check takes no ARGS" in run.stderr
 
 
 def test_runs_leave_git_clean() -> None:
