@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import And, Mask, Not, Or, PerHead, Positions, Predicate, Xor, known
+from .algebra import And, Mask, Not, Or, PerHead, Positions, Xor, known
 from .hoist import hoist
 from .plan import Plan
 from .program import Const
@@ -121,7 +120,7 @@ def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int
 
     Those that are not given are what the mask's arrays say. Where they say nothing, and neither is
     given, the mask's numbers do: four times the largest (a window, a chunk, a prefix, a number that
-    is written in a function), or all the tokens of a grid or of a table of blocks; at least 16.
+    is written in a function), or all that a table of blocks covers; at least 16.
     """
     if isinstance(mask, TileMap) and T is None and S is None:
         T, S = mask.sizes[2:]
@@ -166,7 +165,7 @@ def _telling(mask: Mask, plan: Plan) -> int:
     numbers = [n for n in (*_numbers(leaves), *_written(plan)) if 0 < n <= _MANY]
     largest = max(numbers, default=0)
     blocks = [axis for leaf in leaves if leaf.dtype == np.bool_ for axis in leaf.shape[-2:]]
-    return max(_FEW, largest * max(_TIMES, *blocks, 0), *_grids(mask))
+    return max(_FEW, largest * max(_TIMES, *blocks, 0))
 
 
 def _numbers(leaves: list[np.ndarray]) -> Iterator[int]:
@@ -184,25 +183,6 @@ def _written(plan: Plan) -> Iterator[int]:
                 value = np.asarray(arg.value)
                 if value.dtype.kind in "iu":
                     yield int(value)
-
-
-def _grids(mask: Mask) -> Iterator[int]:
-    """The tokens of the grids of a mask: of its numbers that belong together."""
-    match mask:
-        case And() | Or() | Xor():
-            pieces: tuple[Mask, ...] = (mask.left, mask.right)
-        case Not():
-            pieces = (mask.part,)
-        case PerHead():
-            pieces = mask.parts
-        case Predicate():
-            tuples = (arg for arg in mask.args if isinstance(arg, tuple))
-            yield from (prod(arg) for arg in tuples if all(isinstance(n, int) for n in arg))
-            return
-        case _:
-            return
-    for piece in pieces:
-        yield from _grids(piece)
 
 
 def parts(mask: Mask, h: int) -> tuple[str, list[Mask]]:

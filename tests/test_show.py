@@ -123,14 +123,13 @@ def test_labels_sizes_and_colors(capsys: Any, monkeypatch: Any) -> None:
         (masks.sliding_window(256), 1024),
         (masks.causal() & masks.chunked(128), 512),
         (masks.per_head([masks.full(), masks.prefix_lm(jnp.asarray([20, 30]))]), 120),
-        (masks.neighborhood((8, 6), 1), 48),
         (masks.block_sparse(jnp.eye(8, dtype=bool), 32), 256),
         (masks.predicate(lambda b, h, q, k: q // 32 == k // 32), 128),
         (masks.sliding_window(2**30), 16),
         (masks.sliding_window(256) & masks.segments(jnp.arange(5)), 5),
         (ja.tile_map(masks.causal(), (1, 24, 1, 1), (1, 24, 1, 1)), 24),
     ],
-    ids=range(11),
+    ids=range(10),
 )  # fmt: skip
 def test_a_size_is_found_that_shows_the_shape(mask: Any, size: int) -> None:
     """Of arrays their own; else so many tokens that what the mask's numbers say is to be seen."""
