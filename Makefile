@@ -1,9 +1,17 @@
-# Every verb creates what it needs: an environment in .venv, made by PYTHON.
+# Every verb creates what it needs: an environment in .venv, made by PYTHON. ARGS are given to what
+# the verb runs: make experiment ARGS="--steps 100", make test ARGS="-k causal".
 PYTHON ?= python3
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # What users import; the rest is how it is done.
 REFERENCE := jaxattn jaxattn.show jaxattn.plot jaxattn.html jaxattn.why
+
+# Verbs that run nothing which takes any.
+WITHOUT_ARGS := check format peers compile-gpu clean
+ifneq ($(ARGS),)
+$(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
+endif
 
 .PHONY: test test-deep check format experiment language-model explain gallery docs faults \
 	benchmark benchmark-gpu peers compile-gpu clean
@@ -14,10 +22,10 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 test: $(VENV)/ready  ## the tests, in parallel
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered $(ARGS)
 
 test-deep: $(VENV)/ready  ## the full products, and 50 times the examples of Hypothesis
-	$(BIN)/python -m pytest -n auto -m "deep or not deep" --hypothesis-profile=deep
+	$(BIN)/python -m pytest -n auto -m "deep or not deep" --hypothesis-profile=deep $(ARGS)
 
 check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff check .
@@ -29,28 +37,28 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 experiment: $(VENV)/ready  ## train a Transformer that translates, and use it
-	$(BIN)/python experiments/translate.py
+	$(BIN)/python experiments/translate.py $(ARGS)
 
 language-model: $(VENV)/ready  ## train a language model on packed documents, and sample
-	$(BIN)/python experiments/language_model.py
+	$(BIN)/python experiments/language_model.py $(ARGS)
 
 explain: $(VENV)/ready  ## how the mask works, and why -1e9 makes a key vanish, in numbers
-	$(BIN)/python experiments/how_masking_works.py
+	$(BIN)/python experiments/how_masking_works.py $(ARGS)
 
 gallery: $(VENV)/ready  ## a picture of every mask
-	$(BIN)/python experiments/gallery.py
+	$(BIN)/python experiments/gallery.py $(ARGS)
 
 docs: $(VENV)/ready  ## the reference, from the docstrings: build/docs/index.html
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(REFERENCE)
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(REFERENCE) $(ARGS)
 
 faults: $(VENV)/ready  ## train small models with wrong masks, and see what shows it
-	$(BIN)/python experiments/mask_faults.py
+	$(BIN)/python experiments/mask_faults.py $(ARGS)
 
 benchmark: $(VENV)/ready  ## against jax.nn and, after `make peers`, PyTorch
-	$(BIN)/python experiments/benchmark.py
+	$(BIN)/python experiments/benchmark.py $(ARGS)
 
 benchmark-gpu: $(VENV)/ready  ## kernels on one GPU: checked first, then against the same peers
-	$(BIN)/python experiments/benchmark.py --suite gpu
+	$(BIN)/python experiments/benchmark.py --suite gpu $(ARGS)
 
 peers: .venv-peers/ready  ## PyTorch, in an environment of its own
 .venv-peers/ready:

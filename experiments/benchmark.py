@@ -275,7 +275,7 @@ def main(config: Config) -> None:
     if config.suite == "gpu":
         measure_gpu(config.gpu)
         return
-    console = Console()
+    console, started = Console(), time.monotonic()
     if not PEERS_PYTHON.exists():
         console.print("no .venv-peers: without PyTorch (`make peers` brings it)")
     report = measure(config, console)
@@ -293,6 +293,7 @@ def main(config: Config) -> None:
         )
     for mask, seconds in report["maps"].items():
         console.print(f"tile map of {mask} at T={config.maps}: {seconds} s")
+    console.print(f"everything in {(time.monotonic() - started) / 60:.0f} minutes")
     for suffix in (".json", ".md", ".png"):
         console.print(str(config.output.with_suffix(suffix)))
 

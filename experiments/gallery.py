@@ -164,9 +164,11 @@ def draw(tokens: int) -> matplotlib.figure.Figure:
         axis.axis("on")
         mask.plot(axis, tokens, tokens)
         share = float(np.mean(mask.dense(tokens, tokens)))
-        axis.set(xticks=[], yticks=[], ylabel="")
+        ends = [0, tokens - 1]
+        axis.set(xticks=ends, yticks=ends)
+        axis.set_ylabel("query", fontsize=8, labelpad=-6)
         axis.set_title(f"{name}  {share:.0%}", fontsize=11, fontweight="bold")
-        axis.set_xlabel(f"{entry.definition}\n{entry.used}", fontsize=7.5)
+        axis.set_xlabel(f"key\n{entry.definition}\n{entry.used}", fontsize=7.5, labelpad=-8)
     return figure
 
 
@@ -208,7 +210,9 @@ def main(config: Config) -> None:
     for path in (config.picture, config.page):
         path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(config.tokens)
-    figure.savefig(config.picture, dpi=70, pil_kwargs={"optimize": True})
+    # Without the version of who drew it: the file changes only when the picture does.
+    metadata = {"Software": None}
+    figure.savefig(config.picture, dpi=70, metadata=metadata, pil_kwargs={"optimize": True})
     plt.close(figure)
     config.page.write_text(page(config.page_tokens), encoding="utf-8")
     for path in (config.picture, config.page):

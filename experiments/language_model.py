@@ -7,6 +7,9 @@
     python experiments/language_model.py packing                  # against one document a row
     python experiments/language_model.py context                  # up to 32,768 tokens a row
 
+Without a verb it trains; `sample`, `packing` and `context` each have a `--help` of their own.
+`--config FILE` takes the settings that a run saved; options come on top of them.
+
 It leaves under `--out`: config.json, checkpoints/, metrics.csv, loss.png, and model/. Ctrl-C saves.
 README.md has the measured results.
 """
@@ -464,7 +467,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     at = given.index("--config")
                     default = load_config(Path(given[at + 1]))
                     given = given[:at] + given[at + 2 :]
-                run_train(tyro.cli(Train, prog=name, args=given, default=default), console)
+                config = tyro.cli(
+                    Train, prog=name, description=__doc__, args=given, default=default
+                )
+                run_train(config, console)
     except DataError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

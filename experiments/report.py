@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import csv
+import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+# Rows whose paces an estimate is the median of: of three, one that compiled is outvoted; five are
+# few enough to follow a machine that gets busy.
+_FEWEST, _LATEST = 3, 5
 
 
 class Report:
@@ -17,6 +23,8 @@ class Report:
     def __init__(self, console: Console, steps: int, minutes: float | None) -> None:
         self.console, self.steps, self.minutes = console, steps, minutes
         self.printed = time.monotonic()
+        self.before: tuple[int, float] | None = None
+        self.paces: deque[float] = deque(maxlen=_LATEST)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -27,15 +35,27 @@ class Report:
         )
         self.task = self.progress.add_task("", total=steps, said="")
 
-    def update(self, row: dict[str, float]) -> None:
+    def left(self, row: dict[str, float]) -> float | None:
+        """Seconds that are left after a row, each row given once; None until that can be said.
+
+        The first row, whose step was compiled, says nothing of the others.
+        """
         step, seconds = int(row["step"]), row["seconds"]
-        left = (self.steps - step) * seconds / step
-        if self.minutes is not None:
-            left = max(0.0, min(left, 60 * self.minutes - seconds))
+        if self.before is not None:
+            self.paces.append((seconds - self.before[1]) / (step - self.before[0]))
+        self.before = step, seconds
+        if len(self.paces) < _FEWEST:
+            return None
+        left = (self.steps - step) * statistics.median(self.paces)
+        return left if self.minutes is None else max(0.0, min(left, 60 * self.minutes - seconds))
+
+    def update(self, row: dict[str, float]) -> None:
+        step, left = int(row["step"]), self.left(row)
         shown = {"token_accuracy": "token accuracy {:.4f}", "bits_per_byte": "{:.3f} bits per byte"}
         more = [text.format(row[name]) for name, text in shown.items() if name in row]
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-        said = "  ".join([f"loss {row['loss']:.3f}", *more, speed, f"{left:.0f} s left"])
+        ends = [] if left is None else [f"{left:.0f} s left"]
+        said = "  ".join([f"loss {row['loss']:.3f}", *more, speed, *ends])
         self.progress.update(self.task, completed=step, said=said, refresh=True)
         # Every ten seconds: often enough to see it live, seldom enough for a log file.
         due = time.monotonic() - self.printed > 10 or step in (1, self.steps)

@@ -6,6 +6,9 @@
     python experiments/translate.py --config RUN/config.json --resume  # go on where it stopped
     python experiments/translate.py translate "trezentos e vinte e um"
 
+Without a verb it trains; `translate` translates sentences with what was trained, and has a `--help`
+of its own. `--config FILE` takes the settings that a run saved; options come on top of them.
+
 It trains, decodes what was held out, and leaves under `--out`: config.json, checkpoints/,
 metrics.csv, loss.png, attention.png, and model/, which `translate` reads. Ctrl-C saves. A corpus
 that cannot be used gets one line on stderr and exit status 2. README.md has the measured results.
@@ -176,8 +179,9 @@ def scores(test: Sequence[Pair], found: Sequence[str]) -> dict[str, tuple[int, i
 def show_samples(
     console: Console, test: Sequence[Pair], found: Sequence[str], most: int = 10
 ) -> None:
-    """A few held-out pairs of each category, wrong ones among them."""
+    """A few held-out pairs of each category: wrong ones, which is said, and right ones."""
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say("\nheld-out samples, chosen so that mistakes come first (! is the right answer)")
     rng = random.Random(0)
     categories = list(dict.fromkeys(pair.category for pair in test))
     for category in categories:
@@ -185,6 +189,8 @@ def show_samples(
         rng.shuffle(members)
         members.sort(key=lambda i: test[i].target == found[i])
         few = max(1, most // len(categories) // 2)
+        wrong = sum(test[i].target != found[i] for i in members)
+        say(f"{category}: {wrong} of {len(members)} wrong")
         for i in dict.fromkeys(members[:few] + members[-few:]):
             say(f"  {test[i].source}", style="dim")
             say(f"  = {found[i]}")
@@ -332,9 +338,9 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     result = scores(pairs.test, found)
     draw_example(config.out / "attention.png", model, params, tokenizer, pairs.test, found)
 
-    say("\nheld-out samples (! is the right answer where ours is wrong)")
     show_samples(console, pairs.test, found)
-    table = Table("category", "held-out pairs", "exact match", title=f"{config.beams} beams")
+    title = f"{config.beams} beam{'s' * (config.beams > 1)}"
+    table = Table("category", "held-out pairs", "exact match", title=title)
     for category, (right, count) in result.items():
         table.add_row(category, str(count), f"{right / count:.1%}")
     console.print(table)
@@ -407,7 +413,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_translate(tyro.cli(Translate, prog="translate.py translate", args=given[1:]))
         else:
             default, given = from_config(given)
-            run_train(tyro.cli(Train, prog="translate.py", args=given, default=default), Console())
+            config = tyro.cli(
+                Train, prog="translate.py", description=__doc__, args=given, default=default
+            )
+            run_train(config, Console())
     except DataError as error:
         print(f"translate.py: {error}", file=sys.stderr)
         return 2

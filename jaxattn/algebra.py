@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
-MaskLike: TypeAlias = "Mask | Predicate4 | ArrayLike"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -246,6 +245,9 @@ class Mask(ByStructure):
         from .html import default
 
         return default(self)
+
+
+MaskLike: TypeAlias = Mask | Predicate4 | ArrayLike
 
 
 def as_mask(given: Any, where: str = "mask") -> Mask:

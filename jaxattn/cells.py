@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import And, Mask, Not, Or, PerHead, Positions, Xor, tokens_of
+from .algebra import And, Mask, Not, Or, PerHead, Positions, Xor, known, tokens_of
 from .hoist import hoist
+from .plan import Plan
+from .program import Const
 from .shapes import Int
 from .split import split
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
@@ -17,6 +21,11 @@ from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
 COLORS = {EMPTY: "#f4f1ec", PARTIAL: "#f0b429", FULL: "#1f7a8c"}
 
 _SIGNS = {And: "&", Or: "|", Xor: "^"}
+
+# Four windows, chunks or prefixes show what repeats and what ends; 16 tokens show a diagonal.
+_TIMES, _FEW = 4, 16
+# A number above is a way to say "no limit", and says nothing of a size.
+_MANY = 2**20
 
 
 class Cells(NamedTuple):
@@ -77,7 +86,7 @@ def cells(
 
     Args:
       mask: what is shown.
-      T, S: numbers of queries and of keys; None for what the mask's arrays say, else 16.
+      T, S: numbers of queries and of keys; None for what `sizes` finds in the mask.
       b, h: batch row and query head.
       most: up to so many queries and keys every pair is a cell.
       grid: beyond, at most so many lines and columns of cells, whose states bounds decide: nothing
@@ -85,9 +94,12 @@ def cells(
       name: of the caller, for errors.
 
     Raises:
-      ValueError: for sizes below 1 or not those of the mask's arrays.
+      TypeError: for a batch row or a head that is not an integer.
+      ValueError: for sizes below 1 or not those of the mask's arrays, and for a batch row or a head
+        that they do not have.
     """
     T, S = sizes(mask, T, S, name)
+    check_row_and_head(mask, b, h, name)
     tile, at = tile_of(T, S, most, grid), Positions(b=jnp.array([b]), h=jnp.array([h]))
     if tile == (1, 1):
         dense = np.asarray(mask.dense(T, S, positions=at))[0, 0]
@@ -104,19 +116,75 @@ def tile_of(T: int, S: int, most: int, grid: tuple[int, int]) -> tuple[int, int]
 
 
 def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int]:
-    """Numbers of queries and of keys, those that are not said by the mask's arrays."""
-    extents: dict[str, int] = {}
+    """Numbers of queries and of keys.
+
+    Those that are not given are what the mask's arrays say. Where they say nothing, and neither is
+    given, the mask's numbers do: four times the largest (a window, a chunk, a prefix, a number that
+    is written in a function), or all that a table of blocks covers; at least 16.
+    """
+    if isinstance(mask, TileMap) and T is None and S is None:
+        T, S = mask.sizes[2:]
     if T is None or S is None:
-        plan = split(hoist(mask), Positions()).plan
+        plan = _plan(mask)
         extents = {extent.position: extent.extent for _, extent in plan.extents}
         for tokens, _ in tokens_of(mask):
             extents = {"q": tokens, "k": tokens} | extents
-    T = extents.get("q", extents.get("k", S or 16)) if T is None else T
-    S = extents.get("k", T) if S is None else S
+        T = extents.get("q", extents.get("k", S)) if T is None else T
+        T = _telling(mask, plan) if T is None else T
+        S = extents.get("k", T) if S is None else S
     for letter, size in (("T", T), ("S", S)):
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{name}({letter}): got {size!r}, expected an integer >= 1")
     return int(T), int(S)
+
+
+def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
+    """Checks that there is such a batch row, and such a head; raises as `cells` says."""
+    for letter, at in (("b", b), ("h", h)):
+        if isinstance(at, (bool, np.bool_)) or not isinstance(at, (int, np.integer)):
+            raise TypeError(f"{name}({letter}): got {at!r}, expected an integer")
+        if at < 0:
+            raise ValueError(f"{name}({letter}): got {at}, expected an integer >= 0")
+    if (b, h) == (0, 0):
+        return
+    asked = {"b": (b, "batch rows"), "h": (h, "heads")}
+    for label, extent in _plan(mask).extents:
+        at, what = asked.get(extent.position, (-1, ""))
+        if at >= extent.extent:
+            raise ValueError(
+                f"{name}({extent.position}): got {at}, expected less than {extent.extent}, the "
+                f"number of {what} of {label}"
+            )
+
+
+def _plan(mask: Mask) -> Plan:
+    return split(hoist(mask), Positions()).plan
+
+
+def _telling(mask: Mask, plan: Plan) -> int:
+    """How many tokens show the shape of a mask whose arrays do not say; see `sizes`."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(mask) if known(leaf) is not None]
+    numbers = [n for n in (*_numbers(leaves), *_written(plan)) if 0 < n <= _MANY]
+    largest = max(numbers, default=0)
+    blocks = [axis for leaf in leaves if leaf.dtype == np.bool_ for axis in leaf.shape[-2:]]
+    return max(_FEW, largest * max(_TIMES, *blocks, 0))
+
+
+def _numbers(leaves: list[np.ndarray]) -> Iterator[int]:
+    """The integers that a mask was made of, lists of them included."""
+    for leaf in leaves:
+        if leaf.dtype.kind in "iu" and leaf.ndim < 2:
+            yield from map(int, leaf.reshape(-1))
+
+
+def _written(plan: Plan) -> Iterator[int]:
+    """The integers that are written in a mask's functions."""
+    for step in (*plan.free, *plan.residue.steps, *(s for f in plan.features for s in f.steps)):
+        for arg in step.args:
+            if isinstance(arg, Const) and np.ndim(arg.value) == 0:
+                value = np.asarray(arg.value)
+                if value.dtype.kind in "iu":
+                    yield int(value)
 
 
 def parts(mask: Mask, h: int) -> tuple[str, list[Mask]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .algebra import Mask, MaskLike, as_mask
 from .cells import COLORS, Cells, cells, parts
+from .spelling import ROW_AND_HEAD, spelled
 from .tiles import EMPTY, FULL, PARTIAL
 from .why import Asked
 
@@ -30,8 +31,10 @@ class Html(str):
         return str(self)
 
 
+@spelled("html", **ROW_AND_HEAD)
 def html(
     mask: MaskLike,
+    /,
     T: int | None = None,
     S: int | None = None,
     *,
@@ -43,7 +46,8 @@ def html(
 
     Args:
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
-      T, S: numbers of queries and of keys; by default what the mask's arrays say, else 16.
+      T, S: numbers of queries and of keys. By default what the mask's arrays say, else four times
+        its largest number (a window, a chunk, a prefix), at least 16: enough to show its shape.
       b, h: batch row and query head.
       labels: a word for each query and for each key, where every pair has a cell.
 
@@ -51,9 +55,10 @@ def html(
     64, every pair is a cell; beyond, a cell is a tile, mixed where bounds cannot tell.
 
     Raises:
-      TypeError: for a mask whose arrays are traced.
-      ValueError: for sizes below 1 or not those of the mask's arrays, and for labels that do not
-        fit.
+      TypeError: for a mask whose arrays are traced, and for a batch row or a head that is not an
+        integer.
+      ValueError: for sizes below 1 or not those of the mask's arrays, for a row or a head
+        that these do not have, and for labels that do not fit.
 
     Example:
       >>> from jaxattn import masks

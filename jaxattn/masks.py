@@ -32,6 +32,7 @@ from .conventions import Convention, kept
 from .foreign import unknown_attribute
 from .integers import MOST, as_given, check_exact, identifiers, integers, is_integer, known, plain
 from .shapes import Array, ArrayLike, Bool, Int, Shaped
+from .spelling import ROW_AND_HEAD, spelled
 
 if TYPE_CHECKING:
     from .show import Diff
@@ -700,28 +701,35 @@ inside |
     )
 
 
+@spelled("diff", **ROW_AND_HEAD)
 def diff(
-    a: MaskLike,
-    b: MaskLike,
+    first: MaskLike,
+    second: MaskLike,
+    /,
     T: int,
     S: int | None = None,
     *,
-    row: int = 0,
-    head: int = 0,
+    b: int = 0,
+    h: int = 0,
     color: bool | None = None,
 ) -> Diff:
     """Where two masks differ: for checking one that was rewritten against the old one.
 
     Args:
-      a, b: masks, callables `(b, h, q, k) -> bool`, or boolean arrays.
+      first, second: masks, callables `(b, h, q, k) -> bool`, or boolean arrays; given by place.
       T, S: numbers of queries and of keys; S is T by default.
-      row, head: the batch row and the query head that are compared.
+      b, h: the batch row and the query head that are compared.
       color: whether to colour by ANSI codes; by default on a terminal, unless `NO_COLOR` is set.
 
     Returns:
-      A `Diff`, true if they differ, to be printed: `-` where only `a` allows, `+` where only `b`
-      does. Above 4 million pairs masks are compared by bounds and, where these cannot tell, tile by
-      tile: O(T * S) time, O(tile) memory.
+      A `Diff`, true if they differ, to be printed: `-` where only the first allows, `+` where only
+      the second does. Above 4 million pairs masks are compared by bounds and, where these cannot
+      tell, tile by tile: O(T * S) time, O(tile) memory.
+
+    Raises:
+      TypeError: for a batch row or a head that is not an integer.
+      ValueError: for sizes below 1 or not those of the masks' arrays, and for a row or a head that
+        these do not have.
 
     Example:
       >>> from jaxattn import masks
@@ -733,4 +741,4 @@ def diff(
     """
     from .show import diff
 
-    return diff(a, b, T, S, row=row, head=head, color=color)
+    return diff(first, second, T, S, b=b, h=h, color=color)

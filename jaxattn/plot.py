@@ -10,6 +10,7 @@ import numpy as np
 from .algebra import Mask, MaskLike, as_mask
 from .cells import COLORS, Cells, cells, parts
 from .shapes import Array, Float
+from .spelling import ROW_AND_HEAD, spelled
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
 
 # Up to so many queries and keys every pair is a cell: as many as a figure has room to show.
@@ -21,8 +22,10 @@ _NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 _PANEL = 3.6
 
 
+@spelled("plot", **ROW_AND_HEAD)
 def plot(
     mask: MaskLike,
+    /,
     ax: Any = None,
     T: int | None = None,
     S: int | None = None,
@@ -39,7 +42,8 @@ def plot(
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
       ax: the axes to draw into. By default a new figure; a composed mask then is drawn as its
         parts, and what they make together, side by side.
-      T, S: numbers of queries and of keys; by default what the mask's arrays say, else 16.
+      T, S: numbers of queries and of keys. By default what the mask's arrays say, else four times
+        its largest number (a window, a chunk, a prefix), at least 16: enough to show its shape.
       b, h: batch row and query head.
       labels: a word for each query and for each key, where every pair has a cell.
       tiles: a `TileMap`, or the size of a tile: drawn over the mask, each coloured by its state.
@@ -54,8 +58,10 @@ def plot(
 
     Raises:
       ImportError: without matplotlib, which `pip install "jaxattn[plot]"` brings.
-      ValueError: for sizes below 1 or not those of the mask's arrays, for labels or weights that do
-        not fit, and for a `TileMap` of other sizes.
+      TypeError: for a batch row or a head that is not an integer.
+      ValueError: for sizes below 1 or not those of the mask's arrays, for a row or a head
+        that these do not have, for labels or weights that do not fit, and for a `TileMap` of other
+        sizes.
     """
     whole = as_mask(mask)
     found = _cells(whole, T, S, b, h)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .algebra import Mask, MaskLike, Positions, as_mask
-from .cells import cells, sizes, tile_of
+from .cells import cells, check_row_and_head, sizes, tile_of
+from .spelling import ROW_AND_HEAD, spelled
 from .tiles import EMPTY, FULL, PARTIAL, tile_map
 
 # Up to so many queries and keys every pair is a cell; beyond, a cell is a tile.
@@ -31,8 +32,10 @@ _COLORS = {
 }
 
 
+@spelled("show", **ROW_AND_HEAD)
 def text(
     mask: MaskLike,
+    /,
     T: int | None = None,
     S: int | None = None,
     *,
@@ -45,7 +48,8 @@ def text(
 
     Args:
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
-      T, S: numbers of queries and of keys; by default what the mask's arrays say, else 16.
+      T, S: numbers of queries and of keys. By default what the mask's arrays say, else four times
+        its largest number (a window, a chunk, a prefix), at least 16: enough to show its shape.
       b, h: batch row and query head.
       labels: a word for each query and for each key, where every pair has a cell.
       color: whether to colour by ANSI codes; by default on a terminal, unless `NO_COLOR` is set.
@@ -55,8 +59,9 @@ def text(
     built.
 
     Raises:
-      ValueError: for sizes below 1 or not those of the mask's arrays, and for labels that do not
-        fit.
+      TypeError: for a batch row or a head that is not an integer.
+      ValueError: for sizes below 1 or not those of the mask's arrays, for a row or a head
+        that these do not have, and for labels that do not fit.
 
     Example:
       >>> from jaxattn import masks
@@ -97,19 +102,21 @@ class Diff:
 
 
 def diff(
-    a: MaskLike,
-    b: MaskLike,
+    first: MaskLike,
+    second: MaskLike,
     T: int,
     S: int | None = None,
     *,
-    row: int = 0,
-    head: int = 0,
+    b: int = 0,
+    h: int = 0,
     color: bool | None = None,
 ) -> Diff:
     """`jaxattn.masks.diff`, which says what it does."""
-    left, right = as_mask(a, "a"), as_mask(b, "b")
+    left, right = as_mask(first, "first"), as_mask(second, "second")
     T, S = sizes(left, T, T if S is None else S, "diff")
-    at = Positions(b=jnp.array([row]), h=jnp.array([head]))
+    for mask in (left, right):
+        check_row_and_head(mask, b, h, "diff")
+    at = Positions(b=jnp.array([b]), h=jnp.array([h]))
     if T * S <= _COMPARED:
         mine, other = (np.asarray(m.dense(T, S, positions=at))[0, 0] for m in (left, right))
         differ = mine != other
@@ -133,7 +140,7 @@ def diff(
         q, k = _first(either, states, tile, T, S, at)
         count = f"{int((states != EMPTY).sum())} of {states.size} tiles of {tile} differ"
         only = None
-    holds = bool(left(row, head, jnp.int32(q), jnp.int32(k)))
+    holds = bool(left(b, h, jnp.int32(q), jnp.int32(k)))
     name = "first" if holds else "second"
     title = f"{count}; the first: query {q}, key {k}, which only the {name} mask allows"
     if only is None:

@@ -24,7 +24,7 @@ Model = Callable[..., Any]
 
 def assert_respects_mask(
     fn: Model,
-    inputs: Shaped[ArrayLike, "*B S ..."],
+    inputs: Shaped[ArrayLike, "..."],
     mask: Any,
     layers: int = 1,
     *,

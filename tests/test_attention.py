@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from typing import Any
 
 import jax
@@ -47,7 +48,8 @@ def attention(*args: Any, **options: Any) -> Any:
         return ja.attention(*args, **options)
     except ValueError as error:
         if "can't compute this call" in str(error):
-            pytest.skip(str(error))
+            # Without the call's own numbers, so that one reason is one line of the summary.
+            pytest.skip(re.sub(r"\(.*\)|\b\d+(?= queries)", "...", str(error)))
         raise
 
 

@@ -20,10 +20,13 @@ sys.path.insert(0, str(EXPERIMENTS))
 import corpus  # noqa: E402
 import data  # noqa: E402
 import decoding  # noqa: E402
+import language_model  # noqa: E402
 import sentences  # noqa: E402
 import training  # noqa: E402
 import transformer  # noqa: E402
 import translate  # noqa: E402
+from report import Report  # noqa: E402
+from rich.console import Console  # noqa: E402
 
 scripts = pytest.mark.usefixtures("as_scripts_run")
 
@@ -464,6 +467,54 @@ def test_scores_and_bleu():
     assert translate.bleu([text], [text]).startswith("BLEU 100.0 (nrefs:1|")
 
 
+def test_samples_say_that_mistakes_were_chosen(capsys):
+    test = [data.Pair(str(n), f"right {n}", "number") for n in range(40)]
+    found = [pair.target for pair in test]
+    found[17] = "wrong"
+    translate.show_samples(Console(), test, found, most=4)
+    title, category, *samples = capsys.readouterr().out.strip().splitlines()
+    assert title == "held-out samples, chosen so that mistakes come first (! is the right answer)"
+    assert category == "number: 1 of 40 wrong"
+    assert samples[:3] == ["  17", "  = wrong", "  ! right 17"]
+    assert len(samples) == 9
+
+
+def test_time_left_is_said_once_it_is_known(capsys):
+    """Compilation, in the first steps and now and then later, is no pace of what is left."""
+    seconds = {1: 25, 20: 75, 40: 85, 60: 95, 80: 105, 100: 115, 120: 145, 140: 155}
+    report = Report(Console(), 700, None)
+    said = {step: report.left({"step": step, "seconds": s}) for step, s in seconds.items()}
+    assert [said[step] for step in (1, 20, 40)] == [None] * 3
+    for step in (60, 80, 100, 120, 140):
+        assert said[step] == (700 - step) * 0.5
+    stops = Report(Console(), 700, 2)
+    for step, s in seconds.items():
+        left = stops.left({"step": step, "seconds": s})
+    assert left == 0
+    # A run that goes on begins with the steps of another.
+    resumed = Report(Console(), 700, None)
+    later = [resumed.left({"step": 300 + 20 * n, "seconds": 900 + 10 * n}) for n in range(4)]
+    assert later == [None] * 3 + [340 * 0.5]
+    report = Report(Console(), 700, None)
+    report.update({"step": 1, "seconds": 25, "loss": 7.0, "tokens_per_second": 60})
+    assert "left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [translate, language_model])
+def test_help_names_the_verbs(script, capsys):
+    verbs = {translate: ["translate"], language_model: ["sample", "packing", "context"]}[script]
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "--config" in out
+    for verb in verbs:
+        assert f"{script.__name__}.py {verb}" in out
+        with pytest.raises(SystemExit):
+            script.main([verb, "--help"])
+        assert f"{script.__name__}.py {verb}" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------ a whole run
 
 
@@ -536,6 +587,8 @@ def test_a_short_run_leaves_its_files_and_a_model_that_translates(tmp_path, caps
     assert translate.main(arguments) == 0
     out = capsys.readouterr().out
     assert "step 25/25" in out
+    assert "1 beam" in out
+    assert "1 beams" not in out
     for category in corpus.CATEGORIES:
         assert category in out
     for name in ("loss.png", "attention.png"):

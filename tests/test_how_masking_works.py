@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import matplotlib.image
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from rich.console import Console
@@ -105,6 +106,17 @@ def test_the_gallery_has_every_mask(tmp_path: Path) -> None:
         assert entry.make(16).dense(16, 16).shape == (1, 1, 16, 16)
     assert "query 0 may not see key 1" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_every_picture_of_the_gallery_names_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {name: gallery.GALLERY[name] for name in ("full", "causal")}
+    monkeypatch.setattr(gallery, "GALLERY", few)
+    figure = gallery.draw(16)
+    drawn = figure.axes[: len(few)]
+    assert all(axis.get_ylabel() == "query" for axis in drawn)
+    assert all(axis.get_xlabel().splitlines()[0] == "key" for axis in drawn)
+    assert all(list(axis.get_xticks()) == list(axis.get_yticks()) == [0, 15] for axis in drawn)
+    plt.close(figure)
 
 
 def test_the_readme_shows_the_gallery() -> None:

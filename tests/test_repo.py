@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -64,7 +65,7 @@ def test_doctests_are_found() -> None:
 
 # From the ground up; a module may import those of lower rank only. `backends` stands for all.
 LAYERS = [
-    ["shapes", "foreign"],
+    ["shapes", "foreign", "spelling"],
     ["integers", "pytrees"],
     ["algebra"],
     ["conventions"],
@@ -247,3 +248,85 @@ def test_typed_and_licensed() -> None:
     assert (ROOT / "jaxattn/py.typed").exists()
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert np.lib.NumpyVersion(jax.__version__.split(".dev")[0]) >= "0.10.0"
+
+
+# --- what the repository offers: verbs, distributions, the reference -------------------------------
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+RECIPES = dict(re.findall(r"^([a-z-]+):.*\n((?:\t.*\n)+)", MAKEFILE, re.M))
+
+
+def tracked() -> list[str]:
+    """Files of the repository, as git has them or, without it, as they lie there."""
+    if (ROOT / ".git").exists():
+        asked = ["git", "-C", str(ROOT), "ls-files"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    places = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "experiments").glob("*.*"), *FILES]
+    return [str(path.relative_to(ROOT)) for path in places]
+
+
+def test_every_verb_is_told_with_its_time_and_takes_arguments() -> None:
+    assert len(RECIPES) > 10
+    rows = re.findall(
+        r"^\| `make ([a-z-]+)` \|(.+)\|(.+)\|$", (ROOT / "README.md").read_text(), re.M
+    )
+    told = {verb: time.strip() for verb, _, time in rows}
+    verbs = set(re.findall(r"[a-z-]+", re.search(r"PHONY:((?:.*\\\n)*.*)\n", MAKEFILE)[1]))
+    assert verbs == set(told)
+    assert all(told.values())
+
+
+def test_every_verb_is_given_its_arguments_or_refuses_them() -> None:
+    refusing = set(re.search(r"^WITHOUT_ARGS := (.+)$", MAKEFILE, re.M)[1].split())
+    assert refusing < set(RECIPES) | {"peers", "compile-gpu"}
+    for verb, recipe in RECIPES.items():
+        assert recipe.rstrip().endswith(" $(ARGS)") != (verb in refusing), verb
+    if shutil.which("make"):
+        made = ["make", "-n", "-C", str(ROOT), "-o", ".venv/ready", "ARGS=--help"]
+        run = subprocess.run([*made, "experiment"], capture_output=True, text=True, check=True)
+        assert "experiments/translate.py --help" in run.stdout
+        run = subprocess.run([*made, "check"], capture_output=True, text=True, check=False)
+        assert run.returncode != 0
+        assert "make check takes no ARGS" in run.stderr
+
+
+def test_runs_leave_git_clean() -> None:
+    """Whatever is written by a run is ignored; nothing there is excepted."""
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "experiments/results/" in ignored
+    assert not [line for line in ignored if line.startswith("!")]
+    assert not [name for name in tracked() if name.startswith("experiments/results/")]
+    for path in (ROOT / "experiments").glob("*.py"):
+        for line in path.read_text().splitlines():
+            if re.match(r"\s*(OUT|out|output|page)\b.*= .*(HERE|__file__)", line):
+                assert '"results"' in line, f"{path.name}: {line}"
+
+
+def test_a_source_distribution_holds_what_its_tests_need() -> None:
+    grafted, included = set(), {"pyproject.toml", "MANIFEST.in"}
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        word, *names = line.split() or ("",)
+        {"graft": grafted, "include": included}.get(word, set()).update(names)
+    missing = [n for n in tracked() if n.split("/")[0] not in grafted and n not in included]
+    assert not missing
+    assert "CHANGELOG.md" in included
+    assert all((ROOT / name).exists() for name in grafted | included)
+
+
+def test_the_reference_is_made_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc", reason="pdoc, of the extra `dev`, is not installed")
+    modules = re.search(r"^REFERENCE := (.+)$", MAKEFILE, re.M)[1].split()
+    run = subprocess.run(
+        [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), *modules],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert (tmp_path / "jaxattn.html").stat().st_size > 10_000
+
+
+def test_skips_say_why() -> None:
+    options = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^addopts = "[^"]*-rs\b', options, re.M)
+    for path in (ROOT / "tests").glob("test_*.py"):
+        for call in re.findall(r"mark\.skipif\((?:[^()]|\([^()]*\))*\)", path.read_text()):
+            assert "reason=" in call, path.name

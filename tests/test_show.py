@@ -115,6 +115,64 @@ def test_labels_sizes_and_colors(capsys: Any, monkeypatch: Any) -> None:
     assert "\x1b" not in text(masks.full(), 2)
 
 
+@pytest.mark.parametrize(
+    ("mask", "size"),
+    [
+        (masks.causal(), 16),
+        (masks.sliding_window(4), 16),
+        (masks.sliding_window(256), 1024),
+        (masks.causal() & masks.chunked(128), 512),
+        (masks.per_head([masks.full(), masks.prefix_lm(jnp.asarray([20, 30]))]), 120),
+        (masks.block_sparse(jnp.eye(8, dtype=bool), 32), 256),
+        (masks.predicate(lambda b, h, q, k: q // 32 == k // 32), 128),
+        (masks.sliding_window(2**30), 16),
+        (masks.sliding_window(256) & masks.segments(jnp.arange(5)), 5),
+        (ja.tile_map(masks.causal(), (1, 24, 1, 1), (1, 24, 1, 1)), 24),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_a_size_is_found_that_shows_the_shape(mask: Any, size: int) -> None:
+    """Of arrays their own; else so many tokens that what the mask's numbers say is to be seen."""
+    assert f"{size} queries, {size} keys" in text(mask, color=False)
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize(
+    ("name", "look"),
+    [
+        ("show", lambda mask, **at: mask.show(T, **at)),
+        ("plot", lambda mask, **at: mask.plot(T=T, **at)),
+        ("html", lambda mask, **at: mask.html(T, **at)),
+        ("diff", lambda mask, **at: masks.diff(mask, masks.empty(), T, **at)),
+    ],
+)
+def test_rows_and_heads_have_one_spelling(name: str, look: Any) -> None:
+    """`b` and `h`, as in a predicate, in every viewer; whatever else is refused, not ignored."""
+    mask = masks.key_padding(lengths=jnp.asarray([0, 3])) & masks.sliding_window(jnp.arange(2))
+    look(mask, b=1, h=1)
+    for other, ours in (("row", "b="), ("head", "h=")):
+        with pytest.raises(TypeError, match=rf"^{name}\({other}\): no such argument; write {ours}"):
+            look(mask, **{other: 1})
+    with pytest.raises(TypeError, match=rf"^{name}\(colour\): no such argument, expected .*b, h"):
+        look(mask, colour=True)
+    for at in ("b", "h"):
+        with pytest.raises(ValueError, match=rf"^{name}\({at}\): got 2, expected less than 2, the"):
+            look(mask, **{at: 2})
+        with pytest.raises(ValueError, match=rf"^{name}\({at}\): got -1, expected an integer >= 0"):
+            look(mask, **{at: -1})
+        with pytest.raises(TypeError, match=rf"^{name}\({at}\): got 1.0, expected an integer"):
+            look(mask, **{at: 1.0})
+
+
+def test_differences_are_of_one_row_and_head() -> None:
+    lengths = masks.key_padding(lengths=jnp.asarray([4, 3]))
+    assert masks.diff(lengths, masks.full(), 4).same
+    assert masks.diff(lengths, masks.full(), 4, b=1).first == (0, 3)
+    heads = masks.per_head([masks.full(), masks.causal()])
+    assert masks.diff(heads, masks.causal(), 4, h=1).same
+    assert masks.diff(heads, masks.causal(), 4).first == (0, 1)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_differences(seed: int) -> None:
     """Found exactly where there are any, in small masks and in downsampled ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field
 from functools import partial
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class MultiHeadAttention(nn.Module):
     param_dtype: Any = jnp.float32
     precision: Any = None
     kernel_init: Any = nn.linear.default_kernel_init
-    bias_init: Any = nn.initializers.zeros_init()
+    bias_init: Any = field(default_factory=nn.initializers.zeros_init)
     out_kernel_init: Any = None
     out_bias_init: Any = None
     sharding: tuple[str | None, str | None, str | None] | None = None
