@@ -43,7 +43,7 @@ BACKENDS: dict[str, ModuleType] = {
 ACCELERATED = ("cudnn", "pallas_gpu")
 
 
-@answers
+@answers()
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -128,7 +128,7 @@ def attention(
     return results if return_lse else results[0]
 
 
-@answers
+@answers()
 def attention_weights(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],

@@ -81,7 +81,7 @@ def scaled_dot_product_attention(
     return output, weights.reshape(*lead, T, S)
 
 
-@answers
+@answers()
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],

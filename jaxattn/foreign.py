@@ -101,6 +101,11 @@ KEYWORDS = {
     "dtype": "nothing: the output has the query's dtype, and the softmax is float32",
 }
 
+# Arguments of what looks at a mask.
+VIEWS = dict.fromkeys(("row", "rows", "batch"), "b=, the batch row, as in a predicate")
+VIEWS |= dict.fromkeys(("head", "heads"), "h=, the query head, as in a predicate")
+VIEWS |= {"colour": "color="}
+
 # Backends.
 BACKENDS = {
     None: "'auto', which chooses",
@@ -273,32 +278,50 @@ def unknown_method(thing: Any, name: str) -> AttributeError:
     )
 
 
-def answers(fn: Callable[P, R]) -> Callable[P, R]:
-    """A function of ours that answers arguments it does not have by what is meant."""
-    parameters = inspect.signature(fn).parameters.values()
-    name = fn.__name__
-    names = frozenset(each.name for each in parameters)
-    positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+def answers(
+    words: dict[str, str] = KEYWORDS, name: str | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a function of ours: it answers arguments that it does not have by what is meant.
 
-    @functools.wraps(fn)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if len(args) > len(positional):
-            raise TypeError(
-                f"{name}() takes {len(positional)} positional arguments "
-                f"({', '.join(positional)}) but {len(args)} were given; name the others, as mask="
-            )
-        if not names.issuperset(kwargs):
-            raise unexpected(name, kwargs, names)
-        return fn(*args, **kwargs)
+    Args:
+      words: what is meant by names that it does not have.
+      name: the function, as users write it; by default its own.
+    """
 
-    return call
+    def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(fn).parameters.values()
+        called = name or fn.__name__
+        names = frozenset(each.name for each in parameters)
+        positional = [
+            each.name
+            for each in parameters
+            if each.kind in (each.POSITIONAL_OR_KEYWORD, each.POSITIONAL_ONLY)
+        ]
+
+        @functools.wraps(fn)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) > len(positional):
+                raise TypeError(
+                    f"{called}() takes {len(positional)} positional arguments "
+                    f"({', '.join(positional)}) but {len(args)} were given; name the others, "
+                    "as mask="
+                )
+            if not names.issuperset(kwargs):
+                raise unexpected(called, kwargs, names, words)
+            return fn(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
-def unexpected(function: str, given: Any, names: frozenset[str]) -> TypeError:
+def unexpected(
+    function: str, given: Any, names: frozenset[str], words: dict[str, str] = KEYWORDS
+) -> TypeError:
     """The error for the first of the given arguments that a function does not have."""
     wrong = next(name for name in given if name not in names)
     message = f"{function}() got an unexpected keyword argument {wrong!r}"
-    if meant := KEYWORDS.get(wrong):
+    if meant := words.get(wrong):
         at = "here it is" if function != "dot_product_attention" else "jaxattn.attention says it by"
         return TypeError(f"{message}; {at} {meant}")
     near = difflib.get_close_matches(wrong, names, 1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .algebra import Mask, MaskLike, as_mask
 from .cells import COLORS, Cells, cells, parts
-from .spelling import ROW_AND_HEAD, spelled
+from .foreign import VIEWS, answers
 from .tiles import EMPTY, FULL, PARTIAL
 from .why import Asked
 
@@ -31,7 +31,7 @@ class Html(str):
         return str(self)
 
 
-@spelled("html", **ROW_AND_HEAD)
+@answers(VIEWS, "html")
 def html(
     mask: MaskLike,
     /,

@@ -29,10 +29,9 @@ from .algebra import (
     written,
 )
 from .conventions import Convention, kept
-from .foreign import unknown_attribute
+from .foreign import VIEWS, answers, unknown_attribute
 from .integers import MOST, as_given, check_exact, identifiers, integers, is_integer, known, plain
 from .shapes import Array, ArrayLike, Bool, Int, Shaped
-from .spelling import ROW_AND_HEAD, spelled
 
 if TYPE_CHECKING:
     from .show import Diff
@@ -701,7 +700,7 @@ inside |
     )
 
 
-@spelled("diff", **ROW_AND_HEAD)
+@answers(VIEWS, "diff")
 def diff(
     first: MaskLike,
     second: MaskLike,

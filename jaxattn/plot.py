@@ -9,8 +9,8 @@ import numpy as np
 
 from .algebra import Mask, MaskLike, as_mask
 from .cells import COLORS, Cells, cells, parts
+from .foreign import VIEWS, answers
 from .shapes import Array, Float
-from .spelling import ROW_AND_HEAD, spelled
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
 
 # Up to so many queries and keys every pair is a cell: as many as a figure has room to show.
@@ -22,7 +22,7 @@ _NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 _PANEL = 3.6
 
 
-@spelled("plot", **ROW_AND_HEAD)
+@answers(VIEWS, "plot")
 def plot(
     mask: MaskLike,
     /,

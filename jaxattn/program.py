@@ -456,6 +456,13 @@ def varying(array: Any) -> frozenset[Any]:
     return getattr(manual, "varying", None) or getattr(aval, "vma", None) or frozenset()
 
 
+def constant(reference: Any, shape: tuple[int, ...], dtype: Any, fill: float = 0) -> Any:
+    """A constant that varies over the same mesh axes as `reference`, as a loop's carry must."""
+    full = jnp.full(shape, fill, dtype)
+    axes = tuple(sorted(varying(reference)))
+    return lax.pcast(full, axes, to="varying") if axes else full
+
+
 def trace(
     fn: Callable[..., Any], args: Sequence[Any], name: str, *, differentiated: bool = False
 ) -> tuple[Program, list[Any]]:

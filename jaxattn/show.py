@@ -12,7 +12,7 @@ import numpy as np
 
 from .algebra import Mask, MaskLike, Positions, as_mask
 from .cells import cells, check_row_and_head, sizes, tile_of
-from .spelling import ROW_AND_HEAD, spelled
+from .foreign import VIEWS, answers
 from .tiles import EMPTY, FULL, PARTIAL, tile_map
 
 # Up to so many queries and keys every pair is a cell; beyond, a cell is a tile.
@@ -32,7 +32,7 @@ _COLORS = {
 }
 
 
-@spelled("show", **ROW_AND_HEAD)
+@answers(VIEWS, "show")
 def text(
     mask: MaskLike,
     /,

@@ -65,7 +65,7 @@ def test_doctests_are_found() -> None:
 
 # From the ground up; a module may import those of lower rank only. `backends` stands for all.
 LAYERS = [
-    ["shapes", "foreign", "spelling"],
+    ["shapes", "foreign"],
     ["integers", "pytrees"],
     ["algebra"],
     ["conventions"],

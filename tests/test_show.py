@@ -151,9 +151,13 @@ def test_rows_and_heads_have_one_spelling(name: str, look: Any) -> None:
     mask = masks.key_padding(lengths=jnp.asarray([0, 3])) & masks.sliding_window(jnp.arange(2))
     look(mask, b=1, h=1)
     for other, ours in (("row", "b="), ("head", "h=")):
-        with pytest.raises(TypeError, match=rf"^{name}\({other}\): no such argument; write {ours}"):
+        with pytest.raises(
+            TypeError, match=rf"^{name}\(\) got an unexpected .*'{other}'; here it is {ours}"
+        ):
             look(mask, **{other: 1})
-    with pytest.raises(TypeError, match=rf"^{name}\(colour\): no such argument, expected .*b, h"):
+    with pytest.raises(
+        TypeError, match=rf"^{name}\(\) got an unexpected .*'colour'; here it is color="
+    ):
         look(mask, colour=True)
     for at in ("b", "h"):
         with pytest.raises(ValueError, match=rf"^{name}\({at}\): got 2, expected less than 2, the"):

@@ -26,7 +26,7 @@ from ..shapes import Array, Bool, Float
 from ..split import Kind, Operand
 from . import base
 from .inputs import Inputs, Plan, Residue
-from .linear import linear
+from .operation import Rules, operation
 
 # Logits of the rows that are computed at once where a derivative takes some rows at a time.
 CELLS = 2**22
@@ -224,12 +224,12 @@ def _weigh_jvp(precision: Any, primals: Any, tangents: Any) -> tuple[Array, Arra
     weights, value, key, seen = primals
     out = _weigh(precision, *primals)
     given = (weights, value, key, out) + (() if seen is None else (seen,))
-    (moved,) = linear(*_weighing(precision), given, tuple(tangents[:2]), (out,))
+    (moved,) = operation(_weighing(precision), given, tuple(tangents[:2]), (out,))
     return out, moved
 
 
 @lru_cache(maxsize=64)
-def _weighing(precision: Any) -> Any:
+def _weighing(precision: Any) -> Rules:
     """The tangent of `_weigh` in weights and values, and its transpose."""
 
     def apply(fixed: Any, operands: Any) -> Any:
@@ -237,6 +237,12 @@ def _weighing(precision: Any) -> Any:
         d_weights, d_value = operands
         by_weights = _values(precision, d_weights, base.finite(value))
         return (by_weights + _values(precision, weights, d_value),)
+
+    def slope(fixed: Any, operands: Any, _: Any, moved: Any) -> Any:
+        def of(weights: Array, value: Array) -> Any:
+            return apply((weights, value), operands)
+
+        return jax.jvp(of, tuple(fixed[:2]), tuple(moved[:2]))[1]
 
     def products(weights: Array, value: Array, d_out: Array) -> tuple[Array, Array]:
         _, back = jax.vjp(partial(_values, precision), weights, value)
@@ -261,7 +267,7 @@ def _weighing(precision: Any) -> Any:
         trouble = bad.any() | unfit(key, value).any()
         return lax.cond(base.anywhere(trouble), careful, lambda: products(weights, value, d_out))
 
-    return apply, transpose
+    return Rules(apply, slope, transpose)
 
 
 # --- what is not finite ---------------------------------------------------------------------------

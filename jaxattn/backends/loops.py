@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..program import constant
 from ..shapes import Array, Float
 from . import base, steps
 from .inputs import Gradients, Inputs, Plan
@@ -125,9 +126,9 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
         new = jnp.stack([top, l], 1).reshape(old.shape)
         return acc, steps.put_in(ml, new, [u, 0, at.i])
 
-    acc = steps.constant(x.query, (z.B * z.K * z.G, z.Tp, z.Hv), dtype)
+    acc = constant(x.query, (z.B * z.K * z.G, z.Tp, z.Hv), dtype)
     # One array of m and l: two would be copied in every step.
-    m = steps.constant(x.query, (z.B * z.K, z.G, z.Tp), dtype, -jnp.inf)
+    m = constant(x.query, (z.B * z.K, z.G, z.Tp), dtype, -jnp.inf)
     acc, ml = steps.loop(z, work, step, (acc, jnp.concatenate([m, jnp.zeros_like(m)], 1)))
     acc = acc.reshape(z.B, z.K, z.G, z.Tp, z.Hv)[..., : z.T, :]
     ml = ml.reshape(z.B, z.K, 2, z.G, z.Tp)[..., : z.T]
@@ -241,16 +242,16 @@ def backward(
     def shared(n: int) -> Array:
         array = x.score[n]
         extent = groups if array.shape[0] == 1 else z.B
-        return steps.constant(x.query, (extent, *array.shape[1:]), base.accumulator(array.dtype))
+        return constant(x.query, (extent, *array.shape[1:]), base.accumulator(array.dtype))
 
     dq, dk, dv, parts = steps.loop(
         z,
         work,
         step,
         (
-            steps.constant(x.query, (z.B * z.K, z.H * z.G, z.Tp), dtype),
-            steps.constant(x.query, (z.B * z.K, z.Sp, z.H), dtype),
-            steps.constant(x.query, (z.B * z.K, z.Sp, z.Hv), dtype),
+            constant(x.query, (z.B * z.K, z.H * z.G, z.Tp), dtype),
+            constant(x.query, (z.B * z.K, z.Sp, z.H), dtype),
+            constant(x.query, (z.B * z.K, z.Sp, z.Hv), dtype),
             tuple(map(shared, learned)),
         ),
     )

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from ..program import varying
 from ..shapes import Array, Int
 from ..split import pointwise, skewed
 from ..tiles import EMPTY, FULL, PARTIAL
@@ -340,13 +339,6 @@ def pad_inputs(plan: Plan, z: Shape, x: Inputs) -> Inputs:
         score=operands(plan.score, x.score),
         dropout=dropout,
     )
-
-
-def constant(reference: Array, shape: tuple[int, ...], dtype: Any, fill: float = 0) -> Array:
-    """A constant that varies over the same mesh axes as `reference`, as a loop's carry must."""
-    full = jnp.full(shape, fill, dtype)
-    axes = tuple(sorted(varying(reference)))
-    return lax.pcast(full, axes, to="varying") if axes else full
 
 
 def scored(plan: Plan, z: Shape, parts: Any, at: Tile, transposed: bool, logits: Array) -> Array:

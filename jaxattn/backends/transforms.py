@@ -2,8 +2,8 @@
 
 From the outside in:
 
-- `custom_jvp`: the tangent is a linear function whose transpose is an engine's own backward, over
-  the same tiles; second derivatives are those of the formula, some rows at a time;
+- `operation`: JAX sees one operation, whose tangent has an engine's own backward as its transpose,
+  over the same tiles; second derivatives are those of the formula, some rows at a time;
 - `custom_vmap`: a vmapped axis is folded into the batch axis. A loop batched by JAX would compute
   every batch row to the length of the longest;
 - `custom_partitioning`: inputs sharded over batch or heads are computed where they are.
@@ -20,17 +20,16 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..program import varying, varying_alike
+from ..program import constant, varying, varying_alike
 from ..shapes import Array, Float
-from . import careful, formula
+from . import base, careful, formula
 from .inputs import Gradients, Inputs, Plan
-from .linear import linear
+from .operation import Rules, operation
 
 # The names of the results that the backward needs, for `jax.checkpoint` policies.
 SAVED = ("jaxattn_out", "jaxattn_lse")
@@ -43,84 +42,104 @@ def attend(plan: Plan, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array
     alike = varying_alike(leaves)
     # Inside a `shard_map` arrays are local already. Asked here: derivatives are traced elsewhere.
     local = bool(varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes)
-    out, lse = _attend(plan, tree, local)(*alike)
-    return out, lse
+    B, T, N, _ = x.query.shape
+    wide = base.accumulator(x.query.dtype)
+    like = (
+        constant(alike[0], (B, T, N, x.value.shape[-1]), x.query.dtype),
+        constant(alike[0], (B, T, N), wide),
+    )
+    out, lse = operation(_forward_rules(plan, tree, local), alike, (), like)
+    return out, _with_empty(lse)
 
 
 # --- differentiation ------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1024)
-def _attend(plan: Plan, tree: Any, local: bool) -> Callable[..., tuple[Array, Array]]:
-    """Attention of the leaves of inputs."""
-
-    def inputs_of(leaves: Sequence[Any]) -> Inputs:
-        return cast(Inputs, jax.tree.unflatten(tree, leaves))
-
-    def by_formula(x: Inputs, *floats: Array) -> Any:
-        return formula.by_rows(plan, x.with_floats(floats))
-
-    @jax.custom_jvp
-    def attend(*leaves: Array) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _forward(plan, local)(inputs_of(leaves)))
-
-    @attend.defjvp
-    def rule(primals: Any, tangents: Any) -> Any:
-        out, lse = attend(*primals)
-        # Kept without -inf, for which `jax_debug_infs` would stop.
-        lse = jnp.where(lse == -jnp.inf, jnp.finfo(lse.dtype).max, lse)
-        out, lse = (checkpoint_name(a, name) for a, name in zip((out, lse), SAVED, strict=True))
-        result = out, _with_empty(lse)
-        operands = inputs_of(primals).floats(inputs_of(tangents))
-        return result, tuple(linear(tangent, transpose, (*primals, out, lse), operands, result))
-
-    # Where these are differentiated again, the formula is, in their place.
-
-    @jax.custom_jvp
-    def tangent_of(leaves: Any, moved: Any) -> Any:
-        return _tangent(plan, local)(inputs_of(leaves), moved)
-
-    @tangent_of.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        x, others = map(inputs_of, (primals[0], tangents[0]))
-
-        def of(floats: Any, moved: Any) -> Any:
-            return jax.jvp(partial(by_formula, x), floats, moved)[1]
-
-        given = (x.floats(), primals[1])
-        return jax.jvp(of, given, (x.floats(others), tangents[1]))
-
-    @jax.custom_jvp
-    def gradients_of(leaves: Any, saved: Any, cotangents: Any) -> Any:
-        x = inputs_of(leaves)
-        g: Gradients = _backward(plan, local, 1)(x, *saved, *cotangents)
-        scale = g.scale if x.scale.shape[0] != 1 else g.scale.sum(0, keepdims=True)
-        return (g.query, g.key, g.value, scale, *(a for a in g.score if a is not None))
-
-    @gradients_of.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        x, others = map(inputs_of, (primals[0], tangents[0]))
-
-        def of(floats: Any, cotangents: Any) -> Any:
-            return jax.vjp(partial(by_formula, x), *floats)[1](cotangents)
-
-        given = (x.floats(), primals[2])
-        return jax.jvp(of, given, (x.floats(others), tangents[2]))
-
-    def tangent(fixed: Any, moved: Any) -> Any:
-        *leaves, _, _ = fixed
-        return tangent_of(tuple(leaves), tuple(moved))
-
-    def transpose(fixed: Any, cotangents: Any) -> Any:
-        *leaves, out, lse = fixed
-        return gradients_of(tuple(leaves), (out, _with_empty(lse)), tuple(cotangents))
-
-    return attend
+def _kept(lse: Array) -> Array:
+    """An LSE as it is kept for derivatives: `jax_debug_infs` would stop for -inf."""
+    return jnp.where(lse == -jnp.inf, jnp.finfo(lse.dtype).max, lse)
 
 
 def _with_empty(lse: Array) -> Array:
-    """A kept LSE with -inf where it is -inf."""
+    """An LSE as it was before it was kept."""
     return jnp.where(lse == jnp.finfo(lse.dtype).max, -jnp.inf, lse)
+
+
+@lru_cache(maxsize=1024)
+def _forward_rules(plan: Plan, tree: Any, local: bool) -> Rules:
+    """Attention of the leaves of inputs: output and kept LSE."""
+
+    def apply(leaves: Any, _: Any) -> Any:
+        out, lse = _forward(plan, local)(_inputs(tree, leaves))
+        return out, _kept(lse)
+
+    def slope(leaves: Any, _: Any, results: Any, moved: Any) -> Any:
+        operands = _inputs(tree, leaves).floats(_inputs(tree, moved))
+        rules = _tangent_rules(plan, tree, local)
+        return operation(rules, (*leaves, *results), operands, results)
+
+    return Rules(apply, slope, names=SAVED)
+
+
+@lru_cache(maxsize=1024)
+def _tangent_rules(plan: Plan, tree: Any, local: bool) -> Rules:
+    """The tangent of attention: of inputs, output and kept LSE, for tangents of the inputs.
+
+    Its transpose is the backward. Where it is differentiated, the formula is, in its place.
+    """
+
+    def apply(fixed: Any, operands: Any) -> Any:
+        *leaves, _, _ = fixed
+        return _tangent(plan, local)(_inputs(tree, leaves), tuple(operands))
+
+    def slope(fixed: Any, operands: Any, _: Any, moved: Any) -> Any:
+        x, others = _inputs(tree, fixed[:-2]), _inputs(tree, moved[:-2])
+        by_formula = _by_formula(plan, x)
+
+        def tangent(floats: Any) -> Any:
+            return jax.jvp(by_formula, floats, tuple(operands))[1]
+
+        return jax.jvp(tangent, (x.floats(),), (x.floats(others),))[1]
+
+    def transpose(fixed: Any, cotangents: Any) -> Any:
+        like = _inputs(tree, fixed[:-2]).floats()
+        return operation(_backward_rules(plan, tree, local), (*fixed, *cotangents), (), like)
+
+    return Rules(apply, slope, transpose)
+
+
+@lru_cache(maxsize=1024)
+def _backward_rules(plan: Plan, tree: Any, local: bool) -> Rules:
+    """The backward: of inputs, output, kept LSE, and the cotangents of both."""
+
+    def apply(fixed: Any, _: Any) -> Any:
+        *leaves, out, lse, d_out, d_lse = fixed
+        x = _inputs(tree, leaves)
+        g: Gradients = _backward(plan, local, 1)(x, out, _with_empty(lse), d_out, d_lse)
+        scale = g.scale if x.scale.shape[0] != 1 else g.scale.sum(0, keepdims=True)
+        return (g.query, g.key, g.value, scale, *(a for a in g.score if a is not None))
+
+    def slope(fixed: Any, _: Any, __: Any, moved: Any) -> Any:
+        x, others = _inputs(tree, fixed[:-4]), _inputs(tree, moved[:-4])
+        by_formula = _by_formula(plan, x)
+
+        def gradients(floats: Any, cotangents: Any) -> Any:
+            return jax.vjp(by_formula, *floats)[1](cotangents)
+
+        given = (x.floats(), tuple(fixed[-2:]))
+        return jax.jvp(gradients, given, (x.floats(others), tuple(moved[-2:])))[1]
+
+    return Rules(apply, slope)
+
+
+def _inputs(tree: Any, leaves: Sequence[Any]) -> Inputs:
+    """Inputs of these leaves, or what else stands in their places."""
+    return cast(Inputs, jax.tree.unflatten(tree, leaves))
+
+
+def _by_formula(plan: Plan, x: Inputs) -> Callable[..., Any]:
+    """Output and LSE from `x.floats()`, for derivatives that no engine has."""
+    return lambda *floats: formula.by_rows(plan, x.with_floats(floats))
 
 
 # --- vmap -----------------------------------------------------------------------------------------
