@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src import dispatch
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -83,6 +84,9 @@ def _types(*avals: Any, results: int, **_: Any) -> Any:
 
 
 mlir.register_lowering(_op, mlir.lower_fun(_apply, multiple_results=True))
+# What is inside may be partitioned, for which JAX has to be told that devices matter; it has no
+# public name for that.
+dispatch.prim_requires_devices_during_lowering.add(_op)
 
 
 # --- differentiation ------------------------------------------------------------------------------
