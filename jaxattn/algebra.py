@@ -202,11 +202,13 @@ class Mask:
         for name, size in {"T": T, "S": S, "batch": batch, "heads": heads}.items():
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
                 raise ValueError(f"Mask.dense({name}=): got {size!r}, expected an integer >= 0")
-        from .split import check_extents
+        from .beyond import within
+        from .split import check_extents, hoist
 
-        given = positions or Positions()
-        check_extents(self, given, batch, heads, T, S)
-        return over_grid(self, given.filled(batch, heads, T, S))
+        given, mask = positions or Positions(), hoist(self)
+        check_extents(mask, given, batch, heads, T, S)
+        mask = within(mask, given, (batch, heads, T, S))
+        return over_grid(mask, given.filled(batch, heads, T, S))
 
     def why(self, q: int, k: int, b: int = 0, h: int = 0) -> Why:
         """Why the query at position `q` may see the key at `k`, or may not; see `jaxattn.why`."""
@@ -270,6 +272,11 @@ def known(given: Any) -> np.ndarray | None:
     return np.asarray(given)
 
 
+def ours(thing: Any) -> bool:
+    """Whether a function or a type is the library's own; some made by `exec` have no module."""
+    return (getattr(thing, "__module__", None) or "").startswith("jaxattn.")
+
+
 def leaf_repr(leaf: Any) -> str:
     """A leaf as it appears in the repr of a mask or a score: its value, or dtype and shape."""
     if isinstance(leaf, (int, float)):
@@ -277,12 +284,17 @@ def leaf_repr(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
-def written(form: Callable[..., str]) -> Callable[[F], F]:
-    """For the function of a constructor that has another name, or writes its arguments otherwise:
-    how the repr of the mask reads, given those of its leaves."""
+def written(form: Callable[..., str], *arguments: str) -> Callable[[F], F]:
+    """For the function of a constructor that has another name, or other arguments.
+
+    Args:
+      form: how the repr of the mask reads, given those of its leaves.
+      *arguments: which argument of the constructor each leaf is made of, where its name is another.
+    """
 
     def register(fn: F) -> F:
         setattr(fn, "written", form)  # noqa: B010
+        setattr(fn, "arguments", arguments)  # noqa: B010
         return fn
 
     return register
@@ -317,7 +329,7 @@ class Predicate(Mask):
         if (form := getattr(self.fn, "written", None)) is not None:
             return str(form(*leaves))
         inner = ", ".join(leaves)
-        if getattr(self.fn, "__module__", "").startswith("jaxattn."):
+        if ours(self.fn):
             return f"{name.lstrip('_')}({inner})"
         return f"predicate({', '.join(filter(None, (name, inner)))})"
 

@@ -325,7 +325,7 @@ class Program:
       steps: the operations, in order.
       outputs: the values it returns; a single one is returned bare.
       types: shape and dtype of every value.
-      name: what to call it in messages.
+      name: what to call it in messages; programs of other names may be equal.
     """
 
     inputs: tuple[int, ...]
@@ -340,7 +340,7 @@ class Program:
             (s.prim.name, _frozen(s.prim, s.params, map(self._type, s.args)), s.args, s.outs)
             for s in self.steps
         )
-        return self.inputs, steps, self.outputs, self.types, self.name
+        return self.inputs, steps, self.outputs, self.types
 
     def _type(self, ref: Ref) -> Type:
         return type_of(ref) if isinstance(ref, Const) else self.types[ref]

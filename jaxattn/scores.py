@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Scalar, known, leaf_repr, pytree, static
+from .algebra import Scalar, known, leaf_repr, ours, pytree, static, written
 from .shapes import Array, ArrayLike, Float
 
 __all__ = [
@@ -69,8 +69,11 @@ class Scored(Score):
         if isinstance(traced := getattr(self.fn, "name", None), str):
             return traced
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.params)))
-        if getattr(self.fn, "__module__", "").startswith("jaxattn."):
+        leaves = list(map(leaf_repr, jax.tree.leaves(self.params)))
+        if (form := getattr(self.fn, "written", None)) is not None:
+            return str(form(*leaves))
+        inner = ", ".join(leaves)
+        if ours(self.fn):
             return f"{name.lstrip('_')}({inner})"
         return f"score({', '.join(filter(None, (name, inner)))})"
 
@@ -210,12 +213,14 @@ def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool)
     return offset + jnp.where(distance < exact, distance, far)
 
 
+@written(lambda table, most: f"relative_bias({table}, max_distance={most})")
 def _relative_bias_both(
     logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
 ) -> Any:
     return logit + table[h, _bucket(k - q, table.shape[1], max_distance, True)].astype(logit.dtype)
 
 
+@written(lambda *given: f"relative_bias({given[0]}, max_distance={given[1]}, bidirectional=False)")
 def _relative_bias_past(
     logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
 ) -> Any:
@@ -255,6 +260,7 @@ def relative_bias(
     return Scored(fn, (array, float(max_distance)))
 
 
+@written(lambda array: f"bias({array})")
 def add_array(logit: Any, b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
     """`logit + array[q, k]`, or `logit + array[b, h, q, k]`."""
     if np.ndim(array) == 2:
