@@ -6,6 +6,7 @@ library is derived from that answer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .mistakes import explained, named
 from .shapes import Array, ArrayLike, Bool, Int
 
 if TYPE_CHECKING:
@@ -136,7 +138,9 @@ class Mask:
 
     The one required method is `__call__(b, h, q, k) -> bool`, written for a single query and a
     single key: `b` is the batch row, `h` the query head, `q` and `k` the positions of the query
-    and of the key, all scalar int32, possibly traced. True means *may attend*.
+    and of the key, all scalar int32, possibly traced. True means *may attend*. A class of yours
+    needs nothing else, and may hold arrays; to be an argument of a jitted function it has to be
+    registered, by `jax.tree_util.register_dataclass` for one.
 
     Masks compose with `&`, `|`, `~` and `^`, with each other and with any callable
     `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape.
@@ -150,6 +154,9 @@ class Mask:
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
         raise TypeError(f"{type(self).__name__} is a Mask without __call__(b, h, q, k)")
+
+    def __repr__(self) -> str:
+        return attributes(self)
 
     def __and__(self, other: MaskLike) -> Mask:
         return And(self, as_mask(other, "&"))
@@ -255,10 +262,34 @@ def as_mask(given: Any, where: str = "mask") -> Mask:
     if hasattr(given, "dtype") and hasattr(given, "shape"):
         return dense(given)
     if callable(given):
+        uncalled(given, where)
         return Predicate(given, ())
     raise TypeError(
         f"{where}: got {type(given).__name__}, expected a Mask, a callable (b, h, q, k) -> bool, "
         "or a boolean array [T, S] or [B|1, N|1, T|1, S|1]"
+    )
+
+
+def uncalled(given: Any, where: str) -> None:
+    """Raises for a constructor, or a class, where what it makes was meant."""
+    name = getattr(given, "__name__", "")
+    if isinstance(given, type):
+        raise TypeError(
+            f"{where}: got the class {name}, expected one made of it; call it: {name}(...)"
+        )
+    if ours(given) and name.isidentifier() and not name.startswith("_"):
+        spelled = f"{given.__module__.rpartition('.')[2]}.{name}"
+        raise TypeError(
+            f"{where}: got the function {spelled}, expected what it returns; call it: "
+            f"{spelled}({'...' * any_required(given)})"
+        )
+
+
+def any_required(fn: Callable[..., Any]) -> bool:
+    """Whether a function can't be called without arguments."""
+    return any(
+        p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        for p in inspect.signature(fn).parameters.values()
     )
 
 
@@ -300,6 +331,32 @@ def written(form: Callable[..., str], *arguments: str) -> Callable[[F], F]:
     return register
 
 
+def one_bool(result: Any, name: str) -> Bool[Array, ""]:
+    """What a function gave for one query and one key, if that is a bool.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    try:
+        answer = jnp.asarray(result)
+    except (TypeError, ValueError):
+        answer = None
+    if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
+        got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
+        raise TypeError(
+            f"{name}: for one query and one key it returned {got}, expected a single bool; "
+            "a mask says whether they may meet (numbers belong in jaxattn.scores)"
+        )
+    return answer
+
+
+def attributes(thing: Any) -> str:
+    """The repr of a mask or score of a user's own class: `Near(reach=3)`."""
+    held = getattr(thing, "__dict__", {}).items()
+    inner = ", ".join(f"{name}={leaf_repr(value)}" for name, value in held)
+    return f"{type(thing).__name__}({inner})"
+
+
 @pytree
 class Predicate(Mask):
     """A mask from a function `fn(b, h, q, k, *args) -> bool` and its array arguments."""
@@ -308,22 +365,21 @@ class Predicate(Mask):
     args: tuple[Any, ...] = ()
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
-        result = self.fn(b, h, q, k, *self.args)
+        args = (b, h, q, k, *self.args)
         try:
-            answer = jnp.asarray(result)
-        except (TypeError, ValueError):
-            answer = None
-        if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
-            got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
-            raise TypeError(
-                f"{self!r}: for one query and one key it returned {got}, expected a single bool; "
-                "a mask says whether they may meet (numbers belong in jaxattn.scores)"
-            )
-        return answer
+            result = self.fn(*args)
+        except Exception as error:
+            clearer = explained(error, self.fn, repr(self), "b, h, q, k", args)
+            if clearer is None:
+                raise
+            raise clearer from error
+        return one_bool(result, named(repr(self), self.fn))
 
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
             return traced
+        if isinstance(self.fn, Mask):
+            return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         leaves = list(map(leaf_repr, jax.tree.leaves(self.args)))
         if (form := getattr(self.fn, "written", None)) is not None:

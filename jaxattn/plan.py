@@ -371,30 +371,38 @@ def _is_scalar(code: Builder, step: Step) -> bool:
 def labels(given: Any, *, own: bool = False) -> list[str]:
     """What to call the leaves of a mask or score, as its user wrote them: `causal(offset)`.
 
-    With `own`, arguments have the names that the function itself has for them.
+    With `own`, an argument alone, by the name that the function itself has for it.
     """
     labels = []
     for path, _ in jax.tree_util.tree_flatten_with_path(given)[0]:
-        at, label = given, "an array"
+        at, part = given, ""
         names: list[str] = []
+        index = None
         for key in path:
             if isinstance(key, jax.tree_util.GetAttrKey):
                 if (fn := getattr(at, "fn", None)) is not None:
-                    label, names = _spoken(at), _arguments(fn, key.name == "params", own)
+                    part, names = _spoken(at), _arguments(fn, key.name == "params", own)
                 at = getattr(at, key.name)
                 continue
-            if isinstance(key, jax.tree_util.SequenceKey) and names:
-                label = f"{label}({names[key.idx]})" if key.idx < len(names) else label
+            index = getattr(key, "idx", None)
+            if part:
                 break
             at = at[getattr(key, "idx", getattr(key, "key", None))]
+        name = names[index] if index is not None and index < len(names) else ""
+        if own:
+            labels.append(name.partition("`")[2].partition("`")[0] or name or "an array")
+        elif "`" in name:
+            labels.append(name)
         else:
-            label = f"an array of {label}" if label != "an array" else label
-        labels.append(label)
+            whole = f"an array of {part}" if part else "an array"
+            labels.append(f"{part}({name})" if name and part else whole)
     return labels
 
 
 def _spoken(part: Any) -> str:
     """The name of a mask or score that is a function: the constructor's, or the user's own."""
+    if isinstance(part.fn, Program):
+        return part.fn.name
     if ours(part.fn):
         return repr(part).partition("(")[0]
     return str(getattr(part.fn, "__name__", type(part.fn).__name__))
@@ -403,6 +411,6 @@ def _spoken(part: Any) -> str:
 def _arguments(fn: Any, score: bool, own: bool) -> list[str]:
     """The names of a function's arguments after the positions (and the logit)."""
     if isinstance(fn, Program):
-        return []
+        return list(fn.labels)
     said = list(getattr(fn, "arguments", ()))
     return said if said and not own else list(inspect.signature(fn).parameters)[4 + score :]

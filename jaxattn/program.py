@@ -326,6 +326,7 @@ class Program:
       outputs: the values it returns; a single one is returned bare.
       types: shape and dtype of every value.
       name: what to call it in messages; programs of other names may be equal.
+      labels: what to call its last inputs there.
     """
 
     inputs: tuple[int, ...]
@@ -333,6 +334,7 @@ class Program:
     outputs: tuple[Ref, ...]
     types: tuple[Type, ...]
     name: str = field(default="program")
+    labels: tuple[str, ...] = ()
 
     @cached_property
     def _key(self) -> Hashable:

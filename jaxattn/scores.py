@@ -14,7 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Scalar, known, leaf_repr, ours, pytree, static, written
+from .algebra import (
+    Scalar,
+    attributes,
+    known,
+    leaf_repr,
+    ours,
+    pytree,
+    static,
+    uncalled,
+    written,
+)
+from .mistakes import explained, named
 from .shapes import Array, ArrayLike, Float
 
 __all__ = [
@@ -34,7 +45,8 @@ class Score:
     """A function of one logit and its positions.
 
     The one required method is `__call__(logit, b, h, q, k)`, written for a single cell: the logit
-    a float32 (or float64) scalar, the positions int32 scalars.
+    a float32 (or float64) scalar, the positions int32 scalars. A class of yours needs nothing else,
+    and may hold arrays, which learn.
 
     Scores see 0 in place of the logits of cells that the mask removes. They have to be finite
     there, in value and in gradient, at every pair of positions.
@@ -44,6 +56,9 @@ class Score:
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
     ) -> Float[Array, ""]:
         raise TypeError(f"{type(self).__name__} is a Score without __call__(logit, b, h, q, k)")
+
+    def __repr__(self) -> str:
+        return attributes(self)
 
 
 @pytree
@@ -56,18 +71,31 @@ class Scored(Score):
     def __call__(
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
     ) -> Float[Array, ""]:
-        result = self.fn(logit, b, h, q, k, *self.params)
-        answer = jnp.asarray(result)
-        if answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+        args = (logit, b, h, q, k, *self.params)
+        try:
+            result = self.fn(*args)
+        except Exception as error:
+            clearer = explained(error, self.fn, repr(self), "logit, b, h, q, k", args)
+            if clearer is None:
+                raise
+            raise clearer from error
+        try:
+            answer = jnp.asarray(result)
+        except (TypeError, ValueError):
+            answer = None
+        if answer is None or answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+            got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
             raise TypeError(
-                f"{self!r}: for one logit it returned {answer.dtype}{list(answer.shape)}, expected "
-                "a single float; a condition belongs in jaxattn.masks"
+                f"{named(repr(self), self.fn)}: for one logit it returned {got}, expected a single "
+                "float; a condition belongs in jaxattn.masks"
             )
         return answer.astype(logit.dtype)
 
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
             return traced
+        if isinstance(self.fn, Score):
+            return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         leaves = list(map(leaf_repr, jax.tree.leaves(self.params)))
         if (form := getattr(self.fn, "written", None)) is not None:
@@ -104,6 +132,7 @@ def as_score(given: Any, where: str = "score") -> Score:
     if isinstance(given, Score):
         return given
     if callable(given) and not hasattr(given, "dtype"):
+        uncalled(given, where)
         return Scored(given, ())
     raise TypeError(
         f"{where}: got {type(given).__name__}, expected a Score or a callable "

@@ -195,13 +195,19 @@ def _check_extents(plan: Plan, sizes: dict[str, int]) -> None:
     letters = {"b": "B", "h": "N", "q": "T", "k": "S"}
     counted = dict(zip("bhqk", plan.counted, strict=True))
     for label, (_, axis, extent, at) in plan.extents:
-        if counted[at] and extent != sizes[at]:
-            raise ValueError(
-                f"{label}: got extent {extent} along axis {axis}, which is read at `{at}`; "
-                f"expected {letters[at]} = {sizes[at]}. "
-                "An extent of 1 is not broadcast: index it with 0; "
-                f"for a part of a longer sequence say `positions=Positions({at}=...)`"
+        if not counted[at] or extent == sizes[at]:
+            continue
+        if extent == 1:
+            remedy = (
+                f"an extent of 1 is not broadcast: drop the axis, or repeat it {sizes[at]} times; "
+                "a function of yours may index it with 0"
             )
+        else:
+            remedy = f"for a part of something longer say `positions=Positions({at}=...)`"
+        raise ValueError(
+            f"{label}: got extent {extent} along axis {axis}, which is read at `{at}`; expected "
+            f"{letters[at]} = {sizes[at]}; {remedy}"
+        )
 
 
 # --- evaluating operands ------------------------------------------------------------------------

@@ -198,8 +198,8 @@ def summary(states: np.ndarray) -> str:
 
 def tile_map(
     mask: MaskLike,
-    query_shape: Sequence[int] | Shaped[Form, "..."],
-    key_shape: Sequence[int] | Shaped[Form, "..."],
+    query_shape: Sequence[int] | Shaped[Form | np.ndarray, "..."],
+    key_shape: Sequence[int] | Shaped[Form | np.ndarray, "..."],
     *,
     positions: Positions | None = None,
     tile: int | tuple[int, int] = TILE,

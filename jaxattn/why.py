@@ -15,6 +15,7 @@ import numpy as np
 
 from . import beyond
 from .algebra import And, Mask, MaskLike, Not, Or, PerHead, Positions, Predicate, Xor, as_mask
+from .hoist import hoist
 from .plan import Code, code_of, form_of, labels
 from .program import Const, Ref, run
 from .reads import Extent
@@ -150,6 +151,8 @@ class Asked:
 
     def _run(self, part: Mask) -> _Reader:
         """A part that is a function, run for all pairs."""
+        if jax.tree_util.all_leaves([part]):
+            part = hoist(part)  # what a class of the user's holds is no leaf otherwise
         leaves = jax.tree.leaves(part)
         arrays = [jnp.asarray(leaf) for leaf in leaves]
         traced = code_of(form_of(part, Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)))
@@ -166,7 +169,7 @@ class Asked:
 
         over = jax.vmap(jax.vmap(values, (None, 0)), (0, None))
         found = over(jnp.asarray(self.q, jnp.int32), jnp.asarray(self.k, jnp.int32))
-        names = [label.partition("(")[2].rstrip(")") or label for label in labels(part, own=True)]
+        names = labels(part, own=True)
         return _Reader(
             traced,
             flag,

@@ -28,7 +28,8 @@ def cells(mask, positions=BEYOND):
 
     dense, states = jax.jit(both)(positions)
     dense, states = np.asarray(dense)[0, 0], np.asarray(states)[0, 0]
-    assert not (dense & (states == 0)).any() and not (~dense & (states == 2)).any()
+    assert not (dense & (states == 0)).any()
+    assert not (~dense & (states == 2)).any()
     assert (states != 1).all()
     return dense
 
@@ -94,7 +95,7 @@ def test_a_row_and_a_head_that_are_not_there():
     assert not seen[:, 1].any()
     # What is causal does not hang on the length of a prefix.
     np.testing.assert_array_equal(seen[1, 0], Q[:4, :4] >= K[:4, :4])
-    with pytest.raises(ValueError, match=r"prefix_lm\(lengths\): got position b = 2"):
+    with pytest.raises(ValueError, match=r"sliding_window\(left\): got position h = 2"):
         mask.dense(4, 4, 2, 2, at)
 
 
@@ -119,7 +120,8 @@ def test_a_bias_that_is_not_there_is_nan_where_it_is_seen():
     seen = np.isfinite(np.asarray(out)[0, :, 0, 0])
     assert seen.tolist() == [True] * 6 + [False, True]
     (total, _), gradient = run(X, BEYOND, masks.causal() & masks.query_padding(lengths=6))
-    assert np.isfinite(total) and np.isfinite(gradient).all()
+    assert np.isfinite(total)
+    assert np.isfinite(gradient).all()
     with pytest.raises(ValueError, match=r"bias\(array\): got position q = 6"):
         attend(mask=mask, score=score)
     # Nobody sees what is beyond: nothing hangs on it.
@@ -127,7 +129,7 @@ def test_a_bias_that_is_not_there_is_nan_where_it_is_seen():
 
 
 @pytest.mark.parametrize(
-    "mask, label",
+    ("mask", "label"),
     [
         (masks.causal() & masks.key_padding(VALID), r"key_padding\(valid\): got position k = 6"),
         (masks.segments(IDS), r"segments\(q_ids\): got position q = 6|segments\(k_ids\)"),
@@ -152,7 +154,8 @@ def test_known_positions_beyond_an_array_are_refused_by_name(mask, label):
 def test_why_says_what_has_no_entry_and_goes_on():
     mask = masks.sliding_window(1) | masks.global_tokens(VALID)
     found = mask.why(q=7, k=7)
-    assert found and "global_tokens has no entry for it" in str(found)
+    assert found
+    assert "global_tokens has no entry for it" in str(found)
 
 
 def test_known_positions_within_arrays_or_hidden_by_the_rest_are_not():
