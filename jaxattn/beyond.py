@@ -171,7 +171,7 @@ class _Reach(NamedTuple):
     captured: tuple[Any, ...]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def _reach(form: Form) -> _Reach | None:
     """How a mask or score reads arrays at positions that are given; None where it does not."""
     traced = code_of(form)

@@ -22,6 +22,7 @@ from jax import lax
 from .algebra import Mask, Predicate, one_bool, ours
 from .mistakes import held_by
 from .program import Program, trace
+from .recompiled import watch
 from .scores import Score, Scored
 
 M = TypeVar("M", bound=Mask | Score)
@@ -69,6 +70,8 @@ def _traced(given: M) -> M:
     structs = (*lead, *map(struct, arrays))
     program, captured = trace(call, structs, repr(given), differentiated=isinstance(given, Score))
     program = replace(program, labels=_labels(given, (*arrays, *captured)))
+    maker = "scores.score" if isinstance(given, Score) else "masks.predicate"
+    watch(getattr(given, "fn", given), repr(given), maker, program)
     if isinstance(given, Score):
         return cast(M, Scored(program, (*arrays, *captured)))
     return cast(M, Predicate(program, tuple(map(constant, (*arrays, *captured)))))

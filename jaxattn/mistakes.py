@@ -49,14 +49,18 @@ def code_of(fn: Any) -> CodeType | None:
 
 
 def held_by(fn: Any) -> dict[str, Any]:
-    """What a function reads that is not its argument, by name: closed over, global, or held by an
-    object."""
+    """What a function reads that it is not called with, by name: what it closes over, defaults,
+    globals, and what an object holds."""
     while isinstance(fn, partial):
         fn = fn.func
     code = getattr(fn, "__code__", None)
     if code is None:
         return dict(getattr(fn, "__dict__", {}))
-    found = {name: fn.__globals__[name] for name in code.co_names if name in fn.__globals__}
+    defaults = fn.__defaults__ or ()
+    last = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    found = dict(zip(last, defaults, strict=True)) | {
+        name: fn.__globals__[name] for name in code.co_names if name in fn.__globals__
+    }
     for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
         # A cell may be empty still: of a name that is given its value later.
         if (held := _content(cell)) is not None:

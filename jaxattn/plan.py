@@ -170,7 +170,7 @@ def code_of(form: Form) -> Code:
     return Code(steps, logits, positions, own, out, dict(zip(own, labels(given), strict=True)))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def plan_of(form: Form) -> Plan:
     """The plan of a mask or score; cached."""
     return Planner(code_of(form), form.counted).plan()

@@ -344,6 +344,16 @@ class Program:
         )
         return self.inputs, steps, self.outputs, self.types
 
+    @cached_property
+    def outline(self) -> int:
+        """A hash of what it computes, whatever the scalars that are written in the code."""
+
+        def blank(refs: Iterable[Ref]) -> tuple[Hashable, ...]:
+            return tuple(type_of(ref) if isinstance(ref, Const) else ref for ref in refs)
+
+        steps = tuple((step.prim.name, blank(step.args), step.outs) for step in self.steps)
+        return hash((self.inputs, steps, blank(self.outputs), self.types))
+
     def _type(self, ref: Ref) -> Type:
         return type_of(ref) if isinstance(ref, Const) else self.types[ref]
 

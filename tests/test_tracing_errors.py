@@ -10,6 +10,8 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
+from jaxattn.algebra import as_mask
+from jaxattn.split import split
 
 X = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
 TABLE = np.ones((8, 8), bool)
@@ -125,6 +127,48 @@ def test_ids_of_one_row_for_many():
     x = jnp.zeros((4, 8, 2, 4))
     with pytest.raises(ValueError, match="drop the axis, or repeat it 4 times"):
         ja.attention(x, x, x, mask=masks.segments(jnp.zeros((1, 8), int)))
+
+
+# --- numbers that are captured ---------------------------------------------------------------------
+
+
+def window(w):
+    return lambda b, h, q, k: (q - k < w) & (q >= k)
+
+
+def test_a_function_that_captures_many_numbers_is_warned_of_once():
+    line = line_of(window, "lambda")
+    for w in range(20, 24):
+        split(masks.predicate(window(w)) & masks.causal())
+    with pytest.warns(UserWarning, match="compiled for 5 values") as warned:
+        split(as_mask(window(24)))
+    for w in range(24, 30):
+        split(as_mask(window(w)))
+    (only,) = warned
+    said = str(only.message)
+    assert line in said
+    assert f"{only.filename}:{only.lineno}" == line
+    assert "`w`, now 24" in said
+    assert "masks.predicate(fn, w)" in said
+
+
+def test_arrays_arguments_and_a_few_numbers_are_not_warned_of():
+    # Warnings are errors here.
+    for w in range(8):
+        split(masks.predicate(lambda b, h, q, k, w: q - k < w, w))
+        near = jnp.asarray(w)
+        split(as_mask(lambda b, h, q, k, near=near: q - k < near))
+        split(as_mask(lambda b, h, q, k, w=w % 3: q - k > w))
+    for sign in (jnp.less, jnp.greater, jnp.equal, jnp.not_equal, jnp.less_equal):
+        split(as_mask(lambda b, h, q, k, sign=sign: sign(q, k)))
+
+
+def test_numbers_beside_a_function_are_data(compilations):
+    near = lambda b, h, q, k: abs(q - k) < 4  # noqa: E731
+    ja.attention(X, X, X, mask=masks.sliding_window(3) & near)
+    compilations.reset()
+    ja.attention(X, X, X, mask=masks.sliding_window(2) & near)
+    assert compilations.count == 0
 
 
 # --- functions and classes of users ---------------------------------------------------------------
