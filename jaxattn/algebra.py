@@ -67,6 +67,13 @@ class Positions:
     Any of them may be traced. One mechanism says decoding (`q = length + arange(T)`), ragged
     batches, ring buffers (`k` in storage order), chunked prefill, shards of a longer sequence and
     bottom-right alignment (`q = arange(T) + S - T`).
+
+    An array that a mask or score reads at a bare `b`, `h`, `q` or `k` has to hold the positions
+    given. Beyond its end, and below 0, known positions raise a `ValueError`; traced ones give False
+    for the cell whatever the mask does with the entry (`~` and `|` included), and NaN for a score:
+    never the last entry. An entry that decides nothing may be missing: under `causal()`, of later
+    keys; where the other part of `|` allows the cell; where `jnp.where(k < n, array[k], ...)` takes
+    its other case. Computed indices follow JAX's rules.
     """
 
     b: Int[ArrayLike, "B"] | None = None

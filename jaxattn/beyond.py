@@ -120,18 +120,25 @@ def _first(
     mask: Mask, positions: Positions, letters: str, sizes: tuple[int, int, int, int]
 ) -> dict[str, int] | None:
     """The first cell, by query, that a mask allows, as its positions."""
-    with jax.ensure_compile_time_eval():
+    extents = dict(zip("bhqk", sizes, strict=True))
+
+    def values(at: str) -> Any:
         # What the mask does not ask for is the same everywhere, traced or not.
-        asked = Positions(**{at: getattr(positions, at) for at in letters})
-        b, h, q, k = asked.filled(*sizes)
-        rows_alike = "b" not in letters and len(q) == len(k) == 1
-        at = Filled(b[:1] if rows_alike else b, h if "h" in letters else h[:1], q, k)
+        found = known(getattr(positions, at)) if at in letters else None
+        given = found is not None and found.dtype != object
+        return np.asarray(found if given else np.arange(extents[at]), np.int32)
+
+    b, h, q, k = map(values, "bhqk")
+    q, k = np.atleast_2d(q), np.atleast_2d(k)
+    alike = "b" not in letters and len(q) == len(k) == 1
+    at = Filled(*(b[:1] if alike else b, h if "h" in letters else h[:1], q, k))
+    with jax.ensure_compile_time_eval():
         rows = np.asarray(_rows(mask, at))
         if not rows.any():
             return None
         t = int(rows.argmax())
         cells = np.asarray(over_grid(mask, at._replace(q=at.q[:, t : t + 1])))
-        rows_at, heads, queries, keys = map(np.asarray, at)
+    rows_at, heads, queries, keys = at
     i, j, _, s = (int(n) for n in np.argwhere(cells)[0])
     return {
         "b": int(rows_at[i]),
@@ -250,9 +257,10 @@ class Flags:
             flag = self.of(mine)
             if flag is None:
                 continue
-            undecided = other if conjunction else self._op("not", other)
-            undecided = self._either(undecided, self.of(other))
-            found = self._either(found, self._op("and", flag, undecided))
+            open_ = other if conjunction else self._op("not", other)
+            theirs = self.of(other)
+            open_ = open_ if theirs is None else self._op("or", open_, theirs)
+            found = self._either(found, self._op("and", flag, open_))
         return found
 
     def _either(self, *flags: Ref | None) -> Ref | None:

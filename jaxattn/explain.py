@@ -11,7 +11,7 @@ import numpy as np
 from . import intervals, masks
 from .algebra import Positions
 from .attention import BACKENDS, choose
-from .backends.base import Call
+from .backends.base import Call, accumulator
 from .request import request
 from .split import split
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
@@ -192,7 +192,9 @@ def _notes(call: Call) -> tuple[str, ...]:
             )
         notes += [f"mask: {reason}" for reason in parts.reasons]
     if call.score is not None:
-        notes += [f"score: {reason}" for reason in split(call.score, call.positions).reasons]
+        logit = accumulator(call.query.dtype)
+        parts = split(call.score, call.positions, logit=logit)
+        notes += [f"score: {reason}" for reason in parts.reasons]
     return tuple(notes)
 
 

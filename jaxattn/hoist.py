@@ -28,23 +28,24 @@ from .scores import Score, Scored
 M = TypeVar("M", bound=Mask | Score)
 
 
-def hoist(given: M) -> M:
+def hoist(given: M, logit: Any = jnp.float32) -> M:
     """The same mask or score, its functions all the library's own or `Program`s.
 
-    Arrays that a mask's functions close over carry no gradient; those of a score learn.
+    Arrays that a mask's functions close over carry no gradient; those of a score learn. A score is
+    traced for logits of the dtype `logit`.
     """
     if _settled(given):
         return given
     if ours(type(given)) and not isinstance(given, (Predicate, Scored)):
         # Made of others, each of which is hoisted alone.
-        return _with_parts(given, hoist)
+        return _with_parts(given, partial(hoist, logit=logit))
     if jax.tree_util.all_leaves([given]):
         # A class that JAX knows nothing of: a function, with what it holds closed over.
         given = cast(M, Scored(given) if isinstance(given, Score) else Predicate(given))
-    return _traced(given)
+    return _traced(given, logit)
 
 
-def _traced(given: M) -> M:
+def _traced(given: M, logit: Any) -> M:
     """A mask or score as one `Program`."""
     found: list[Any] = []
 
@@ -56,7 +57,7 @@ def _traced(given: M) -> M:
     leaves, tree = jax.tree.flatten(given)
     own = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     arrays = [leaves[i] for i in own] + found
-    lead = arguments(jnp.float32 if isinstance(given, Score) else None)
+    lead = arguments(logit if isinstance(given, Score) else None)
 
     def call(*args: Any) -> Any:
         traced = iter(args[len(lead) :])
@@ -67,11 +68,15 @@ def _traced(given: M) -> M:
         answer = part(*args[: len(lead)])
         return answer if isinstance(given, Score) else one_bool(answer, repr(given))
 
+    fn = getattr(given, "fn", given)
+    if isinstance(fn, (FunctionType, Mask, Score)):
+        # JAX's messages then name the user's function, and not this one.
+        call.__wrapped__ = fn if isinstance(fn, FunctionType) else fn.__call__  # type: ignore[attr-defined]
     structs = (*lead, *map(struct, arrays))
     program, captured = trace(call, structs, repr(given), differentiated=isinstance(given, Score))
     program = replace(program, labels=_labels(given, (*arrays, *captured)))
     maker = "scores.score" if isinstance(given, Score) else "masks.predicate"
-    watch(getattr(given, "fn", given), repr(given), maker, program)
+    watch(fn, repr(given), maker, program)
     if isinstance(given, Score):
         return cast(M, Scored(program, (*arrays, *captured)))
     return cast(M, Predicate(program, tuple(map(constant, (*arrays, *captured)))))
@@ -153,9 +158,9 @@ def _with_functions(part: Any, change: Callable[[Any], Any]) -> Any:
         f.name: (change if f.metadata.get("static") else partial(_with_functions, change=change))(
             getattr(part, f.name)
         )
-        for f in fields(part)  # type: ignore[arg-type]
+        for f in fields(part)
     }
-    return replace(part, **changed)  # type: ignore[type-var]
+    return replace(part, **changed)
 
 
 def _opened(thing: Any, swap: Callable[[Any], Any], within: tuple[int, ...] = ()) -> Any:

@@ -592,8 +592,9 @@ def predicate(fn: Callable[..., Any], *args: Any) -> Mask:
       *args: arrays it reads, passed after the positions. They are leaves of the mask; arrays that
         the function closes over become leaves when it is traced.
 
-    An axis read at a bare `b`, `h`, `q` or `k` must have that extent; computed indices follow
-    JAX's rules (out of range is clamped).
+    An axis read at a bare `b`, `h`, `q` or `k` must have that extent, or, where `positions=` are
+    given, hold them (see `Positions`); computed indices follow JAX's rules (out of range is
+    clamped).
     """
     if not callable(fn):
         raise TypeError(f"predicate(fn): got {type(fn).__name__}, expected fn(b, h, q, k, *args)")

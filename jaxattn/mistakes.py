@@ -121,7 +121,8 @@ def explained(
         more = len(args) - signature.count(",") - 1
         given = f"({signature}{', and its arguments' if more else ''})"
         return TypeError(
-            f"{named(name, fn)}: it takes {taken} and is called with {given}; a function of "
-            f"positions has the signature ({signature}{', *args' if more else ''})"
+            f"{named(name, fn)}: it takes the arguments ({', '.join(taken.parameters)}) and is "
+            f"called with {given}; a function of positions has the signature "
+            f"({signature}{', *args' if more else ''})"
         )
     return None

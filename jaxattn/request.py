@@ -89,10 +89,10 @@ def request(
         if positions is not None and not isinstance(mask, TileMap):
             mask = within(mask, positions, (B, N, T, S))
     if score is not None:
-        score = hoist(as_score(score))
-        check_extents(score, at, B, N, T, S)
+        logit = base.accumulator(query.dtype)
+        score = hoist(as_score(score), logit)
+        check_extents(score, at, B, N, T, S, logit)
         if positions is not None:
-            logit = base.accumulator(query.dtype)
             score = within(score, positions, (B, N, T, S), mask=mask, logit=logit)
     return Call(
         query=query,

@@ -304,7 +304,8 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
 
     Args:
       array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. What
-        removes cells is a mask, not a bias.
+        removes cells is a mask, not a bias. Where `positions=` are given it has to hold them: known
+        ones beyond it raise, traced ones give NaN where the mask allows the cell.
     """
     values = known(array)
     if values is not None and (values == -np.inf).any():

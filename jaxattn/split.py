@@ -167,20 +167,26 @@ def split(given: Mask | Score, positions: Positions | None = None, *, logit: Any
         from 0 need no gather.
       logit: for a score, the dtype of the logits; True is float32.
     """
-    given = hoist(given)
+    given = hoist(given, np.float32 if isinstance(logit, bool) else logit)
     form = form_of(given, positions or Positions(), logit)
     return Split(plan_of(form), tuple(jax.tree.leaves(given)), isinstance(given, Score))
 
 
 def check_extents(
-    given: Mask | Score, positions: Positions, B: int, N: int, T: int, S: int
+    given: Mask | Score,
+    positions: Positions,
+    B: int,
+    N: int,
+    T: int,
+    S: int,
+    logit: Any = False,
 ) -> None:
     """Checks that arrays have the extents of the positions they are read at.
 
     Raises:
       ValueError: for an axis read at a bare position with another extent.
     """
-    _check_extents(split(given, positions).plan, {"b": B, "h": N, "q": T, "k": S})
+    _check_extents(split(given, positions, logit=logit).plan, {"b": B, "h": N, "q": T, "k": S})
 
 
 def _counted(positions: Positions) -> tuple[bool, ...]:

@@ -154,12 +154,11 @@ class TileMap(Mask):
         mine, other = getattr(self.positions, name), getattr(positions or Positions(), name)
         if mine is other:
             return True
-        values = known(mine), known(other)
-        if values[0] is None or values[1] is None:
+        first, second = known(mine), known(other)
+        if first is None or second is None:
             return None
         # One row stands for all.
-        rows = np.broadcast_arrays(*map(np.atleast_2d, values))
-        return bool(np.array_equal(*rows))
+        return bool((np.atleast_2d(first) == np.atleast_2d(second)).all())
 
     def active(self, kinds: Sequence[int] = (PARTIAL, FULL), *, key_major: bool = False) -> Active:
         """The tiles to compute; see `active`."""

@@ -86,9 +86,13 @@ def test_a_mistake_in_a_score_too(score, words):
 
 
 def test_the_error_of_jax_is_chained_and_those_of_users_pass():
-    with pytest.raises(TypeError) as error:
-        ja.attention(X, X, X, mask=both)
-    assert isinstance(error.value.__cause__, jax.errors.TracerBoolConversionError)
+    for mask in (both, Impatient()):
+        with pytest.raises(TypeError) as error:
+            ja.attention(X, X, X, mask=mask)
+        cause = error.value.__cause__
+        assert isinstance(cause, jax.errors.TracerBoolConversionError)
+        assert __file__ in str(cause)
+        assert not any(word in str(cause) for word in INTERNAL)
 
     def broken(b, h, q, k):
         raise KeyError("mine")
@@ -127,6 +131,16 @@ def test_ids_of_one_row_for_many():
     x = jnp.zeros((4, 8, 2, 4))
     with pytest.raises(ValueError, match="drop the axis, or repeat it 4 times"):
         ja.attention(x, x, x, mask=masks.segments(jnp.zeros((1, 8), int)))
+
+
+def test_a_function_is_a_score_of_float64_too():
+    x = np.asarray(X, np.float64)
+    with jax.enable_x64(True):
+        x = jnp.asarray(x)
+        mask = masks.causal()
+        found = ja.attention(x, x, x, mask=mask, score=lambda logit, b, h, q, k: logit * 2.0)
+        expected = ja.attention(x, x, x, mask=mask, score=scores.temperature(0.5))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 # --- numbers that are captured ---------------------------------------------------------------------
