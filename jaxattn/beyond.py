@@ -113,7 +113,10 @@ def _tellable(mask: Mask, positions: Positions, letters: str) -> bool:
     """Whether a mask can be asked about positions here and now."""
     asked = [*jax.tree.leaves(mask), *(getattr(positions, letter) for letter in letters)]
     inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
-    return not inside and all(each is None or known(each) is not None for each in asked)
+    traced = any(isinstance(each, jax.core.Tracer) for each in asked)
+    return not (inside or traced) and all(
+        getattr(each, "is_fully_addressable", True) for each in asked
+    )
 
 
 def _first(
@@ -124,14 +127,14 @@ def _first(
 
     def values(at: str) -> Any:
         # What the mask does not ask for is the same everywhere, traced or not.
-        found = known(getattr(positions, at)) if at in letters else None
-        given = found is not None and found.dtype != object
-        return np.asarray(found if given else np.arange(extents[at]), np.int32)
+        given = getattr(positions, at) if at in letters else None
+        found = None if given is None else known(given)
+        found = np.arange(extents[at]) if found is None else found
+        return np.atleast_2d(found.astype(np.int32)) if at in "qk" else found.astype(np.int32)
 
     b, h, q, k = map(values, "bhqk")
-    q, k = np.atleast_2d(q), np.atleast_2d(k)
     alike = "b" not in letters and len(q) == len(k) == 1
-    at = Filled(*(b[:1] if alike else b, h if "h" in letters else h[:1], q, k))
+    at = Filled(b[:1] if alike else b, h if "h" in letters else h[:1], q, k)
     with jax.ensure_compile_time_eval():
         rows = np.asarray(_rows(mask, at))
         if not rows.any():
