@@ -6,7 +6,6 @@ library is derived from that answer.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .mistakes import explained, named
+from .mistakes import explained, named, one_bool, ours, uncalled
 from .shapes import Array, ArrayLike, Bool, Int
 
 if TYPE_CHECKING:
@@ -277,29 +276,6 @@ def as_mask(given: Any, where: str = "mask") -> Mask:
     )
 
 
-def uncalled(given: Any, where: str) -> None:
-    """Raises for a constructor, or a class, where what it makes was meant."""
-    name = getattr(given, "__name__", "")
-    if isinstance(given, type):
-        raise TypeError(
-            f"{where}: got the class {name}, expected one made of it; call it: {name}(...)"
-        )
-    if ours(given) and name.isidentifier() and not name.startswith("_"):
-        spelled = f"{given.__module__.rpartition('.')[2]}.{name}"
-        raise TypeError(
-            f"{where}: got the function {spelled}, expected what it returns; call it: "
-            f"{spelled}({'...' * any_required(given)})"
-        )
-
-
-def any_required(fn: Callable[..., Any]) -> bool:
-    """Whether a function can't be called without arguments."""
-    return any(
-        p.default is p.empty and p.kind is not p.VAR_POSITIONAL
-        for p in inspect.signature(fn).parameters.values()
-    )
-
-
 def known(given: Any) -> np.ndarray | None:
     """The values of an argument where they can be looked at; `None` for a tracer's.
 
@@ -308,11 +284,6 @@ def known(given: Any) -> np.ndarray | None:
     if isinstance(given, jax.core.Tracer) or not getattr(given, "is_fully_addressable", True):
         return None
     return np.asarray(given)
-
-
-def ours(thing: Any) -> bool:
-    """Whether a function or a type is the library's own; some made by `exec` have no module."""
-    return (getattr(thing, "__module__", None) or "").startswith("jaxattn.")
 
 
 def leaf_repr(leaf: Any) -> str:
@@ -336,25 +307,6 @@ def written(form: Callable[..., str], *arguments: str) -> Callable[[F], F]:
         return fn
 
     return register
-
-
-def one_bool(result: Any, name: str) -> Bool[Array, ""]:
-    """What a function gave for one query and one key, if that is a bool.
-
-    Raises:
-      TypeError: for anything else.
-    """
-    try:
-        answer = jnp.asarray(result)
-    except (TypeError, ValueError):
-        answer = None
-    if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
-        got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
-        raise TypeError(
-            f"{name}: for one query and one key it returned {got}, expected a single bool; "
-            "a mask says whether they may meet (numbers belong in jaxattn.scores)"
-        )
-    return answer
 
 
 def attributes(thing: Any) -> str:

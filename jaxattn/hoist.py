@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .algebra import Mask, Predicate, one_bool, ours
-from .mistakes import held_by
+from .algebra import Mask, Predicate
+from .mistakes import held_by, one_bool, ours
 from .program import Program, trace
 from .recompiled import watch
 from .scores import Score, Scored

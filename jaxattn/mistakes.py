@@ -9,6 +9,7 @@ from types import CodeType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 _FIRST = "b, h, q and k stand for all positions at once"
 
@@ -126,3 +127,50 @@ def explained(
             f"({signature}{', *args' if more else ''})"
         )
     return None
+
+
+def one_bool(result: Any, name: str) -> Any:
+    """What a function gave for one query and one key, if that is a bool.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    try:
+        answer = jnp.asarray(result)
+    except (TypeError, ValueError):
+        answer = None
+    if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
+        got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
+        raise TypeError(
+            f"{name}: for one query and one key it returned {got}, expected a single bool; "
+            "a mask says whether they may meet (numbers belong in jaxattn.scores)"
+        )
+    return answer
+
+
+def ours(thing: Any) -> bool:
+    """Whether a function or a type is the library's own; some made by `exec` have no module."""
+    return (getattr(thing, "__module__", None) or "").startswith("jaxattn.")
+
+
+def uncalled(given: Any, where: str) -> None:
+    """Raises for a constructor, or a class, where what it makes was meant."""
+    name = getattr(given, "__name__", "")
+    if isinstance(given, type):
+        raise TypeError(
+            f"{where}: got the class {name}, expected one made of it; call it: {name}(...)"
+        )
+    if ours(given) and name.isidentifier() and not name.startswith("_"):
+        spelled = f"{given.__module__.rpartition('.')[2]}.{name}"
+        raise TypeError(
+            f"{where}: got the function {spelled}, expected what it returns; call it: "
+            f"{spelled}({'...' * _required(given)})"
+        )
+
+
+def _required(fn: Callable[..., Any]) -> bool:
+    """Whether a function can't be called without arguments."""
+    return any(
+        p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        for p in inspect.signature(fn).parameters.values()
+    )

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Positions, ours
+from .algebra import Mask, Positions
 from .hoist import arguments, struct
+from .mistakes import ours
 from .program import RULED, Builder, Const, Program, Ref, Step, Type, has_body, needed
 from .reads import Extent, Recogniser
 from .scores import Score

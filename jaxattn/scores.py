@@ -19,13 +19,11 @@ from .algebra import (
     attributes,
     known,
     leaf_repr,
-    ours,
     pytree,
     static,
-    uncalled,
     written,
 )
-from .mistakes import explained, named
+from .mistakes import explained, named, ours, uncalled
 from .shapes import Array, ArrayLike, Float
 
 __all__ = [
