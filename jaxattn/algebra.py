@@ -18,6 +18,7 @@ import numpy as np
 from .foreign import WORDS, unknown_method
 from .integers import as_given, beyond, is_integer, narrowed
 from .integers import known as known
+from .mistakes import explained, named, one_bool, ours, uncalled
 from .pytrees import ByStructure, registered
 from .pytrees import pytree as pytree
 from .pytrees import static as static
@@ -59,6 +60,13 @@ class Positions(ByStructure):
 
     Positions are int32, and so are their differences: results are exact where all of them are at
     least 0, or none is further from 0 than 2**30.
+
+    An array that a mask or score reads at a bare `b`, `h`, `q` or `k` has to hold the positions
+    given. Beyond its end, and below 0, known positions raise a `ValueError`; traced ones give False
+    for the cell whatever the mask does with the entry (`~` and `|` included), and NaN for a score:
+    never the last entry. An entry that decides nothing may be missing: under `causal()`, of later
+    keys; where the other part of `|` allows the cell; where `jnp.where(k < n, array[k], ...)` takes
+    its other case. Computed indices follow JAX's rules.
     """
 
     b: Int[ArrayLike, "B"] | None = None
@@ -136,7 +144,9 @@ class Mask(ByStructure):
 
     The one required method is `__call__(b, h, q, k) -> bool`, written for a single query and a
     single key: `b` is the batch row, `h` the query head, `q` and `k` the positions of the query
-    and of the key, all scalar int32, possibly traced. True means *may attend*.
+    and of the key, all scalar int32, possibly traced. True means *may attend*. A class of yours
+    needs nothing else, and may hold arrays; to be an argument of a jitted function it has to be
+    registered, by `jax.tree_util.register_dataclass` for one.
 
     Masks compose with `&`, `|`, `~` and `^`, with each other and with any callable
     `(b, h, q, k) -> bool`. They have no length: the same mask serves every shape. Without arrays
@@ -151,6 +161,9 @@ class Mask(ByStructure):
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
         raise TypeError(f"{type(self).__name__} is a Mask without __call__(b, h, q, k)")
+
+    def __repr__(self) -> str:
+        return attributes(self)
 
     def __and__(self, other: MaskLike) -> Mask:
         return And(self, as_mask(other, "&"))
@@ -208,12 +221,14 @@ class Mask(ByStructure):
         for name, size in {"T": T, "S": S, "batch": batch, "heads": heads}.items():
             if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
                 raise ValueError(f"Mask.dense({name}=): got {size!r}, expected an integer >= 0")
-        from .split import check_extents
+        from .beyond import within
+        from .split import check_extents, hoist
 
-        given = positions or Positions()
+        given, mask = positions or Positions(), hoist(self)
         check_tokens(self, given, T, S)
-        check_extents(self, given, batch, heads, T, S)
-        return over_grid(self, given.filled(batch, heads, T, S))
+        check_extents(mask, given, batch, heads, T, S)
+        mask = within(mask, given, (batch, heads, T, S))
+        return over_grid(mask, given.filled(batch, heads, T, S))
 
     def why(self, q: int, k: int, b: int = 0, h: int = 0) -> Why:
         """Why the query at position `q` may see the key at `k`, or may not; see `jaxattn.why`."""
@@ -264,6 +279,7 @@ def as_mask(given: Any, where: str = "mask") -> Mask:
         return dense(given)
     if callable(given):
         check_is_predicate(given, where)
+        uncalled(given, where)
         return Predicate(given, ())
     expected = (
         "expected a Mask, a callable (b, h, q, k) -> bool, or a boolean array [T, S] or "
@@ -297,15 +313,27 @@ def leaf_repr(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
-def written(form: Callable[..., str]) -> Callable[[F], F]:
-    """For the function of a constructor that has another name, or writes its arguments otherwise:
-    how the repr of the mask reads, given those of its leaves."""
+def written(form: Callable[..., str], *arguments: str) -> Callable[[F], F]:
+    """For the function of a constructor that has another name, or other arguments.
+
+    Args:
+      form: how the repr of the mask reads, given those of its leaves.
+      *arguments: which argument of the constructor each leaf is made of, where its name is another.
+    """
 
     def register(fn: F) -> F:
         setattr(fn, "written", form)  # noqa: B010
+        setattr(fn, "arguments", arguments)  # noqa: B010
         return fn
 
     return register
+
+
+def attributes(thing: Any) -> str:
+    """The repr of a mask or score of a user's own class: `Near(reach=3)`."""
+    held = getattr(thing, "__dict__", {}).items()
+    inner = ", ".join(f"{name}={leaf_repr(value)}" for name, value in held)
+    return f"{type(thing).__name__}({inner})"
 
 
 @pytree
@@ -320,17 +348,15 @@ class Predicate(Mask):
     tokens: int | None = static(default=None)
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
-        result = self.fn(b, h, q, k, *self.args)
+        args = (b, h, q, k, *self.args)
         try:
-            answer = jnp.asarray(result)
-        except (TypeError, ValueError):
-            answer = None
-        if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
-            got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
-            raise TypeError(
-                f"{self!r}: for one query and one key it returned {got}, expected a single bool; "
-                "a mask says whether they may meet (numbers belong in jaxattn.scores)"
-            )
+            result = self.fn(*args)
+        except Exception as error:
+            clearer = explained(error, self.fn, repr(self), "b, h, q, k", args)
+            if clearer is None:
+                raise
+            raise clearer from error
+        answer = one_bool(result, named(repr(self), self.fn))
         if self.tokens is None:
             return answer
         rows, columns = ((at >= 0) & (at < self.tokens) for at in (q, k))
@@ -339,12 +365,14 @@ class Predicate(Mask):
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
             return traced
+        if isinstance(self.fn, Mask):
+            return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         leaves = list(map(leaf_repr, jax.tree.leaves(self.args)))
         if (form := getattr(self.fn, "written", None)) is not None:
             return str(form(*leaves))
         inner = ", ".join(leaves)
-        if getattr(self.fn, "__module__", "").startswith("jaxattn."):
+        if ours(self.fn):
             return f"{name.lstrip('_')}({inner})"
         return f"predicate({', '.join(filter(None, (name, inner)))})"
 

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from . import intervals, masks
+from .algebra import Positions
 from .attention import BACKENDS, attention, choose
-from .backends.base import Call
+from .backends.base import Call, accumulator
 from .foreign import unexpected
 from .request import request, swapped
 from .split import split
@@ -87,7 +88,7 @@ def explain(
 
     Args:
       query, key, value, backend, **options: those of `attention`; arrays may be
-        `jax.ShapeDtypeStruct`s.
+        `jax.ShapeDtypeStruct`s, or traced: inside `jit` tiles are said where the mask is known.
 
     Returns:
       An `Explanation`, to be printed or read by field.
@@ -108,7 +109,9 @@ def explain(
     call = request(query, key, value, **options)
     choice = choose(call, backend)
     B, T, S, N, _, H, Hv = call.sizes
-    tiles = _tiles(call)
+    # Masks of known values are looked at here and now, under `jit` as well.
+    with jax.ensure_compile_time_eval():
+        tiles, blind = _looked_at(call, options.get("positions"))
     pairs = B * N * T * S
     found: dict[str, Any] = {"empty": None, "partial": None, "full": None, "density": None}
     if tiles is not None:
@@ -132,7 +135,7 @@ def explain(
         dense_flops=2.0 * pairs * (H + Hv),
         bytes=BACKENDS[choice.backend].footprint(call),
         dense_bytes=BACKENDS["dense"].footprint(call),
-        notes=(*_layout(call, options), *_blind(call, tiles), *_notes(call)),
+        notes=(*_layout(call, options), *blind, *_notes(call)),
     )
 
 
@@ -141,29 +144,28 @@ def _layout(call: Call, options: dict[str, Any]) -> tuple[str, ...]:
     return () if said is None else (said,)
 
 
-def _tiles(call: Call) -> TileMap | None:
-    if isinstance(call.mask, TileMap):
-        given = call.mask
-        return None if _traced(given) else given
-    if _traced((call.mask, call.positions)):
-        return None
+def _looked_at(call: Call, positions: Positions | None) -> tuple[TileMap | None, tuple[str, ...]]:
+    """The tile map of a call, and what its mask is blind to, where that is known."""
     B, T, S, N, K, H, _ = call.sizes
+    if _traced((call.mask, positions)) or jax.sharding.get_abstract_mesh().manual_axes:
+        return None, ()
+    at = (positions or Positions()).checked(B, N, T, S)
     mask = masks.full() if call.mask is None else call.mask
-    return tile_map(mask, (B, T, N, H), (B, S, K, H), positions=call.positions)
+    if not isinstance(mask, TileMap):
+        mask = tile_map(mask, (B, T, N, H), (B, S, K, H), positions=at)
+    return mask, () if call.mask is None else _blind(call, mask, at)
 
 
 def _traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def _blind(call: Call, tiles: TileMap | None) -> tuple[str, ...]:
+def _blind(call: Call, tiles: TileMap, at: Positions) -> tuple[str, ...]:
     """Queries that see nothing, and keys that nobody sees."""
-    if tiles is None or call.mask is None:
-        return ()
     B, T, S, N, *_ = call.sizes
     states = np.asarray(tiles.states)
     if B * N * T * S <= _LOOKED_AT:
-        seen, least = np.asarray(tiles.mask.dense(T, S, B, N, call.positions)), ""
+        seen, least = np.asarray(tiles.mask.dense(T, S, B, N, at)), ""
     else:
         # Empty tiles are certain; a mixed one may hold more.
         seen, least = states != EMPTY, "at least "
@@ -203,7 +205,9 @@ def _notes(call: Call) -> tuple[str, ...]:
             )
         notes += [f"mask: {reason}" for reason in parts.reasons]
     if call.score is not None:
-        notes += [f"score: {reason}" for reason in split(call.score, call.positions).reasons]
+        logit = accumulator(call.query.dtype)
+        parts = split(call.score, call.positions, logit=logit)
+        notes += [f"score: {reason}" for reason in parts.reasons]
     return tuple(notes)
 
 

@@ -6,8 +6,10 @@ included, are leaves like any others.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import fields, replace
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import CellType, FunctionType
 from typing import Any, TypeVar, cast
@@ -18,19 +20,33 @@ import numpy as np
 from jax import lax
 
 from .algebra import Mask, Predicate
+from .mistakes import held_by, one_bool, ours
 from .program import Program, trace
+from .recompiled import watch
 from .scores import Score, Scored
 
 M = TypeVar("M", bound=Mask | Score)
 
 
-def hoist(given: M) -> M:
+def hoist(given: M, logit: Any = jnp.float32) -> M:
     """The same mask or score, its functions all the library's own or `Program`s.
 
-    Arrays that a mask's functions close over carry no gradient; those of a score learn.
+    Arrays that a mask's functions close over carry no gradient; those of a score learn. A score is
+    traced for logits of the dtype `logit`.
     """
     if _settled(given):
         return given
+    if ours(type(given)) and not isinstance(given, (Predicate, Scored)):
+        # Made of others, each of which is hoisted alone.
+        return _with_parts(given, partial(hoist, logit=logit))
+    if jax.tree_util.all_leaves([given]):
+        # A class that JAX knows nothing of: a function, with what it holds closed over.
+        given = cast(M, Scored(given) if isinstance(given, Score) else Predicate(given))
+    return _traced(given, logit)
+
+
+def _traced(given: M, logit: Any) -> M:
+    """A mask or score as one `Program`."""
     found: list[Any] = []
 
     def find(array: Any) -> Any:
@@ -41,7 +57,7 @@ def hoist(given: M) -> M:
     leaves, tree = jax.tree.flatten(given)
     own = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     arrays = [leaves[i] for i in own] + found
-    lead = arguments(jnp.float32 if isinstance(given, Score) else None)
+    lead = arguments(logit if isinstance(given, Score) else None)
 
     def call(*args: Any) -> Any:
         traced = iter(args[len(lead) :])
@@ -49,25 +65,58 @@ def hoist(given: M) -> M:
         part = jax.tree.unflatten(tree, filled.values())
         if found:
             part = _with_functions(part, partial(_opened, swap=lambda _: next(traced)))
-        return part(*args[: len(lead)])
+        answer = part(*args[: len(lead)])
+        return answer if isinstance(given, Score) else one_bool(answer, repr(given))
 
+    fn = getattr(given, "fn", given)
+    if isinstance(fn, (FunctionType, Mask, Score)):
+        # JAX's messages then name the user's function, and not this one.
+        call.__wrapped__ = fn if isinstance(fn, FunctionType) else fn.__call__  # type: ignore[attr-defined]
     structs = (*lead, *map(struct, arrays))
     program, captured = trace(call, structs, repr(given), differentiated=isinstance(given, Score))
+    program = replace(program, labels=_labels(given, (*arrays, *captured)))
+    maker = "scores.score" if isinstance(given, Score) else "masks.predicate"
+    watch(fn, repr(given), maker, program)
     if isinstance(given, Score):
         return cast(M, Scored(program, (*arrays, *captured)))
     return cast(M, Predicate(program, tuple(map(constant, (*arrays, *captured)))))
 
 
+def _labels(given: Any, arrays: tuple[Any, ...]) -> tuple[str, ...]:
+    """What to call arrays that a function takes or closes over: "`table` of predicate(near)"."""
+    fn = getattr(given, "fn", given)
+    names = {id(value): name for name, value in held_by(fn).items()}
+    taken = (*getattr(given, "args", ()), *getattr(given, "params", ()))
+    if taken:
+        # The last ones of its signature, after the positions.
+        said = list(inspect.signature(fn).parameters)[4 + isinstance(given, Score) :]
+        names |= {id(value): name for name, value in zip(said, taken, strict=False)}
+    return tuple(
+        f"`{names[id(array)]}` of {given!r}" if id(array) in names else "" for array in arrays
+    )
+
+
 def _settled(part: Any) -> bool:
     """Whether every function in a mask or score compares by what it computes."""
     if isinstance(part, (Mask, Score)):
-        ours = type(part).__module__.startswith("jaxattn.")
-        return ours and all(_settled(getattr(part, f.name)) for f in fields(part))  # type: ignore[arg-type]
+        return ours(type(part)) and all(_settled(getattr(part, f.name)) for f in fields(part))  # type: ignore[arg-type]
     if isinstance(part, tuple):
         return all(map(_settled, part))
     if isinstance(part, FunctionType):
-        return part.__module__.startswith("jaxattn.") and "<" not in part.__qualname__
+        return ours(part) and "<" not in part.__qualname__
     return isinstance(part, Program) or not callable(part)
+
+
+def _with_parts(part: M, change: Callable[[Any], Any]) -> M:
+    """A mask or score with the masks or scores that it is made of changed."""
+
+    def changed(held: Any) -> Any:
+        if isinstance(held, tuple):
+            return tuple(map(changed, held))
+        return change(held) if isinstance(held, (Mask, Score)) else held
+
+    held = {f.name: changed(getattr(part, f.name)) for f in fields(part)}  # type: ignore[arg-type]
+    return replace(part, **held)  # type: ignore[type-var]
 
 
 def _is_array(leaf: Any) -> bool:
@@ -103,15 +152,15 @@ def _with_functions(part: Any, change: Callable[[Any], Any]) -> Any:
     """A mask or score with its static functions changed."""
     if isinstance(part, tuple):
         return tuple(_with_functions(each, change) for each in part)
-    if not isinstance(part, (Mask, Score)):
+    if not isinstance(part, (Mask, Score)) or not is_dataclass(part):
         return part
     changed = {
         f.name: (change if f.metadata.get("static") else partial(_with_functions, change=change))(
             getattr(part, f.name)
         )
-        for f in fields(part)  # type: ignore[arg-type]
+        for f in fields(part)
     }
-    return replace(part, **changed)  # type: ignore[type-var]
+    return replace(part, **changed)
 
 
 def _opened(thing: Any, swap: Callable[[Any], Any], within: tuple[int, ...] = ()) -> Any:
@@ -124,15 +173,20 @@ def _opened(thing: Any, swap: Callable[[Any], Any], within: tuple[int, ...] = ()
         return partial(again(thing.func), *map(again, thing.args), **keywords)
     if type(thing) in (tuple, list):
         return type(thing)(map(again, thing))
+    if isinstance(thing, (Mask, Score)) and hasattr(thing, "__dict__"):
+        made = copy(thing)
+        for name, value in vars(thing).items():
+            object.__setattr__(made, name, again(value))
+        return made
     if not isinstance(thing, FunctionType) or id(thing) in within:
         return thing
     cells, defaults = thing.__closure__, thing.__defaults__
-    made = FunctionType(
+    function = FunctionType(
         thing.__code__,
         thing.__globals__,
         thing.__name__,
         defaults and again(defaults),
         cells and tuple(CellType(again(cell.cell_contents)) for cell in cells),
     )
-    made.__kwdefaults__ = thing.__kwdefaults__
-    return made
+    function.__kwdefaults__ = thing.__kwdefaults__
+    return function

@@ -334,12 +334,12 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
 # --- global tokens, grids, blocks, trees -------------------------------------------------------
 
 
-@written(lambda n: f"global_tokens({n if n.isdigit() else f'counts={n}'})")
+@written(lambda n: f"global_tokens({n if n.isdigit() else f'counts={n}'})", "tokens")
 def _first_tokens(b: Any, h: Any, q: Any, k: Any, n: Any) -> Any:
     return (q < _at(n, b)) | (k < _at(n, b))
 
 
-@written(lambda flags: f"global_tokens({flags})")
+@written(lambda flags: f"global_tokens({flags})", "tokens")
 def _flagged_tokens(b: Any, h: Any, q: Any, k: Any, flags: Any) -> Any:
     return _at(flags, b, q) | _at(flags, b, k)
 
@@ -525,12 +525,12 @@ def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | N
     return block_sparse(rank < count, block)
 
 
-@written(lambda *ends: f"tree({ends[0]})")
+@written(lambda *ends: f"tree({ends[0]})", "parents", "parents")
 def _tree(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any) -> Any:
     return (_at(enter, b, k) <= _at(enter, b, q)) & (_at(enter, b, q) < _at(leave, b, k))
 
 
-@written(lambda *ends: f"tree({ends[0]}, start={ends[2]})")
+@written(lambda *ends: f"tree({ends[0]}, start={ends[2]})", "parents", "parents", "start")
 def _tree_after(b: Any, h: Any, q: Any, k: Any, enter: Any, leave: Any, start: Any) -> Any:
     first = _at(start, b)
     # Beyond the tree an index would be clamped to its last node.
@@ -641,8 +641,9 @@ def predicate(fn: Callable[..., Any], *args: Any) -> Mask:
       *args: arrays it reads, passed after the positions. They are leaves of the mask; arrays that
         the function closes over become leaves when it is traced.
 
-    An axis read at a bare `b`, `h`, `q` or `k` must have that extent; computed indices follow
-    JAX's rules (out of range is clamped).
+    An axis read at a bare `b`, `h`, `q` or `k` must have that extent, or, where `positions=` are
+    given, hold them (see `Positions`); computed indices follow JAX's rules (out of range is
+    clamped).
     """
     if not callable(fn):
         raise TypeError(f"predicate(fn): got {type(fn).__name__}, expected fn(b, h, q, k, *args)")

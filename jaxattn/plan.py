@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .hoist import arguments
+from .algebra import Mask, Positions
+from .hoist import arguments, struct
+from .mistakes import ours
 from .program import RULED, Builder, Const, Program, Ref, Step, Type, has_body, needed
 from .reads import Extent, Recogniser
+from .scores import Score
 
 Kind: TypeAlias = Literal["row", "column", "head", "grid", "diagonal"]
 
@@ -83,37 +86,104 @@ class Plan:
     reasons: tuple[str, ...]
 
 
-@lru_cache(maxsize=4096)
-def plan_of(
-    tree: Any, leaves: tuple[Any, ...], logit: Any, counted: tuple[bool, ...], x64: bool
-) -> Plan:
-    """The plan of a mask or score, from its structure and the shapes of its leaves; cached."""
-    structs = [jax.ShapeDtypeStruct(s, d, weak_type=w) for s, d, w in leaves]
-    lead = arguments(logit)
-    given = jax.tree.unflatten(tree, structs)
+class Form(NamedTuple):
+    """What a mask or score is apart from the values of its leaves; hashable.
+
+    Attributes:
+      tree: its structure.
+      leaves: shape, dtype and weak type of each leaf.
+      logit: the dtype of a score's logits; None for a mask.
+      counted: which of the positions b, h, q, k are counted from 0.
+      x64: whether JAX computes in 64 bits.
+    """
+
+    tree: Any
+    leaves: tuple[Any, ...]
+    logit: Any
+    counted: tuple[bool, ...]
+    x64: bool
+
+
+def form_of(given: Mask | Score, positions: Positions, logit: Any = False) -> Form:
+    """The form of a hoisted mask or score, where these positions are given.
+
+    Args:
+      given: the mask or score.
+      positions: only which of them are given matters.
+      logit: for a score, the dtype of the logits; True and False are float32.
+    """
+    leaves, tree = jax.tree.flatten(given)
+    structs = map(struct, leaves)
+    dtype = None
+    if isinstance(given, Score):
+        dtype = np.dtype(np.float32 if isinstance(logit, bool) else logit)
+    return Form(
+        tree,
+        tuple((s.shape, s.dtype, s.weak_type) for s in structs),
+        dtype,
+        tuple(getattr(positions, letter) is None for letter in "bhqk"),
+        bool(jax.config.read("jax_enable_x64")),
+    )
+
+
+class Code(NamedTuple):
+    """A mask or score as steps.
+
+    Attributes:
+      steps: the steps, with what was recognised.
+      logits, positions, leaves: its inputs; before those that it closes over.
+      out: its result.
+      labels: what to call the leaves.
+    """
+
+    steps: Recogniser
+    logits: list[int]
+    positions: list[int]
+    leaves: list[int]
+    out: Ref
+    labels: dict[int, str]
+
+    def label(self, array: Ref) -> str:
+        """What to call the array that a read is from: the leaf it came from, if one."""
+        while isinstance(array, int) and array in self.steps.source:
+            step, _ = self.steps.source[array]
+            array = step.args[0] if step.args else Const(0)
+        return self.labels.get(array, "an array") if isinstance(array, int) else "an array"
+
+
+def code_of(form: Form) -> Code:
+    """The steps of a mask or score."""
+    structs = [jax.ShapeDtypeStruct(s, d, weak_type=w) for s, d, w in form.leaves]
+    lead = arguments(form.logit)
+    given = jax.tree.unflatten(form.tree, structs)
 
     def call(*args: Any) -> Any:
-        return jax.tree.unflatten(tree, args[len(lead) :])(*args[: len(lead)])
+        return jax.tree.unflatten(form.tree, args[len(lead) :])(*args[: len(lead)])
 
     jaxpr = jax.make_jaxpr(call)(*lead, *structs)
-    code = Recogniser(differentiated=logit is not None)
-    inputs = [code.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
+    steps = Recogniser(differentiated=form.logit is not None)
+    inputs = [steps.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
     logits, positions = inputs[: len(lead) - 4], inputs[len(lead) - 4 : len(lead)]
-    code.bare.update(
-        (ref, letter) for ref, letter, yes in zip(positions, "bhqk", counted, strict=True) if yes
-    )
-    (out,) = code.inline(jaxpr, inputs)
+    for ref, letter, counted in zip(positions, "bhqk", form.counted, strict=True):
+        (steps.bare if counted else steps.given)[ref] = letter
+    (out,) = steps.inline(jaxpr, inputs)
     own = inputs[len(lead) :]
-    return Planner(code, positions, logits, counted).plan(out, own, labels(given))
+    return Code(steps, logits, positions, own, out, dict(zip(own, labels(given), strict=True)))
+
+
+@lru_cache(maxsize=256)
+def plan_of(form: Form) -> Plan:
+    """The plan of a mask or score; cached."""
+    return Planner(code_of(form), form.counted).plan()
 
 
 class Planner:
     """Finds the dependence of every value, the operands, and the residue."""
 
-    def __init__(
-        self, code: Recogniser, positions: list[int], logits: list[int], counted: tuple[bool, ...]
-    ) -> None:
-        self.code = code
+    def __init__(self, traced: Code, counted: tuple[bool, ...]) -> None:
+        self.traced = traced
+        code = self.code = traced.steps
+        positions, logits = traced.positions, traced.logits
         self.positions = dict(zip(positions, "bhqk", strict=True))
         self.logits = logits
         self.counted = counted
@@ -180,8 +250,9 @@ class Planner:
             return self._depends(bare[0]) | self._depends(bare[1]) == Q | K
         return all(arg in self.distant or not self._depends(arg) & (Q | K) for arg in step.args)
 
-    def plan(self, out: Ref, leaves: list[int], labels: list[str]) -> Plan:
-        code = self.code
+    def plan(self) -> Plan:
+        """The plan."""
+        code, out = self.code, self.traced.out
         found: dict[Ref, Kind] = {}
         inner: set[Ref] = set()
         self._visit(out, found, inner)
@@ -202,12 +273,11 @@ class Planner:
             for ref in (feature.ref, *(arg for step in feature.steps for arg in step.args))
             if isinstance(ref, int) and not self._depends(ref)
         } | {array for array, _ in views.values()}
-        names = dict(zip(leaves, labels, strict=True))
         captured = dict(
             zip(code.inputs[len(code.inputs) - len(code.captured) :], code.captured, strict=True)
         )
         return Plan(
-            tuple(leaves),
+            tuple(self.traced.leaves),
             dict(self.positions),
             captured,
             tuple(code.types),
@@ -215,7 +285,7 @@ class Planner:
             views,
             tuple(features),
             residue,
-            tuple(dict.fromkeys((self._label(e.array, names), e) for e in code.extents)),
+            tuple(dict.fromkeys((self.traced.label(e.array), e) for e in code.extents)),
             self.counted,
             tuple(dict.fromkeys(self._reason(s) for s in steps if not _is_scalar(code, s))),
         )
@@ -279,13 +349,6 @@ class Planner:
         steps = tuple(s for s in needed(self.code.steps, [ref]) if inner.intersection(s.outs))
         return Feature(kind, ref, tuple(sources), steps)
 
-    def _label(self, array: Ref, names: dict[int, str]) -> str:
-        """What to call the array that a read is from: the leaf it came from, if one."""
-        while isinstance(array, int) and array in self.code.source:
-            step, _ = self.code.source[array]
-            array = step.args[0] if step.args else Const(0)
-        return names.get(array, "an array") if isinstance(array, int) else "an array"
-
     def _reason(self, step: Step) -> str:
         if step.prim.name == "read":
             shape, dtype = self.code.type(step.args[0])
@@ -306,26 +369,49 @@ def _is_scalar(code: Builder, step: Step) -> bool:
     return plain and not any(map(has_body, step.params.values()))
 
 
-def labels(given: Any) -> list[str]:
-    """What to call the leaves of a mask or score: `causal(offset)`."""
+def labels(given: Any, *, own: bool = False) -> list[str]:
+    """What to call the leaves of a mask or score, as its user wrote them: `causal(offset)`.
+
+    With `own`, an argument alone, by the name that the function itself has for it.
+    """
     labels = []
     for path, _ in jax.tree_util.tree_flatten_with_path(given)[0]:
-        at, label = given, "an array"
+        at, part = given, ""
+        names: list[str] = []
+        index = None
         for key in path:
             if isinstance(key, jax.tree_util.GetAttrKey):
-                fn, at = getattr(at, "fn", None), getattr(at, key.name)
-                if fn is not None:
-                    label = f"an array of {fn.__name__}"
-                    names = (
-                        [] if isinstance(fn, Program) else list(inspect.signature(fn).parameters)
-                    )
-                    owner = (fn.__name__.lstrip("_"), names[4 + (key.name == "params") :])
+                if (fn := getattr(at, "fn", None)) is not None:
+                    part, names = _spoken(at), _arguments(fn, key.name == "params", own)
+                at = getattr(at, key.name)
                 continue
-            if isinstance(key, jax.tree_util.SequenceKey) and label != "an array":
-                name, names = owner
-                if key.idx < len(names):
-                    label = f"{name}({names[key.idx]})"
+            index = getattr(key, "idx", None)
+            if part:
                 break
             at = at[getattr(key, "idx", getattr(key, "key", None))]
-        labels.append(label)
+        name = names[index] if index is not None and index < len(names) else ""
+        if own:
+            labels.append(name.partition("`")[2].partition("`")[0] or name or "an array")
+        elif "`" in name:
+            labels.append(name)
+        else:
+            whole = f"an array of {part}" if part else "an array"
+            labels.append(f"{part}({name})" if name and part else whole)
     return labels
+
+
+def _spoken(part: Any) -> str:
+    """The name of a mask or score that is a function: the constructor's, or the user's own."""
+    if isinstance(part.fn, Program):
+        return part.fn.name
+    if ours(part.fn):
+        return repr(part).partition("(")[0]
+    return str(getattr(part.fn, "__name__", type(part.fn).__name__))
+
+
+def _arguments(fn: Any, score: bool, own: bool) -> list[str]:
+    """The names of a function's arguments after the positions (and the logit)."""
+    if isinstance(fn, Program):
+        return list(fn.labels)
+    said = list(getattr(fn, "arguments", ()))
+    return said if said and not own else list(inspect.signature(fn).parameters)[4 + score :]

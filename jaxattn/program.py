@@ -325,7 +325,8 @@ class Program:
       steps: the operations, in order.
       outputs: the values it returns; a single one is returned bare.
       types: shape and dtype of every value.
-      name: what to call it in messages.
+      name: what to call it in messages; programs of other names may be equal.
+      labels: what to call its last inputs there.
     """
 
     inputs: tuple[int, ...]
@@ -333,6 +334,7 @@ class Program:
     outputs: tuple[Ref, ...]
     types: tuple[Type, ...]
     name: str = field(default="program")
+    labels: tuple[str, ...] = ()
 
     @cached_property
     def _key(self) -> Hashable:
@@ -340,7 +342,17 @@ class Program:
             (s.prim.name, _frozen(s.prim, s.params, map(self._type, s.args)), s.args, s.outs)
             for s in self.steps
         )
-        return self.inputs, steps, self.outputs, self.types, self.name
+        return self.inputs, steps, self.outputs, self.types
+
+    @cached_property
+    def outline(self) -> int:
+        """A hash of what it computes, whatever the scalars that are written in the code."""
+
+        def blank(refs: Iterable[Ref]) -> tuple[Hashable, ...]:
+            return tuple(type_of(ref) if isinstance(ref, Const) else ref for ref in refs)
+
+        steps = tuple((step.prim.name, blank(step.args), step.outs) for step in self.steps)
+        return hash((self.inputs, steps, blank(self.outputs), self.types))
 
     def _type(self, ref: Ref) -> Type:
         return type_of(ref) if isinstance(ref, Const) else self.types[ref]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -48,7 +49,8 @@ class Read(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """An axis that is read at a bare position, and so must have its extent."""
+    """An axis that is read at a bare position: counted from 0 that has its extent, else the
+    positions that are given have to lie within."""
 
     array: Ref
     axis: int
@@ -61,13 +63,17 @@ class Recogniser(Builder):
 
     Attributes:
       bare: the values that are positions counted from 0, and their letters.
-      extents: the axes read at bare positions.
+      given: the values that are positions which the caller gives, and their letters.
+      extents: the axes read at bare positions, counted or given.
+      within: of reads at given positions, which of them have to lie in 0 to how many.
     """
 
     def __init__(self, *, differentiated: bool = False) -> None:
         super().__init__(differentiated=differentiated)
         self.bare: dict[Ref, str] = {}
+        self.given: dict[Ref, str] = {}
         self.extents: list[Extent] = []
+        self.within: dict[Ref, list[tuple[Ref, int]]] = {}
         self._rules: dict[str, Callable[[Any, Sequence[Ref], Type], Ref | None]] = {
             "squeeze": self._squeeze,
             "gather": self._gather,
@@ -99,6 +105,8 @@ class Recogniser(Builder):
             }
             array = inner.array
         index = dict(sorted(index.items()))
+        shape = self.type(array).shape
+        within = [(at, shape[axis]) for axis, at in index.items() if at in self.given]
         if not all(isinstance(at, Const) or at in self.bare for at in index.values()):
             first = {
                 axis: at
@@ -113,7 +121,10 @@ class Recogniser(Builder):
                     for axis, at in index.items()
                     if axis not in first
                 }
-        return self._emit_read(array, index)
+        found = self._emit_read(array, index)
+        if within:
+            self.within[found] = within
+        return found
 
     def _emit_read(self, array: Ref, index: dict[int, Ref]) -> Ref:
         shape, dtype = self.type(array)
@@ -157,11 +168,16 @@ class Recogniser(Builder):
             for a, at in zip(axes, indices, strict=True)
         ):
             return None
-        index = {a: self.index(array, a, at) for a, at in zip(axes, indices, strict=True)}
-        outside = {
-            a: at for a, at in index.items() if not (at in self.bare or isinstance(at, Const))
+        filled = mode == "FILL_OR_DROP"
+        # Whoever says what stands beyond an array has thought of it.
+        answered = filled and _answers(params["fill_value"], self.type(array).dtype)
+        index = {
+            a: self.index(array, a, at, filled=filled, answered=answered)
+            for a, at in zip(axes, indices, strict=True)
         }
-        if mode != "FILL_OR_DROP" or not outside:
+        known = self.bare if answered else self.bare | self.given
+        outside = {a: at for a, at in index.items() if not (at in known or isinstance(at, Const))}
+        if not filled or not outside:
             return self.read(array, index)
         if type.shape:
             return None
@@ -211,8 +227,17 @@ class Recogniser(Builder):
 
     # --- indices ---
 
-    def index(self, array: Ref, axis: int, at: Ref) -> Ref:
-        """An index of `axis` without what JAX wraps around it: a constant, a position, or `at`."""
+    def index(
+        self, array: Ref, axis: int, at: Ref, *, filled: bool = False, answered: bool = False
+    ) -> Ref:
+        """An index of `axis` without what JAX wraps around it: a constant, a position, or `at`.
+
+        Args:
+          array, axis, at: what is read, along which axis, and where.
+          filled: whether a read beyond the array is not clamped.
+          answered: whether the caller says what it gives; a given position is then an index like
+            any other.
+        """
         extent = self.type(array).shape[axis]
         plain = self._unwrapped(at, extent)
         if isinstance(plain, Const):
@@ -222,13 +247,25 @@ class Recogniser(Builder):
         if bare in self.bare:
             self.extents.append(Extent(array, axis, extent, self.bare[bare]))
             return bare
-        if extent == 1:
+        inner = self._uncast(self._inner(at, extent))
+        if inner in self.given and not answered:
+            self.extents.append(Extent(array, axis, extent, self.given[inner]))
+            return inner
+        if extent == 1 and not filled:
             return Const(np.int32(0))
         clipped = self._clipped(plain, extent)
         return at if clipped is None else clipped
 
     def _unwrapped(self, at: Ref, extent: int) -> Ref:
         """`x` of `x + extent if x < 0 else x`, for `x` a constant or known to count from 0."""
+        plain = self._inner(at, extent)
+        if plain is not at and isinstance(plain, Const):
+            value = int(plain.value)
+            return Const(np.int32(value + extent if value < 0 else value))
+        return plain if self._counts(plain) else at
+
+    def _inner(self, at: Ref, extent: int) -> Ref:
+        """`x` of `x + extent if x < 0 else x`."""
         step = self.definition(at, "select_n")
         if step is None or len(step.args) != 3:
             return at
@@ -240,10 +277,7 @@ class Recogniser(Builder):
             return at
         if self._uncast(shift.args[0]) != self._uncast(plain):
             return at
-        if isinstance(plain, Const):
-            value = int(plain.value)
-            return Const(np.int32(value + extent if value < 0 else value))
-        return plain if self._counts(plain) else at
+        return plain
 
     def _counts(self, ref: Ref) -> bool:
         """Whether a value is never negative: a position counted from 0, or one that is clipped."""
@@ -299,6 +333,14 @@ def _keeps(dtype: Any) -> bool:
 
 def _equals(ref: Ref, value: int) -> bool:
     return isinstance(ref, Const) and np.shape(ref.value) == () and int(ref.value) == value
+
+
+def _answers(fill: Any, dtype: Any) -> bool:
+    """Whether a read says itself what stands beyond the array, rather than JAX for it."""
+    if fill is None or jnp.issubdtype(dtype, jax.dtypes.extended):
+        return False
+    said, usual = _fill_value(fill, dtype), _fill_value(None, dtype)
+    return bool(said != usual) and not bool(said != said and usual != usual)
 
 
 def _fill_value(fill: Any, dtype: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from .algebra import Mask, PerHead, Positions, as_mask, check_tokens, parts_of
 from .backends import base
 from .backends.base import Call
+from .beyond import within
 from .integers import as_given, known
 from .scores import as_score
 from .shapes import Array
@@ -79,16 +80,21 @@ def request(
     at = (positions or Positions()).checked(B, N, T, S)
     if mask is not None:
         if isinstance(mask, TileMap):
-            mask.check(B, N, T, S, at)
+            mask = mask.for_call(B, N, T, S, positions)
         mask = _mask(mask, B, N, T, S)
         check_tokens(mask, at, T, S)
         if at.h is None:
             _check_heads(mask, N)
         mask = hoist(mask)
         check_extents(mask, at, B, N, T, S)
+        if positions is not None and not isinstance(mask, TileMap):
+            mask = within(mask, positions, (B, N, T, S))
     if score is not None:
-        score = hoist(as_score(score))
-        check_extents(score, at, B, N, T, S)
+        logit = base.accumulator(query.dtype)
+        score = hoist(as_score(score), logit)
+        check_extents(score, at, B, N, T, S, logit)
+        if positions is not None:
+            score = within(score, positions, (B, N, T, S), mask=mask, logit=logit)
     return Call(
         query=query,
         key=key,

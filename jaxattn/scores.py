@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Scalar, leaf_repr
+from .algebra import Mask, Scalar, attributes, leaf_repr, written
 from .conventions import removes
 from .foreign import unknown_attribute
 from .integers import check_exact, known
+from .mistakes import explained, named, ours, uncalled
 from .pytrees import ByStructure, pytree, static
 from .shapes import Array, ArrayLike, Float
 
@@ -46,7 +47,8 @@ class Score(ByStructure):
     """A function of one logit and its positions.
 
     The one required method is `__call__(logit, b, h, q, k)`, written for a single cell: the logit
-    a float32 (or float64) scalar, the positions int32 scalars.
+    a float32 (or float64) scalar, the positions int32 scalars. A class of yours needs nothing else,
+    and may hold arrays, which learn.
 
     Scores see 0 in place of the logits of cells that the mask removes. They have to be finite
     there, in value and in gradient, at every pair of positions.
@@ -56,6 +58,9 @@ class Score(ByStructure):
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
     ) -> Float[Array, ""]:
         raise TypeError(f"{type(self).__name__} is a Score without __call__(logit, b, h, q, k)")
+
+    def __repr__(self) -> str:
+        return attributes(self)
 
 
 @pytree
@@ -68,21 +73,37 @@ class Scored(Score):
     def __call__(
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
     ) -> Float[Array, ""]:
-        result = self.fn(logit, b, h, q, k, *self.params)
-        answer = jnp.asarray(result)
-        if answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+        args = (logit, b, h, q, k, *self.params)
+        try:
+            result = self.fn(*args)
+        except Exception as error:
+            clearer = explained(error, self.fn, repr(self), "logit, b, h, q, k", args)
+            if clearer is None:
+                raise
+            raise clearer from error
+        try:
+            answer = jnp.asarray(result)
+        except (TypeError, ValueError):
+            answer = None
+        if answer is None or answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+            got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
             raise TypeError(
-                f"{self!r}: for one logit it returned {answer.dtype}{list(answer.shape)}, expected "
-                "a single float; a condition belongs in jaxattn.masks"
+                f"{named(repr(self), self.fn)}: for one logit it returned {got}, expected a single "
+                "float; a condition belongs in jaxattn.masks"
             )
         return answer.astype(logit.dtype)
 
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
             return traced
+        if isinstance(self.fn, Score):
+            return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        inner = ", ".join(map(leaf_repr, jax.tree.leaves(self.params)))
-        if getattr(self.fn, "__module__", "").startswith("jaxattn."):
+        leaves = list(map(leaf_repr, jax.tree.leaves(self.params)))
+        if (form := getattr(self.fn, "written", None)) is not None:
+            return str(form(*leaves))
+        inner = ", ".join(leaves)
+        if ours(self.fn):
             return f"{name.lstrip('_')}({inner})"
         return f"score({', '.join(filter(None, (name, inner)))})"
 
@@ -114,6 +135,7 @@ def as_score(given: Any, where: str = "score") -> Score:
         return given
     if callable(given) and not hasattr(given, "dtype"):
         _check_is_function(given, where)
+        uncalled(given, where)
         return Scored(given, ())
     raise TypeError(
         f"{where}: got {type(given).__name__}, expected a Score or a callable "
@@ -231,12 +253,14 @@ def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool)
     return offset + jnp.where(distance < exact, distance, far)
 
 
+@written(lambda table, most: f"relative_bias({table}, max_distance={most})")
 def _relative_bias_both(
     logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
 ) -> Any:
     return logit + table[h, _bucket(k - q, table.shape[1], max_distance, True)].astype(logit.dtype)
 
 
+@written(lambda *given: f"relative_bias({given[0]}, max_distance={given[1]}, bidirectional=False)")
 def _relative_bias_past(
     logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
 ) -> Any:
@@ -276,6 +300,7 @@ def relative_bias(
     return Scored(fn, (array, float(max_distance)))
 
 
+@written(lambda array: f"bias({array})")
 def add_array(logit: Any, b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
     """`logit + array[q, k]`, or `logit + array[b, h, q, k]`."""
     if np.ndim(array) == 2:
@@ -290,7 +315,9 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
 
     Args:
       array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. What
-        removes cells is a mask, not a bias: a warning says so of numbers like -1e9.
+        removes cells is a mask, not a bias: a warning says so of numbers like -1e9. Where
+        `positions=` are given it has to hold them: known ones beyond it raise, traced ones give NaN
+        where the mask allows the cell.
     """
     values = known(array)
     if values is not None and (values == -np.inf).any():

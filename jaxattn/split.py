@@ -21,8 +21,8 @@ import numpy as np
 from jax import lax
 
 from .algebra import Mask, Positions, pytree, static
-from .hoist import constant, hoist, struct
-from .plan import Feature, Kind, Plan, plan_of
+from .hoist import constant, hoist
+from .plan import Feature, Kind, Plan, form_of, plan_of
 from .pointwise import pointwise
 from .program import Const, Program, Ref, run
 from .scores import Score
@@ -175,26 +175,26 @@ def split(given: Mask | Score, positions: Positions | None = None, *, logit: Any
         from 0 need no gather.
       logit: for a score, the dtype of the logits; True is float32.
     """
-    given = hoist(given)
-    scores = isinstance(given, Score)
-    dtype = np.dtype(np.float32 if isinstance(logit, bool) else logit) if scores else None
-    leaves, tree = jax.tree.flatten(given)
-    structs = tuple(map(struct, leaves))
-    key = tuple((s.shape, s.dtype, s.weak_type) for s in structs)
-    x64 = bool(jax.config.read("jax_enable_x64"))
-    plan = plan_of(tree, key, dtype, _counted(positions or Positions()), x64)
-    return Split(plan, tuple(leaves), scores)
+    given = hoist(given, np.float32 if isinstance(logit, bool) else logit)
+    form = form_of(given, positions or Positions(), logit)
+    return Split(plan_of(form), tuple(jax.tree.leaves(given)), isinstance(given, Score))
 
 
 def check_extents(
-    given: Mask | Score, positions: Positions, B: int, N: int, T: int, S: int
+    given: Mask | Score,
+    positions: Positions,
+    B: int,
+    N: int,
+    T: int,
+    S: int,
+    logit: Any = False,
 ) -> None:
     """Checks that arrays have the extents of the positions they are read at.
 
     Raises:
       ValueError: for an axis read at a bare position with another extent.
     """
-    _check_extents(split(given, positions).plan, {"b": B, "h": N, "q": T, "k": S})
+    _check_extents(split(given, positions, logit=logit).plan, {"b": B, "h": N, "q": T, "k": S})
 
 
 def _counted(positions: Positions) -> tuple[bool, ...]:
@@ -207,14 +207,21 @@ def _names(counted: Sequence[bool]) -> str:
 
 def _check_extents(plan: Plan, sizes: dict[str, int]) -> None:
     letters = {"b": "B", "h": "N", "q": "T", "k": "S"}
+    counted = dict(zip("bhqk", plan.counted, strict=True))
     for label, (_, axis, extent, at) in plan.extents:
-        if extent != sizes[at]:
-            raise ValueError(
-                f"{label}: got extent {extent} along axis {axis}, which is read at `{at}`; "
-                f"expected {letters[at]} = {sizes[at]}. "
-                "An extent of 1 is not broadcast: index it with 0; "
-                f"for a part of a longer sequence say `positions=Positions({at}=...)`"
+        if not counted[at] or extent == sizes[at]:
+            continue
+        if extent == 1:
+            remedy = (
+                f"an extent of 1 is not broadcast: drop the axis, or repeat it {sizes[at]} times; "
+                "a function of yours may index it with 0"
             )
+        else:
+            remedy = f"for a part of something longer say `positions=Positions({at}=...)`"
+        raise ValueError(
+            f"{label}: got extent {extent} along axis {axis}, which is read at `{at}`; expected "
+            f"{letters[at]} = {sizes[at]}; {remedy}"
+        )
 
 
 # --- evaluating operands ------------------------------------------------------------------------

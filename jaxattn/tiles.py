@@ -19,9 +19,20 @@ import numpy as np
 from jax import lax
 
 from . import intervals
-from .algebra import Mask, MaskLike, Positions, Scalar, as_mask, check_tokens, pytree, static
+from .algebra import (
+    Mask,
+    MaskLike,
+    Positions,
+    Scalar,
+    as_mask,
+    check_tokens,
+    known,
+    pytree,
+    static,
+)
+from .beyond import within
 from .hoist import hoist
-from .shapes import Array, Bool, Form, Int
+from .shapes import Array, Bool, Form, Int, Shaped
 from .split import Operand, Split, split
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -87,6 +98,7 @@ class TileMap(Mask):
       tile: queries and keys in a tile.
       sizes: `(B, N, T, S)` that the map was made for.
       counted: which of the positions b, h, q, k were counted from 0.
+      positions: the others, as they were given.
     """
 
     mask: Mask
@@ -94,6 +106,7 @@ class TileMap(Mask):
     tile: tuple[int, int] = static()
     sizes: tuple[int, int, int, int] = static()
     counted: tuple[bool, bool, bool, bool] = static(default=(True, True, True, True))
+    positions: Positions = Positions()
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
         return self.mask(b, h, q, k)
@@ -102,8 +115,8 @@ class TileMap(Mask):
         """Checks that the map may be used for a call.
 
         Raises:
-          ValueError: for a call of other sizes, or where positions are given that were not given
-            when the map was made, or the reverse.
+          ValueError: for a call of other sizes, or at positions that are known to be others than
+            those that the map was made for.
         """
         if self.sizes != (B, N, T, S):
             names = ", ".join(
@@ -126,6 +139,36 @@ class TileMap(Mask):
                 f"mask: got a TileMap and {names} from only one of tile_map() and this call; give "
                 "the same positions to both"
             )
+        for at in "bhqk":
+            if self._alike(at, positions) is False:
+                raise ValueError(
+                    f"mask: got a TileMap made for other positions.{at} than those of this call; "
+                    "make another with tile_map(mask, query.shape, key.shape, "
+                    "positions=positions), or pass its .mask"
+                )
+
+    def for_call(self, B: int, N: int, T: int, S: int, positions: Positions | None = None) -> Mask:
+        """What a call uses: the map, or its mask alone where positions may be others.
+
+        Of traced positions nobody knows, unless they are the same objects. The states of the map
+        are then left behind, and a backend that wants some finds them anew.
+
+        Raises:
+          ValueError: as `check`.
+        """
+        self.check(B, N, T, S, positions)
+        return self if all(self._alike(at, positions) for at in "bhqk") else self.mask
+
+    def _alike(self, name: str, positions: Positions | None) -> bool | None:
+        """Whether positions are those of the map; `None` where that is not known."""
+        mine, other = getattr(self.positions, name), getattr(positions or Positions(), name)
+        if mine is other:
+            return True
+        first, second = known(mine), known(other)
+        if first is None or second is None:
+            return None
+        # One row stands for all.
+        return bool((np.atleast_2d(first) == np.atleast_2d(second)).all())
 
     def active(self, kinds: Sequence[int] = (PARTIAL, FULL), *, key_major: bool = False) -> Active:
         """The tiles to compute; see `active`."""
@@ -164,8 +207,8 @@ def summary(states: np.ndarray) -> str:
 
 def tile_map(
     mask: MaskLike,
-    query_shape: Sequence[int],
-    key_shape: Sequence[int],
+    query_shape: Sequence[int] | Shaped[Form | np.ndarray, "..."],
+    key_shape: Sequence[int] | Shaped[Form | np.ndarray, "..."],
     *,
     positions: Positions | None = None,
     tile: int | tuple[int, int] = TILE,
@@ -175,7 +218,8 @@ def tile_map(
 
     Args:
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
-      query_shape, key_shape: `[B, T, N, H]` and `[B, S, K, H]`, or without B.
+      query_shape, key_shape: `[B, T, N, H]` and `[B, S, K, H]`, or without B; or the query and the
+        key themselves.
       positions: the positions of queries and keys, where they are not 0, 1, 2, ...
       tile: queries and keys in a tile; one number for both.
       exact: evaluate every element, tile by tile, instead of bounds: O(T * S) time, O(tile) memory,
@@ -195,14 +239,17 @@ def tile_map(
     if len(tiles) != 2 or any(not isinstance(n, int) or n < 1 for n in tiles):
         raise ValueError(f"tile: got {tile!r}, expected one integer or two, at least 1")
     given = (positions or Positions()).checked(B, N, T, S)
+    stand = jax.tree.map(jnp.asarray, positions or Positions())
     plain = as_mask(mask.mask if isinstance(mask, TileMap) else mask)
     check_tokens(plain, given, T, S)
-    hoisted = hoist(plain)
+    hoisted = within(hoist(plain), stand, (B, N, T, S))
     found = _states(split(hoisted, given), given, (B, N, T, S), tiles, exact)
-    return TileMap(hoisted, found, tiles, (B, N, T, S), counts(given))
+    return TileMap(hoisted, found, tiles, (B, N, T, S), counts(given), stand)
 
 
-def _extents(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+def _extents(name: str, given: Any) -> tuple[int, int, int]:
+    # An array of queries or of keys stands for its shape.
+    shape = given.shape if getattr(given, "ndim", 1) != 1 else given
     if len(shape) not in (3, 4):
         raise ValueError(f"{name}: got {tuple(shape)}, expected [B, length, heads, H] or without B")
     length, heads, _ = shape[-3:]

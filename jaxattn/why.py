@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import And, Mask, MaskLike, Not, Or, PerHead, Predicate, Xor, as_mask
-from .hoist import struct
+from . import beyond
+from .algebra import And, Mask, MaskLike, Not, Or, PerHead, Positions, Predicate, Xor, as_mask
+from .hoist import hoist
 from .integers import MOST
-from .plan import labels
-from .program import Const, Ref, Type, run
-from .reads import Recogniser
+from .plan import Code, code_of, form_of, labels
+from .program import Const, Ref, run
+from .reads import Extent
 from .shapes import Int
 from .tiles import TileMap
 
@@ -26,6 +27,7 @@ _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=
 _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "//", "rem": "%"}
 # What is a number as its argument is, for whoever reads it.
 _SAME = ("convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "stop_gradient")
+_HERE = np.zeros((), np.int32)
 # Longer expressions say less than their value.
 _LONGEST = 40
 
@@ -61,7 +63,8 @@ def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
 
     Raises:
       TypeError: for positions that are not integers, and for a mask whose arrays are traced.
-      ValueError: for negative positions, and for those beyond int32.
+      ValueError: for negative positions and those beyond int32, and where the answer hangs on an
+        entry that an array of the mask does not have.
 
     Example:
       >>> from jaxattn import masks
@@ -95,17 +98,22 @@ class Asked:
             )
         self.q, self.k, self.b, self.h = q, k, b, h
         self._readers: dict[int, _Reader] = {}
+        self._missing = ""
 
     def why(self, i: int, j: int) -> Why:
         """Why the i-th query may see the j-th key, or may not."""
         lines: list[str] = []
+        self._missing = ""
         allowed = self._walk(self.mask, (i, j), 1, lines)
+        if allowed is None:
+            raise ValueError(self._missing)
         verb = "may" if allowed else "may not"
         pair = f"query {self.q[i]} {verb} see key {self.k[j]} (row {self.b}, head {self.h})"
         return Why(allowed, (pair, *lines))
 
-    def _walk(self, part: Mask, at: tuple[int, int], depth: int, lines: list[str]) -> bool:
-        """Whether a part allows the pair; its reasons are added to `lines`."""
+    def _walk(self, part: Mask, at: tuple[int, int], depth: int, lines: list[str]) -> bool | None:
+        """Whether a part allows the pair, `None` if it has no entry for it; its reasons are added
+        to `lines`."""
         indent = "  " * depth
         match part:
             case TileMap():
@@ -118,17 +126,27 @@ class Asked:
                 lines.append(f"{indent}head {self.h} has its own:")
                 return self._walk(mine, at, depth + 1, lines)
             case And():
-                results = [self._walk(each, at, depth, lines) for each in (part.left, part.right)]
-                return all(results)
+                return _all([self._walk(e, at, depth, lines) for e in (part.left, part.right)])
             case Or() | Xor() | Not():
                 parts = (part.part,) if isinstance(part, Not) else (part.left, part.right)
                 title = {Or: "one is enough", Xor: "exactly one of these", Not: "the opposite of"}
                 lines.append(f"{indent}{title[type(part)]}:")
                 results = [self._walk(each, at, depth + 1, lines) for each in parts]
-                return {Or: any(results), Xor: sum(results) == 1, Not: not results[0]}[type(part)]
+                if isinstance(part, Or):
+                    return _opposite(_all([_opposite(result) for result in results]))
+                if None in results:
+                    return None
+                return results[0] != results[1] if isinstance(part, Xor) else not results[0]
         if id(part) not in self._readers:
             self._readers[id(part)] = self._run(part)
-        allowed, reasons = self._readers[id(part)].read(at)
+        reader = self._readers[id(part)]
+        if (missing := reader.missing(at)) is not None:
+            cell = {"b": self.b, "h": self.h, "q": int(self.q[at[0]]), "k": int(self.k[at[1]])}
+            label, extent = next(m for m in missing if not 0 <= cell[m[1].position] < m[1].extent)
+            self._missing = beyond.missing(label, extent, cell)
+            lines.append(f"{indent}{_name(part)} has no entry for it")
+            return None
+        allowed, reasons = reader.read(at)
         verb = "allows" if allowed else "forbids"
         said = f": {'; '.join(reasons)}" if reasons else ""
         lines.append(f"{indent}{_name(part)} {verb} it{said}")
@@ -136,20 +154,16 @@ class Asked:
 
     def _run(self, part: Mask) -> _Reader:
         """A part that is a function, run for all pairs."""
-        leaves, tree = jax.tree.flatten(part)
+        if jax.tree_util.all_leaves([part]):
+            part = hoist(part)  # what a class of the user's holds is no leaf otherwise
+        leaves = jax.tree.leaves(part)
         arrays = [jnp.asarray(leaf) for leaf in leaves]
-
-        def call(*args: Any) -> Any:
-            return jax.tree.unflatten(tree, args[4:])(*args[:4])
-
-        row, head = jnp.int32(self.b), jnp.int32(self.h)
-        jaxpr = jax.make_jaxpr(call)(*map(struct, (row, head, row, row, *arrays)))
-        code = Recogniser()
-        inputs = [code.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
-        code.bare.update(zip(inputs[:4], "bhqk", strict=True))
-        (out,) = code.inline(jaxpr, inputs)
+        traced = code_of(form_of(part, Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)))
+        code = traced.steps
+        flag = beyond.Flags(code).of(traced.out)
         # Of arrays only the name is said.
         said = [ref for ref, type in enumerate(code.types) if type.shape == ()]
+        row, head = jnp.int32(self.b), jnp.int32(self.h)
 
         def values(q: Any, k: Any) -> list[Any]:
             given = row, head, q, k, *arrays, *code.captured
@@ -158,13 +172,24 @@ class Asked:
 
         over = jax.vmap(jax.vmap(values, (None, 0)), (0, None))
         found = over(jnp.asarray(self.q, jnp.int32), jnp.asarray(self.k, jnp.int32))
-        names = [label.partition("(")[2].rstrip(")") or label for label in labels(part)]
+        names = labels(part, own=True)
         return _Reader(
-            code,
-            out,
+            traced,
+            flag,
             dict(zip(said, map(np.asarray, found), strict=True)),
-            dict(zip(inputs, ("b", "h", "q", "k", *names), strict=True)),
+            dict(
+                zip((*traced.positions, *traced.leaves), ("b", "h", "q", "k", *names), strict=True)
+            ),
         )
+
+
+def _all(results: Sequence[bool | None]) -> bool | None:
+    """Whether all hold; `None` if that hangs on one that is not known."""
+    return False if False in results else None if None in results else True
+
+
+def _opposite(result: bool | None) -> bool | None:
+    return None if result is None else not result
 
 
 def _name(part: Mask) -> str:
@@ -179,10 +204,17 @@ class _Reader:
     """Reads off a program that has run what decided its result, pair by pair."""
 
     def __init__(
-        self, code: Recogniser, out: Ref, values: dict[int, np.ndarray], names: dict[int, str]
+        self, traced: Code, flag: Ref | None, values: dict[int, np.ndarray], names: dict[int, str]
     ) -> None:
-        self.code, self.out, self.values, self.names = code, out, values, names
+        self.code, self.out, self.flag = traced.steps, traced.out, flag
+        self.extents = [(traced.label(e.array), e) for e in traced.steps.extents]
+        self.values, self.names = values, names
         self.at = (0, 0)
+
+    def missing(self, at: tuple[int, int]) -> list[tuple[str, Extent]] | None:
+        """The axes that are read, where the answer for the pair hangs on what one has not."""
+        self.at = at
+        return self.extents if self.flag is not None and bool(self.value(self.flag)) else None
 
     def read(self, at: tuple[int, int]) -> tuple[bool, list[str]]:
         """Whether the pair is allowed, and what decided it."""

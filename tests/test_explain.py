@@ -128,3 +128,22 @@ def test_a_tile_map_is_shown_as_it_is() -> None:
     found = ja.explain(*[LARGE] * 3, mask=tiles)
     assert found.tiles is tiles
     assert found.mask == "causal()"
+
+
+def test_inside_jit_tiles_are_said_of_masks_that_are_known():
+    found = []
+
+    @jax.jit
+    def run(x, ids):
+        at = ja.Positions(q=np.arange(512) + 512)
+        found.append(ja.explain(x, x, x, mask=masks.causal()))
+        found.append(ja.explain(x, x, x, mask=masks.causal(), positions=at))
+        found.append(ja.explain(x, x, x, mask=ja.tile_map(lambda b, h, q, k: k > q, x, x)))
+        found.append(ja.explain(x, x, x, mask=masks.segments(ids)))
+        return x
+
+    jax.vmap(run, (0, None))(jnp.ones((2, 1, 512, 1, 4)), jnp.zeros(512, int))
+    assert [each.density for each in found] == [0.75, 1.0, None, None]
+    assert found[0].notes == ()
+    assert "are seen by nobody" not in "".join(found[1].notes)
+    assert all("traced here" in str(each) for each in found[2:])

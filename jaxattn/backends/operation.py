@@ -103,8 +103,7 @@ def _derivative(
         found = [checkpoint_name(a, name) for a, name in pairs]
     terms = []
     if any(type(t) is not ad.Zero for t in of_given):
-        moved = map(ad.instantiate_zeros, of_given)
-        args = (*like, *fixed, *moved)
+        args = (*like, *fixed, *map(ad.instantiate_zeros, of_given))
         terms.append(_op.bind(*args, rules=rules, results=results, operands=operands))
     if any(type(t) is not ad.Zero for t in of_fixed):
         moved = [

@@ -1,0 +1,176 @@
+"""What goes wrong in a function of positions, in the words of whoever wrote it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import CodeType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_FIRST = "b, h, q and k stand for all positions at once"
+
+# What JAX refuses to do with a position, and what to write instead; subclasses first.
+_REMEDIES: tuple[tuple[type[Exception], str], ...] = (
+    (
+        jax.errors.TracerBoolConversionError,
+        f"`and`, `or`, `not`, `if` and `a < b < c` ask for one truth value, and {_FIRST}; write "
+        "`&`, `|`, `~` with comparisons in parentheses, and jnp.where for `if`",
+    ),
+    (
+        jax.errors.TracerIntegerConversionError,
+        f"lists and `range` ask for one number, and {_FIRST}; read a JAX array instead: "
+        "jnp.asarray(table)[...]",
+    ),
+    (
+        jax.errors.TracerArrayConversionError,
+        f"NumPy can't compute with a position, as {_FIRST}; write jnp for np, and "
+        "jnp.asarray(table) for its arrays",
+    ),
+    (
+        jax.errors.ConcretizationTypeError,
+        f"`int`, `float` and `range` ask for one number, and {_FIRST}; write jnp.where and other "
+        "functions of jax.numpy",
+    ),
+)
+
+
+def code_of(fn: Any) -> CodeType | None:
+    """The code that a user wrote: of a function, of a partial one, or of an object's call."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    fn = inspect.unwrap(fn)
+    fn = getattr(fn, "__func__", fn)
+    # Of an object, what its class says of calls.
+    fn = fn if hasattr(fn, "__code__") else getattr(type(fn), "__call__", None)  # noqa: B004
+    return getattr(fn, "__code__", None)
+
+
+def held_by(fn: Any) -> dict[str, Any]:
+    """What a function reads that it is not called with, by name: what it closes over, defaults,
+    globals, and what an object holds."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return dict(getattr(fn, "__dict__", {}))
+    defaults = fn.__defaults__ or ()
+    last = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    found = dict(zip(last, defaults, strict=True)) | {
+        name: fn.__globals__[name] for name in code.co_names if name in fn.__globals__
+    }
+    for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
+        # A cell may be empty still: of a name that is given its value later.
+        if (held := _content(cell)) is not None:
+            found[name] = held
+    return found
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def place(fn: Any, error: BaseException | None = None) -> str:
+    """`file:line` of a function, or of where in it an error came from; "" for built-in ones."""
+    code = code_of(fn)
+    if code is None:
+        return ""
+    line, trace = code.co_firstlineno, None if error is None else error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == code.co_filename:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{code.co_filename}:{line}"
+
+
+def named(name: str, fn: Any, error: BaseException | None = None) -> str:
+    """A mask or score with its place: `predicate(near) (model.py:12)`."""
+    where = place(fn, error)
+    return f"{name} ({where})" if where else name
+
+
+def explained(
+    error: Exception, fn: Callable[..., Any], name: str, signature: str, args: Sequence[Any]
+) -> TypeError | None:
+    """What to raise in place of an error that a user's function raised; `None` for that one.
+
+    Args:
+      error: what was raised.
+      fn: the function.
+      name: the mask or score that it is.
+      signature: what it is called with, as in "b, h, q, k".
+      args: with these.
+    """
+    for kind, remedy in _REMEDIES:
+        if isinstance(error, kind):
+            return TypeError(f"{named(name, fn, error)}: {remedy}")
+    if not isinstance(error, TypeError):
+        return None
+    try:
+        taken = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return None
+    try:
+        taken.bind(*args)
+    except TypeError:
+        more = len(args) - signature.count(",") - 1
+        given = f"({signature}{', and its arguments' if more else ''})"
+        return TypeError(
+            f"{named(name, fn)}: it takes the arguments ({', '.join(taken.parameters)}) and is "
+            f"called with {given}; a function of positions has the signature "
+            f"({signature}{', *args' if more else ''})"
+        )
+    return None
+
+
+def one_bool(result: Any, name: str) -> Any:
+    """What a function gave for one query and one key, if that is a bool.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    try:
+        answer = jnp.asarray(result)
+    except (TypeError, ValueError):
+        answer = None
+    if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
+        got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
+        raise TypeError(
+            f"{name}: for one query and one key it returned {got}, expected a single bool; "
+            "a mask says whether they may meet (numbers belong in jaxattn.scores)"
+        )
+    return answer
+
+
+def ours(thing: Any) -> bool:
+    """Whether a function or a type is the library's own; some made by `exec` have no module."""
+    return (getattr(thing, "__module__", None) or "").startswith("jaxattn.")
+
+
+def uncalled(given: Any, where: str) -> None:
+    """Raises for a constructor, or a class, where what it makes was meant."""
+    name = getattr(given, "__name__", "")
+    if isinstance(given, type):
+        raise TypeError(
+            f"{where}: got the class {name}, expected one made of it; call it: {name}(...)"
+        )
+    if ours(given) and name.isidentifier() and not name.startswith("_"):
+        spelled = f"{given.__module__.rpartition('.')[2]}.{name}"
+        raise TypeError(
+            f"{where}: got the function {spelled}, expected what it returns; call it: "
+            f"{spelled}({'...' * _required(given)})"
+        )
+
+
+def _required(fn: Callable[..., Any]) -> bool:
+    """Whether a function can't be called without arguments."""
+    return any(
+        p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        for p in inspect.signature(fn).parameters.values()
+    )
