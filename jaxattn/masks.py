@@ -334,7 +334,7 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
 # --- global tokens, grids, blocks, trees -------------------------------------------------------
 
 
-@written(lambda n: f"global_tokens({n if n.isdigit() else f'counts={n}'})", "tokens")
+@written(lambda n: f"global_tokens({n if n.isdigit() else f'counts={n}'})", "counts")
 def _first_tokens(b: Any, h: Any, q: Any, k: Any, n: Any) -> Any:
     return (q < _at(n, b)) | (k < _at(n, b))
 

@@ -107,7 +107,7 @@ def test_the_error_of_jax_is_chained_and_those_of_users_pass():
         ({"mask": masks.key_padding(jnp.ones(5, bool))}, "key_padding(valid)"),
         ({"mask": masks.key_padding(lengths=jnp.ones(5, int))}, "key_padding(lengths)"),
         ({"mask": masks.global_tokens(jnp.ones(5, bool))}, "global_tokens(tokens)"),
-        ({"mask": masks.global_tokens(jnp.ones(5, int))}, "global_tokens(tokens)"),
+        ({"mask": masks.global_tokens(counts=jnp.ones(5, int))}, "global_tokens(counts)"),
         ({"mask": masks.causal(jnp.ones(5, int))}, "causal(offset)"),
         ({"mask": masks.tree(jnp.arange(5) - 1)}, "tree(parents)"),
         ({"mask": masks.segments(jnp.ones(5, int)) & (lambda b, h, q, k: q > k)}, "segments(q_ids)"),
