@@ -4,12 +4,13 @@ import sys
 import typing
 
 from . import foreign, masks, nn, scores, testing
-from .algebra import Mask, Positions
+from .algebra import Mask
 from .attention import attention, attention_weights
 from .compat import dot_product_attention, scaled_dot_product_attention
 from .explain import Explanation, explain
 from .kv_cache import KVCache
 from .paged import PagedKVCache
+from .positions import Positions
 from .scores import Score
 from .tiles import TileMap, tile_map
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 from . import foreign
-from .algebra import Positions
 from .backends import base, cudnn, decode, dense, pallas_gpu, tiled
 from .backends.base import Call
 from .foreign import answers
+from .positions import Positions
+from .program import Program
 from .request import request, swapped
 from .shapes import Array, ArrayLike, Float
 
@@ -180,12 +182,39 @@ def _settled(call: Call, backend: str) -> Call:
     return call if settle is None else settle(call)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
 def run(call: Call, backend: str, with_lse: bool = True) -> tuple[Array, ...]:
     """The output of a checked call by the backend of that name, and the LSE if it is asked for.
 
     An LSE that nobody asked for is no result, so that `jax_debug_infs` does not stop for its -inf.
     """
+    return _compiled((*_traced(call.mask), *_traced(call.score)))(call, backend, with_lse)
+
+
+def _traced(part: Any) -> Iterator[Program]:
+    """The functions of users in a mask or score."""
+    fn = getattr(part, "fn", None)
+    if isinstance(fn, Program):
+        yield fn
+    elif fn is None and is_dataclass(part):
+        for field in fields(part):
+            held = getattr(part, field.name)
+            for each in held if isinstance(held, tuple) else (held,):
+                yield from _traced(each)
+
+
+# JAX keeps what it compiled as long as the function that it was compiled for. The library's own
+# masks are few; functions of users may come new with every call, a few MB each.
+@lru_cache(maxsize=64)
+def _compiled(programs: tuple[Program, ...]) -> Callable[..., tuple[Array, ...]]:
+    """What computes calls whose masks and scores have these functions of users."""
+
+    def attention(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
+        return _attend(call, backend, with_lse)
+
+    return jax.jit(attention, static_argnums=(1, 2))
+
+
+def _attend(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
     call = _learnable(call)
     if _is_empty(call):
         B, T, _, N, _, _, Hv = call.sizes

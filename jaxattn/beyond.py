@@ -22,9 +22,11 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
-from .algebra import Filled, Mask, Positions, Predicate, known, over_grid
+from .algebra import Mask, Predicate
 from .hoist import constant, hoist
+from .integers import known
 from .plan import Form, code_of, form_of
+from .positions import Filled, Positions, over_grid
 from .program import Const, Program, Ref, Step, Type, needed
 from .reads import Extent, Recogniser
 from .scores import Score, Scored

@@ -28,10 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Positions, Predicate, as_mask, leaf_repr
+from .algebra import Mask, Predicate, as_mask, leaf_repr
 from .attention import attention
 from .backends import decode
 from .integers import as_given, is_integer, known, narrowed
+from .positions import Positions
 from .pytrees import ByStructure
 from .shapes import Array, ArrayLike, Bool, Float, Int
 

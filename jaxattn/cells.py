@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import And, Mask, Not, Or, PerHead, Positions, Xor, known, tokens_of
+from .algebra import And, Mask, Not, Or, PerHead, Xor, tokens_of
 from .hoist import hoist
+from .integers import known
 from .plan import Plan
+from .positions import Positions
 from .program import Const
 from .shapes import Int
 from .split import split

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import masks, scores
-from .algebra import Mask, Positions, as_mask
+from .algebra import Mask, as_mask
 from .attention import attention, attention_weights, check_backend
 from .foreign import answers
 from .integers import integers
+from .positions import Positions
 from .shapes import Array, ArrayLike, Float, Int
 
 

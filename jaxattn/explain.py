@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from . import intervals, masks
-from .algebra import Positions
 from .attention import BACKENDS, attention, choose
 from .backends.base import Call, accumulator
 from .foreign import unexpected
+from .positions import Positions
 from .request import request, swapped
 from .split import split
 from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map

@@ -32,10 +32,11 @@ def hoist(given: M, logit: Any = jnp.float32) -> M:
     """The same mask or score, its functions all the library's own or `Program`s.
 
     Arrays that a mask's functions close over carry no gradient; those of a score learn. A score is
-    traced for logits of the dtype `logit`.
+    traced for logits of the dtype `logit`, and its parameters of 16 bits are float32 from here on:
+    their gradients are sums over many cells, to be rounded once.
     """
     if _settled(given):
-        return given
+        return jax.tree.map(_wide, given) if isinstance(given, Score) else given
     if ours(type(given)) and not isinstance(given, (Predicate, Scored)):
         # Made of others, each of which is hoisted alone.
         return _with_parts(given, partial(hoist, logit=logit))
@@ -57,6 +58,8 @@ def _traced(given: M, logit: Any) -> M:
     leaves, tree = jax.tree.flatten(given)
     own = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     arrays = [leaves[i] for i in own] + found
+    if isinstance(given, Score):
+        arrays = list(map(_wide, arrays))
     lead = arguments(logit if isinstance(given, Score) else None)
 
     def call(*args: Any) -> Any:
@@ -141,11 +144,26 @@ def constant(array: Any) -> Any:
     return lax.stop_gradient(array) if inexact else array
 
 
-# --- arrays on explicit mesh axes -----------------------------------------------------------------
+def _is_narrow(array: Any) -> bool:
+    """Whether an array is of floats of 16 bits, or fewer."""
+    floats = hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.floating)
+    return floats and array.dtype.itemsize < 4
+
+
+def _wide(array: Any) -> Any:
+    """An array, in float32 if it is of narrower floats."""
+    if not _is_narrow(array):
+        return array
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, jnp.float32)
+    return jnp.asarray(array).astype(jnp.float32)
+
+
+# --- arrays in closures ---------------------------------------------------------------------------
 #
 # An array whose type says how it is sharded can't be indexed by one position: the type of the
 # result would not be known. In leaves it is traced as an array that lies anywhere; in closures it
-# has to be found first.
+# has to be found first. So have floats of 16 bits, which scores compute with in float32.
 
 
 def _with_functions(part: Any, change: Callable[[Any], Any]) -> Any:
@@ -164,10 +182,14 @@ def _with_functions(part: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _opened(thing: Any, swap: Callable[[Any], Any], within: tuple[int, ...] = ()) -> Any:
-    """A function with the explicitly sharded arrays it closes over, directly or not, swapped."""
+    """A function with arrays it closes over, directly or not, swapped.
+
+    They are those that are explicitly sharded, and floats of 16 bits.
+    """
     again = partial(_opened, swap=swap, within=(*within, id(thing)))
     if isinstance(thing, jax.Array):
-        return swap(thing) if any(jax.typeof(thing).sharding.spec) else thing
+        apart = any(jax.typeof(thing).sharding.spec) or _is_narrow(thing)
+        return swap(thing) if apart else thing
     if isinstance(thing, partial):
         keywords = {name: again(value) for name, value in thing.keywords.items()}
         return partial(again(thing.func), *map(again, thing.args), **keywords)

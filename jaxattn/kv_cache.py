@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Filled, Mask, Predicate, as_mask, over_grid, pytree, static
+from .algebra import Mask, Predicate, as_mask
 from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 from .integers import integers, known
+from .positions import Filled, over_grid
+from .pytrees import pytree, static
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 

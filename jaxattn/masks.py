@@ -17,20 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import (
-    Mask,
-    MaskLike,
-    PerHead,
-    Positions,
-    Predicate,
-    as_mask,
-    check_is_predicate,
-    dense,
-    written,
-)
+from .algebra import Mask, MaskLike, PerHead, Predicate, as_mask, check_is_predicate, dense, written
 from .conventions import Convention, kept
 from .foreign import VIEWS, answers, unknown_attribute
 from .integers import MOST, as_given, check_exact, identifiers, integers, is_integer, known, plain
+from .positions import Positions
 from .shapes import Array, ArrayLike, Bool, Int, Shaped
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .algebra import pytree, static
 from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 from .integers import integers
+from .pytrees import pytree, static
 from .shapes import Array, ArrayLike, Bool, Float, Int
 
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Positions
+from .algebra import Mask
 from .hoist import arguments, struct
 from .mistakes import ours
+from .positions import Positions
 from .program import RULED, Builder, Const, Program, Ref, Step, Type, has_body, needed
 from .reads import Extent, Recogniser
 from .scores import Score

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, PerHead, Positions, as_mask, check_tokens, parts_of
+from .algebra import Mask, PerHead, as_mask, check_tokens, parts_of
 from .backends import base
 from .backends.base import Call
 from .beyond import within
 from .integers import as_given, known
+from .positions import Positions
 from .scores import as_score
 from .shapes import Array
 from .split import check_extents, hoist, split

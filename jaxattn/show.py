@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, MaskLike, Positions, as_mask
+from .algebra import Mask, MaskLike, as_mask
 from .cells import cells, check_row_and_head, sizes, tile_of
 from .foreign import VIEWS, answers
+from .positions import Positions
 from .tiles import EMPTY, FULL, PARTIAL, tile_map
 
 # Up to so many queries and keys every pair is a cell; beyond, a cell is a tile.

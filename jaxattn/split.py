@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .algebra import Mask, Positions, pytree, static
+from .algebra import Mask
 from .hoist import constant, hoist
 from .plan import Feature, Kind, Plan, form_of, plan_of
 from .pointwise import pointwise
+from .positions import Positions
 from .program import Const, Program, Ref, run
+from .pytrees import pytree, static
 from .scores import Score
 from .shapes import Array, Shaped
 

@@ -19,19 +19,12 @@ import numpy as np
 from jax import lax
 
 from . import intervals
-from .algebra import (
-    Mask,
-    MaskLike,
-    Positions,
-    Scalar,
-    as_mask,
-    check_tokens,
-    known,
-    pytree,
-    static,
-)
+from .algebra import Mask, MaskLike, Scalar, as_mask, check_tokens
 from .beyond import within
 from .hoist import hoist
+from .integers import known
+from .positions import Positions
+from .pytrees import pytree, static
 from .shapes import Array, Bool, Form, Int, Shaped
 from .split import Operand, Split, split
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import beyond
-from .algebra import And, Mask, MaskLike, Not, Or, PerHead, Positions, Predicate, Xor, as_mask
+from .algebra import And, Mask, MaskLike, Not, Or, PerHead, Predicate, Xor, as_mask
 from .hoist import hoist
 from .integers import MOST
 from .plan import Code, code_of, form_of, labels
+from .positions import Positions
 from .program import Const, Ref, run
 from .reads import Extent
 from .shapes import Int

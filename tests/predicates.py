@@ -12,7 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxattn import masks
-from jaxattn.algebra import Mask, Positions, as_mask
+from jaxattn.algebra import Mask, as_mask
+from jaxattn.positions import Positions
 
 # Ragged for tiles of 16 x 32, and for their halves.
 B, N, T, S = 2, 3, 41, 53

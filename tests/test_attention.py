@@ -407,6 +407,8 @@ def test_empty_axes(backend: str, T: int, S: int, B: int) -> None:
     assert out.shape == (B, T, 2, 4)
     np.testing.assert_array_equal(out, 0)
     np.testing.assert_array_equal(lse, np.full((B, T, 2), -np.inf))
+    grad = jax.grad(lambda q: ja.attention(q, *map(jnp.ones, shapes[1:]), backend=backend).sum())
+    np.testing.assert_array_equal(grad(jnp.ones(shapes[0])), 0)
 
 
 # --- precision ------------------------------------------------------------------------------------
@@ -704,6 +706,37 @@ def test_dropout_seeds(backend: str) -> None:
     assert 0.2 < (np.asarray(rbg) != 0).mean() < 0.8
 
 
+def test_a_vmapped_axis_has_a_seed_for_each(backend: str) -> None:
+    """One seed would drop the same weights in every example."""
+    query, key, value = (x[:, None] for x in qkv(3, 5, 6, 2, 1, 8))
+
+    def run(query: Any, seed: Any) -> Any:
+        return attention(
+            query, key[0], value[0], dropout_rate=0.5, dropout_seed=seed, backend=backend
+        )
+
+    for f in (run, lambda *args: jax.grad(lambda q: run(q, *args[1:]).sum())(args[0])):
+        with pytest.raises(ValueError, match=r"dropout_seed: got one seed for all 3 elements"):
+            jax.vmap(f, (0, None))(query, jnp.uint32(1))
+        seeds = jnp.arange(3, dtype=jnp.uint32)
+        for i, got in enumerate(jax.vmap(f)(query, seeds)):
+            np.testing.assert_allclose(got, f(query[i], seeds[i]), rtol=1e-4, atol=1e-5)
+    # As the message says, for who wants it.
+    same = jax.vmap(run)(query, jnp.broadcast_to(jnp.uint32(1), (3,)))
+    np.testing.assert_allclose(same[2], run(query[2], jnp.uint32(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rate_of_dropout_has_no_gradient(backend: str) -> None:
+    inputs = qkv(1, 5, 6, 2, 1, 8)
+
+    def loss(rate: Any) -> Any:
+        out = attention(*inputs, dropout_rate=rate, dropout_seed=1, backend=backend)
+        return (out**2).sum()
+
+    assert jax.jit(jax.grad(loss))(0.3) == 0
+    assert jax.jit(lambda r: jax.jvp(loss, (r,), (r,))[1])(0.3) == 0
+
+
 def test_dropout_keeps_the_mean(backend: str) -> None:
     inputs = qkv(1, 3, 6, 1, 1, 4)
     run = jax.jit(lambda s: attention(*inputs, dropout_rate=0.3, dropout_seed=s, backend=backend))
@@ -848,6 +881,20 @@ def test_debug_nans_is_clean(backend: str) -> None:
         jax.block_until_ready(compute(*inputs))
         out = attention(*inputs, mask=masks.empty(), backend=backend)
         np.testing.assert_array_equal(out, 0)
+
+
+def test_debug_infs_is_clean(backend: str) -> None:
+    """The LSE of a dead row is -inf, and no result that anyone asked for."""
+    inputs = qkv(2, 5, 6, 4, 2, 8)
+    mask = MASKS["nobody_sees_some"](2, 4, 5, 6).mask
+    with jax.debug_infs(True):
+
+        def run(*inputs: Any) -> Any:
+            return attention(*inputs, mask=mask, sinks=jnp.ones(4), backend=backend)
+
+        jax.block_until_ready(run(*inputs))
+        grads = jax.grad(lambda *inputs: run(*inputs).sum(), (0, 1, 2))(*inputs)
+        assert all(np.isfinite(grad).all() for grad in grads)
 
 
 def test_no_tracer_leaks(backend: str) -> None:

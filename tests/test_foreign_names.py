@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import time
 from importlib import metadata
 from typing import Any
 
@@ -61,7 +60,7 @@ def test_the_twin_of_jax_nn_has_its_own() -> None:
 def test_keywords_through_a_cache() -> None:
     cache = ja.KVCache.create(batch=1, capacity=4, heads=2, head_dim=4).append(x, x)
     with pytest.raises(TypeError, match=r"is_causal.*masks\.causal"):
-        cache.attend(x, cache.upcoming(3), is_causal=True)
+        cache.attend(x, np.arange(3)[None], is_causal=True)
 
 
 @pytest.mark.parametrize("function", CALLS)
@@ -169,15 +168,6 @@ def test_other_attributes_are_plain_errors() -> None:
             owner.zzz  # noqa: B018
         assert not hasattr(owner, "zzz")
     assert not hasattr(masks.causal(), "shape")
-
-
-def test_answers_cost_nothing() -> None:
-    """An eager call is to cost less than a millisecond beyond JAX's own."""
-    call = foreign.answers(lambda query, *, mask: None)
-    start = time.perf_counter()
-    for _ in range(1000):
-        call(x, mask=None)
-    assert time.perf_counter() - start < 0.1  # a tenth of a millisecond each; it takes one of 500
 
 
 # --- the package itself ---------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from jax.sharding import AxisType, PartitionSpec
 from predicates import TILE, B, N, S, T, tile_states
 
 from jaxattn import intervals, masks
-from jaxattn.algebra import Positions, as_mask
+from jaxattn.algebra import as_mask
 from jaxattn.beyond import within
 from jaxattn.intervals import RULES
+from jaxattn.positions import Positions
 from jaxattn.program import Type
 from jaxattn.rules import Interval, finite
 from jaxattn.split import hoist, split

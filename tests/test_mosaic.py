@@ -18,9 +18,10 @@ import pytest
 from cases import MASKS, SCORES, attend, cells, close, kept, qkv, rng
 
 from jaxattn import masks, scores
-from jaxattn.algebra import Positions, as_mask
+from jaxattn.algebra import as_mask
 from jaxattn.backends import mosaic, transforms
 from jaxattn.backends.base import Call, Dropout
+from jaxattn.positions import Positions
 from jaxattn.program import trace
 from jaxattn.tiles import tile_map
 

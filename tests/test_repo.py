@@ -67,6 +67,7 @@ def test_doctests_are_found() -> None:
 LAYERS = [
     ["shapes", "foreign", "mistakes"],
     ["integers", "pytrees"],
+    ["positions"],
     ["algebra"],
     ["conventions"],
     ["masks", "scores"],
@@ -127,7 +128,10 @@ def test_imports_point_down(path: Path) -> None:
             # share what lies between their projections; linen and nnx never meet.
             made_of = (
                 "base",
+                "careful",
+                "formula",
                 "inputs",
+                "operation",
                 "lists",
                 "loops",
                 "steps",

@@ -205,3 +205,34 @@ def test_a_lambda_is_a_score_and_what_it_captures_learns() -> None:
 def test_errors(make: Any, kind: type[Exception], says: str) -> None:
     with pytest.raises(kind, match=f"(?s){says}"):
         make()
+
+
+# --- parameters of 16 bits ------------------------------------------------------------------------
+
+NARROW = {
+    "slopes": lambda p: scores.alibi(p[:, 0]),
+    "closure": lambda p: lambda logit, b, h, q, k: logit * p[h, k % 2].astype(logit.dtype),
+    "argument": lambda p: scores.score(lambda x, b, h, q, k, p: x * p[h, 1].astype(x.dtype), p),
+    "chain": lambda p: scores.chain(scores.soft_cap(30.0), scores.alibi(p[:, 1])),
+    "table": lambda p: scores.relative_bias(p),
+}
+
+
+@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("kind", NARROW)
+def test_gradients_of_parameters_of_16_bits_are_summed_in_float32(backend: str, kind: str) -> None:
+    """The gradient in bfloat16 is that of the same numbers in float32, rounded once."""
+    draw = np.random.default_rng(5).normal
+    query, key, value, cotangent = (
+        jnp.asarray(draw(size=(4, 96, 2, 8)), jnp.bfloat16) for _ in range(4)
+    )
+
+    def loss(p: Any) -> Any:
+        out = ja.attention(query, key, value, score=NARROW[kind](p), backend=backend)
+        return (out.astype(jnp.float32) * cotangent.astype(jnp.float32)).sum()
+
+    given = jnp.asarray(draw(size=(2, 8)), jnp.bfloat16)
+    narrow = jax.jit(jax.grad(loss))(given)
+    exact = jax.jit(jax.grad(loss))(given.astype(jnp.float32))
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from predicates import B, N, S, T
 
 from jaxattn import masks, plan, scores
-from jaxattn.algebra import Positions, as_mask
+from jaxattn.algebra import as_mask
+from jaxattn.positions import Positions
 from jaxattn.program import Program
 from jaxattn.split import hoist, split
 

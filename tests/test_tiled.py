@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxattn import masks, scores
-from jaxattn.algebra import Positions
 from jaxattn.backends import dense, loops, steps, tiled, transforms
 from jaxattn.backends.base import Call
+from jaxattn.positions import Positions
 from jaxattn.tiles import tile_map
 
 B, T, S, N, K, H, HV = 2, 72, 88, 4, 2, 8, 6

@@ -10,7 +10,7 @@ import pytest
 from predicates import TILE, B, N, S, T, tile_states
 
 from jaxattn import masks
-from jaxattn.algebra import Positions
+from jaxattn.positions import Positions
 from jaxattn.tiles import EMPTY, FULL, PARTIAL, TileMap, active, tile_map
 
 QUERY, KEY = (B, T, N, 8), (B, S, N, 8)

@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from ..algebra import Mask, Positions, pytree, static
+from ..algebra import Mask
+from ..positions import Positions
+from ..pytrees import pytree, static
 from ..scores import Score
 from ..shapes import Array, Bool, Float, Form, Int, UInt32
 

@@ -22,8 +22,10 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from .. import masks
-from ..algebra import And, Mask, Predicate, Scalar, known, pytree, static
+from ..algebra import And, Mask, Predicate, Scalar
+from ..integers import known
 from ..program import varying_alike
+from ..pytrees import pytree, static
 from ..shapes import Array, Bool, Float
 from ..tiles import TileMap
 from . import base

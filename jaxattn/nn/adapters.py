@@ -10,8 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import masks, scores
-from ..algebra import Mask, Positions, as_mask
+from ..algebra import Mask, as_mask
 from ..attention import attention_weights, choose, run
+from ..positions import Positions
 from ..request import request
 from ..scores import as_score
 from ..shapes import Array

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..algebra import Mask, Positions, as_mask
+from ..algebra import Mask, as_mask
 from ..attention import attention, attention_weights
 from ..cache import Cache, over
 from ..kv_cache import KVCache
+from ..positions import Positions
 from ..scores import Score
 from ..shapes import Array, Float, Int
 
