@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import re
-import re
 from typing import Any
 
 import jax
