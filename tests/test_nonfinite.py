@@ -209,9 +209,10 @@ def test_a_large_scale_is_a_large_scale(backend: str) -> None:
 def test_hugging_face_rows_of_the_lowest_number(backend: str) -> None:
     """An additive mask of `finfo.min` over a whole row, as a bias, is the mean of the values."""
     arrays = inputs(4)
-    table = jnp.full((T, S), jnp.finfo(jnp.float32).min)
-    out = attention(**arrays, score=scores.chain(lambda x, *_: x * 0, scores.bias(table)),
-                    backend=backend)  # fmt: skip
+    with pytest.warns(UserWarning, match="from_array"):
+        bias = scores.bias(jnp.full((T, S), jnp.finfo(jnp.float32).min))
+    score = scores.chain(lambda logit, *_: logit * 0, bias)
+    out = attention(**arrays, score=score, backend=backend)
     mean = arrays["value"].mean(1, keepdims=True).repeat(N // K, 2)
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=1e-5)
 

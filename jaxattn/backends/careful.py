@@ -32,17 +32,17 @@ def forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
     lost = lse == -jnp.inf
 
     def mend() -> tuple[Array, Array]:
-        every = jnp.ones((*x.key.shape[:3], 1), bool)
-        flags = jnp.concatenate([every, formula.kinds(x.value)], -1)
-        found = _reached(plan, x, flags)
+        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
+        every = jnp.ones((*flags.shape[:-1], 1), bool)
+        found = _reached(plan, x, jnp.concatenate([every, flags], -1))
         nothing = lost & found[..., 0]
         return (
             _where(nothing[..., None], jnp.nan, out + formula.added(found[..., 1:], out.dtype)),
             _where(nothing, jnp.nan, lse),
         )
 
-    extreme = lax.cond(lost.any(), lambda: _extreme(plan, x), lambda: jnp.zeros((), bool))
-    return lax.cond(~jnp.isfinite(x.value).all() | extreme, mend, lambda: (out, lse))
+    trouble = ~jnp.isfinite(x.value).all() | (lost.any() & _extreme(plan, x))
+    return lax.cond(trouble, mend, lambda: (out, lse))
 
 
 def _where(flags: Array, number: float, array: Array) -> Array:
@@ -60,13 +60,14 @@ def _extreme(plan: Plan, x: Inputs) -> Bool[Array, ""]:
     return ~(most[0] * most[1] * jnp.maximum(most[2], 1) * x.query.shape[-1] < _LARGE)
 
 
-def _reached(plan: Plan, x: Inputs, flags: Bool[Array, "B S K C"]) -> Bool[Array, "B T N C"]:
+def _reached(plan: Plan, x: Inputs, flags: Bool[Array, "B K S C"]) -> Bool[Array, "B T N C"]:
+    """Which flags of the keys that it sees reach a query."""
     N, S = x.query.shape[2], x.key.shape[1]
 
     def some(start: Any, rows: int) -> Array:
         seen = formula.visible(plan, x, start, rows)
         seen = jnp.ones((1, 1, rows, S), bool) if seen is None else seen
-        return formula.reach(seen, flags, N)
+        return jnp.moveaxis(formula.reach(seen, flags, N), 1, 2)
 
     return formula.over_rows(x, some)
 
@@ -76,12 +77,12 @@ def backward(
 ) -> Gradients:
     """Cotangents of the inputs by the plan's engine; see `Engine`."""
     assert plan.engine is not None
+    # What XLA knows, as the cotangent of a plain sum, it would look through as it compiles.
+    d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
     bad = ~jnp.isfinite(lse) | ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
-    keys = formula.unfit(x.key, x.value)
-    bad = alive & lax.cond(
-        keys.any(), lambda: bad | _reached(plan, x, keys[..., None])[..., 0], lambda: bad
-    )
+    keys = jnp.swapaxes(formula.unfit(x.key, x.value), 1, 2)[..., None]
+    bad = alive & lax.cond(keys.any(), lambda: bad | _reached(plan, x, keys)[..., 0], lambda: bad)
     calm = alive & ~bad
 
     given = x._replace(

@@ -1,8 +1,6 @@
-"""Attention of few queries to many keys, as in decoding: keys and values are read once, in place.
+"""Attention of few queries to many keys, as in decoding: keys and values are read in place.
 
-The formula of `dense`, on whole arrays. That one makes what nobody sees 0 first, as 0 * NaN is NaN,
-which copies all keys and values; here that is done only where the result turns out not to be
-finite. Keys whose heads come first in memory, as a `KVCache` holds them, are not even transposed.
+The formula of `dense` for arrays with heads first in memory, as a `KVCache` holds them.
 """
 
 from __future__ import annotations
@@ -36,5 +34,5 @@ def footprint(call: Call) -> int:
 
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    out, lse, _ = formula.attend(*inputs.whole(call))
+    out, lse, _ = formula.attend(*inputs.whole(call), form=formula.HEADS_FIRST)
     return out, lse

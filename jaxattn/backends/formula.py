@@ -25,7 +25,7 @@ from ..pointwise import pointwise
 from ..shapes import Array, Bool, Float
 from ..split import Kind, Operand
 from . import base
-from .inputs import Inputs, Plan, Residue
+from .inputs import Inputs, Plan, Residue, by_key_head, joined
 from .operation import Rules, operation
 
 # Logits of the rows that are computed at once where a derivative takes some rows at a time.
@@ -43,8 +43,14 @@ class Result(NamedTuple):
     weights: Float[Array, "B N T S"]
 
 
-def attend(plan: Plan, x: Inputs, start: Any = 0, rows: int | None = None) -> Result:
-    """Attention of `rows` queries from `start` on, by default of all."""
+def attend(
+    plan: Plan, x: Inputs, start: Any = 0, rows: int | None = None, *, form: Form | None = None
+) -> Result:
+    """Attention of `rows` queries from `start` on, by default of all.
+
+    `form` says how products are written, by default `LENGTH_FIRST`.
+    """
+    form = LENGTH_FIRST if form is None else form
     T = x.query.shape[1]
     rows = T if rows is None else rows
     dtype = base.accumulator(x.query.dtype)
@@ -52,7 +58,9 @@ def attend(plan: Plan, x: Inputs, start: Any = 0, rows: int | None = None) -> Re
     seen = visible(plan, x, start, rows)  # [B|1, N|1, T, S]
 
     query = x.query if rows == T else lax.dynamic_slice_in_dim(x.query, start, rows, 1)
-    logits = _product(plan.precision, query, x.key) * x.scale.reshape(-1, 1, 1, 1)  # [B, N, T, S]
+    query, key, value = (form.swapped(a) for a in (query, x.key, x.value))
+    how = How(form, plan.precision)
+    logits = _product(how, query, key) * x.scale.reshape(-1, 1, 1, 1)  # [B, N, T, S]
     if seen is not None:
         logits = jnp.where(seen, logits, zero)
     if plan.score is not None:
@@ -63,7 +71,7 @@ def attend(plan: Plan, x: Inputs, start: Any = 0, rows: int | None = None) -> Re
         first, second, at, rate = _tiles(_DROPOUT, x.dropout, x, start, rows)
         keep = base.keeps((first, second), at, rate)
         kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
-    out = _weigh(plan.precision, kept, x.value, x.key, seen)
+    out = form.swapped(_weigh(how, kept, value, key, seen))
     return Result(out.astype(x.query.dtype), jnp.moveaxis(lse, 1, 2), weights)
 
 
@@ -130,21 +138,54 @@ def _tiles(
 # --- products -------------------------------------------------------------------------------------
 
 
-def _logits(precision: Any, query: Array, key: Array) -> Float[Array, "B N T S"]:
+class Form(NamedTuple):
+    """How products are written: with which axes of queries, keys, values and outputs first."""
+
+    logits: str
+    values: str
+    heads_first: bool
+
+    def swapped(self, array: Array) -> Array:
+        """An array with length before heads as this form has it, and back."""
+        return jnp.swapaxes(array, 1, 2) if self.heads_first else array
+
+    def with_heads_first(self, array: Array) -> Array:
+        """An array of this form with heads before length, and back."""
+        return array if self.heads_first else jnp.swapaxes(array, 1, 2)
+
+
+# As the inputs are: XLA turns them in the products, if at all.
+LENGTH_FIRST = Form("btkgh,bskh->bkgts", "bkgts,bskh->btkgh", False)
+# As a cache holds keys and values, which are then read in place: a branch would be given them as
+# they were written, turned for it.
+HEADS_FIRST = Form("bkth,bksh->bkts", "bkts,bksh->bkth", True)
+
+
+class How(NamedTuple):
+    """The form of products, and their precision."""
+
+    form: Form
+    precision: Any
+
+
+def _logits(how: How, query: Array, key: Array) -> Float[Array, "B N T S"]:
     """`query . key` of every pair; the queries of a key head together, which reads it once."""
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    by_key = query.reshape(B, T, K, N // K, H)
-    found = _einsum("btkgh,bskh->bkgts", precision, by_key, key)
-    return found.reshape(B, N, T, S)
+    if how.form.heads_first:
+        B, N, T, H = query.shape
+        by_key = query.reshape(B, key.shape[1], -1, H)
+        return _einsum(how.form.logits, how.precision, by_key, key).reshape(B, N, T, -1)
+    query = by_key_head(query, 2, key.shape[2])
+    return joined(_einsum(how.form.logits, how.precision, query, key), 1)
 
 
-def _values(precision: Any, weights: Array, value: Array) -> Float[Array, "B T N Hv"]:
-    B, N, T, S = weights.shape
-    K = value.shape[2]
-    by_key = weights.reshape(B, K, N // K, T, S)
-    found = _einsum("bkgts,bskh->btkgh", precision, by_key, value.astype(weights.dtype))
-    return found.reshape(B, T, N, -1)
+def _values(how: How, weights: Array, value: Array) -> Float[Array, "B ..."]:
+    value = value.astype(weights.dtype)
+    if how.form.heads_first:
+        B, N, T, S = weights.shape
+        by_key = weights.reshape(B, value.shape[1], -1, S)
+        return _einsum(how.form.values, how.precision, by_key, value).reshape(B, N, T, -1)
+    weights = by_key_head(weights, 1, value.shape[2])
+    return joined(_einsum(how.form.values, how.precision, weights, value), 2)
 
 
 def _einsum(form: str, precision: Any, a: Array, b: Array) -> Array:
@@ -154,17 +195,17 @@ def _einsum(form: str, precision: Any, a: Array, b: Array) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(precision: Any, query: Array, key: Array) -> Float[Array, "B N T S"]:
+def _product(how: How, query: Array, key: Array) -> Float[Array, "B N T S"]:
     """`query . key`; what is not finite stays with its pairs, in derivatives too."""
-    return _logits(precision, query, key)
+    return _logits(how, query, key)
 
 
 @_product.defjvp
-def _product_jvp(precision: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _product_jvp(how: How, primals: Any, tangents: Any) -> tuple[Array, Array]:
     query, key = primals
     d_query, d_key = tangents
-    moved = _logits(precision, d_query, base.finite(key))
-    return _product(precision, query, key), moved + _logits(precision, base.finite(query), d_key)
+    moved = _logits(how, d_query, base.finite(key)) + _logits(how, base.finite(query), d_key)
+    return _product(how, query, key), moved
 
 
 @jax.custom_jvp
@@ -205,38 +246,58 @@ def _softmax_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weigh(
-    precision: Any, weights: Array, value: Array, key: Array, seen: Array | None
-) -> Float[Array, "B T N Hv"]:
+    how: How, weights: Array, value: Array, key: Array, seen: Array | None
+) -> Float[Array, "B ..."]:
     """`weights @ value` over visible pairs; `key` says which rows are not to be differentiated."""
-    out = _values(precision, weights, value)
     if seen is None:
-        return out
+        return _values(how, weights, value)
 
-    def careful() -> Array:
-        found = added(reach(seen, kinds(value), weights.shape[1]), out.dtype)
-        return _values(precision, weights, base.finite(value)) + found
+    def careful(weights: Array, value: Array, seen: Array) -> Array:
+        flags = kinds(how.form.with_heads_first(value))
+        found = added(reach(seen, flags, weights.shape[1]), weights.dtype)
+        return _values(how, weights, base.finite(value)) + how.form.with_heads_first(found)
 
-    return lax.cond(base.anywhere(~jnp.isfinite(out)), careful, lambda: out)
+    def rare() -> Array:
+        return _by_batch_row(careful, (weights, value, seen))
+
+    _, N, T, _ = weights.shape
+    if N * T * value.shape[-1] * weights.shape[0] >= value.size:
+        finite = jnp.isfinite(value)
+        return lax.cond(base.anywhere(~finite), rare, lambda: _values(how, weights, value))
+    # Of few queries the result is looked at, which is smaller.
+    out = _values(how, weights, value)
+    return lax.cond(base.anywhere(~jnp.isfinite(out)), rare, lambda: out)
+
+
+def _by_batch_row(fn: Callable[..., Any], arrays: Sequence[Array]) -> Any:
+    """`fn` of arrays `[B|1, ...]`, a batch row at a time.
+
+    For branches that are hardly ever taken: memory is set aside for them all the same.
+    """
+    B = max(a.shape[0] for a in arrays)
+    spread = tuple(jnp.broadcast_to(a, (B, *a.shape[1:]))[:, None] for a in arrays)
+    found = lax.map(lambda row: fn(*row), spread)
+    return jax.tree.map(lambda a: a[:, 0], found)
 
 
 @_weigh.defjvp
-def _weigh_jvp(precision: Any, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _weigh_jvp(how: How, primals: Any, tangents: Any) -> tuple[Array, Array]:
     weights, value, key, seen = primals
-    out = _weigh(precision, *primals)
+    out = _weigh(how, *primals)
     given = (weights, value, key, out) + (() if seen is None else (seen,))
-    (moved,) = operation(_weighing(precision), given, tuple(tangents[:2]), (out,))
+    (moved,) = operation(_weighing(how), given, tuple(tangents[:2]), (out,))
     return out, moved
 
 
 @lru_cache(maxsize=64)
-def _weighing(precision: Any) -> Rules:
+def _weighing(how: How) -> Rules:
     """The tangent of `_weigh` in weights and values, and its transpose."""
 
     def apply(fixed: Any, operands: Any) -> Any:
         weights, value, *_ = fixed
         d_weights, d_value = operands
-        by_weights = _values(precision, d_weights, base.finite(value))
-        return (by_weights + _values(precision, weights, d_value),)
+        by_weights = _values(how, d_weights, base.finite(value))
+        return (by_weights + _values(how, weights, d_value),)
 
     def slope(fixed: Any, operands: Any, _: Any, moved: Any) -> Any:
         def of(weights: Array, value: Array) -> Any:
@@ -245,27 +306,36 @@ def _weighing(precision: Any) -> Rules:
         return jax.jvp(of, tuple(fixed[:2]), tuple(moved[:2]))[1]
 
     def products(weights: Array, value: Array, d_out: Array) -> tuple[Array, Array]:
-        _, back = jax.vjp(partial(_values, precision), weights, value)
+        _, back = jax.vjp(partial(_values, how), weights, value)
         return back(d_out)
+
+    def careful(
+        seen: Array, bad: Array, keys: Array, weights: Array, value: Array, d_out: Array
+    ) -> tuple[Array, Array]:
+        bad, keys = how.form.with_heads_first(bad), how.form.with_heads_first(keys)
+        rows, felt = (found[..., None] for found in _sick(seen, bad, keys))
+        calm = how.form.with_heads_first(seen.any(-1, keepdims=True) & ~rows)
+        d_weights, d_value = products(
+            jnp.where(rows, 0, weights), base.finite(value), jnp.where(calm, d_out, 0)
+        )
+        nan = jnp.asarray(jnp.nan, value.dtype)
+        return (
+            jnp.where(rows, jnp.nan, d_weights),
+            jnp.where(how.form.with_heads_first(felt), nan, d_value),
+        )
 
     def transpose(fixed: Any, cotangents: Any) -> Any:
         weights, value, key, out, *seen = fixed
-        (d_out,) = cotangents
-        bad = ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)  # [B, T, N]
-
-        def careful() -> Any:
-            shown = seen[0] if seen else jnp.ones((1, 1, *weights.shape[2:]), bool)
-            rows, keys = sick(shown, bad, unfit(key, value))
-            some = shown.any(-1).swapaxes(1, 2)  # [B|1, T, N|1]
-            calm = jnp.where((some & ~rows)[..., None], d_out, 0)
-            poison = rows.swapaxes(1, 2)[..., None]  # [B, N, T, 1]
-            d_weights, d_value = products(jnp.where(poison, 0, weights), base.finite(value), calm)
-            return jnp.where(poison, jnp.nan, d_weights), jnp.where(
-                keys[..., None], jnp.nan, d_value
-            ).astype(value.dtype)
-
-        trouble = bad.any() | unfit(key, value).any()
-        return lax.cond(base.anywhere(trouble), careful, lambda: products(weights, value, d_out))
+        # What XLA knows, as the cotangent of a plain sum, it would look through as it compiles.
+        d_out = lax.optimization_barrier(cotangents[0])
+        bad = ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
+        keys = unfit(key, value)
+        shown = seen[0] if seen else jnp.ones((1, 1, *weights.shape[2:]), bool)
+        return lax.cond(
+            base.anywhere(bad.any() | keys.any()),
+            lambda: _by_batch_row(careful, (shown, bad, keys, weights, value, d_out)),
+            lambda: products(weights, value, d_out),
+        )
 
     return Rules(apply, slope, transpose)
 
@@ -273,38 +343,36 @@ def _weighing(precision: Any) -> Rules:
 # --- what is not finite ---------------------------------------------------------------------------
 
 
-def unfit(key: Array, value: Array) -> Bool[Array, "B S K"]:
+def unfit(key: Array, value: Array) -> Bool[Array, "..."]:
     """Keys of which something is not finite, in the key or in the value."""
     return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
 
 
-def sick(
-    seen: Bool[Array, "#B #N T S"], bad: Bool[Array, "B T N"], keys: Bool[Array, "B S K"]
-) -> tuple[Bool[Array, "B T N"], Bool[Array, "B S K"]]:
+def _sick(
+    seen: Bool[Array, "#B #N T S"], bad: Bool[Array, "B N T"], keys: Bool[Array, "B K S"]
+) -> tuple[Bool[Array, "B N T"], Bool[Array, "B K S"]]:
     """Queries that have no finite gradient, and the keys that they see.
 
     These are the queries that see something and are `bad`, or that see one of `keys`.
     """
-    B, T, N = bad.shape
-    S, K = keys.shape[1:]
-    some = jnp.swapaxes(seen.any(-1), 1, 2)
-    rows = (some & bad) | reach(seen, keys[..., None], N)[..., 0]
-    shown = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, N // K, T, S)
-    felt = _counted("bkgts,btkg->bsk", shown, rows.reshape(B, T, K, N // K))
-    return rows, felt
+    B, N, T = bad.shape
+    K, S = keys.shape[1:]
+    rows = (seen.any(-1) & bad) | reach(seen, keys[..., None], N)[..., 0]
+    shown = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, -1, S)
+    return rows, _counted("bkts,bkt->bks", shown, rows.reshape(B, K, -1))
 
 
 def reach(
-    seen: Bool[Array, "#B #N T S"], flags: Bool[Array, "B S K C"], N: int
-) -> Bool[Array, "B T N C"]:
+    seen: Bool[Array, "#B #N T S"], flags: Bool[Array, "B K S C"], N: int
+) -> Bool[Array, "B N T C"]:
     """Which flags of the keys that it sees reach a query."""
-    B, S, K, C = flags.shape
-    n, T = seen.shape[1:3]
-    if n == 1:
-        found = _counted("bts,bskc->btkc", jnp.broadcast_to(seen, (B, 1, T, S))[:, 0], flags)
-        return jnp.repeat(found, N // K, 2)
-    shown = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, N // K, T, S)
-    return _counted("bkgts,bskc->btkgc", shown, flags).reshape(B, T, N, C)
+    B, K, S, C = flags.shape
+    T = seen.shape[2]
+    if seen.shape[1] == 1:
+        found = _counted("bts,bksc->bktc", jnp.broadcast_to(seen, (B, 1, T, S))[:, 0], flags)
+        return jnp.repeat(found, N // K, 1)
+    shown = jnp.broadcast_to(seen, (B, N, T, S)).reshape(B, K, -1, S)
+    return _counted("bkts,bksc->bktc", shown, flags).reshape(B, N, T, C)
 
 
 def _counted(form: str, a: Array, b: Array) -> Bool[Array, "..."]:
@@ -312,12 +380,12 @@ def _counted(form: str, a: Array, b: Array) -> Bool[Array, "..."]:
     return jnp.einsum(form, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
 
 
-def kinds(value: Float[Array, "B S K Hv"]) -> Bool[Array, "B S K kinds"]:
+def kinds(value: Float[Array, "B K S Hv"]) -> Bool[Array, "B K S kinds"]:
     """Where values are NaN, inf, and -inf: what `reach` brings to queries, and `added` adds."""
     return jnp.concatenate([jnp.isnan(value), value == jnp.inf, value == -jnp.inf], -1)
 
 
-def added(kinds: Bool[Array, "B T N kinds"], dtype: Any) -> Float[Array, "B T N Hv"]:
+def added(kinds: Bool[Array, "B N T kinds"], dtype: Any) -> Float[Array, "B N T Hv"]:
     """What those who see values that are not finite have in their sums: 0, NaN, inf or -inf."""
     nan, up, down = jnp.split(kinds, 3, -1)
     zero = jnp.zeros((), dtype)
