@@ -91,7 +91,14 @@ def attention(
       float32 (float64 for float64). A query that sees no key has output 0 and LSE -inf.
 
     Logits, softmax and sums are float32 (float64 for float64). Differentiable in query, key,
-    value, score parameters, sinks, and through the LSE; masks carry no gradient.
+    value, score parameters, sinks, and through the LSE, in both modes and any number of times;
+    masks and the dropout rate carry no gradient.
+
+    NaN and infinities at a key that a query may not see change no bit of its output and LSE. Those
+    that it may see, and in the query itself, reach them as in a plain softmax: an infinite value is
+    infinite in the output, whatever its weight; a logit of inf, or nothing but -inf, makes the row
+    NaN. In gradients, a query without a finite result or cotangent, or that sees a key or value
+    that is not finite, makes NaN of its own gradient and of those of all that it sees.
 
     Raises:
       TypeError: for arguments of the wrong type, a float array as mask among them.
@@ -340,6 +347,12 @@ def choose(call: Call, backend: str) -> Choice:
     refused = tiled.refuse(call)
     if refused is not None:
         return Choice("dense", f"nothing else can: {refused}", {"tiled": refused, **others})
+    if base.symbolic(logits):
+        return Choice(
+            "tiled",
+            "the batch is symbolic, and in O(T + S) memory any size will do",
+            {"dense": "O(T * S) memory for each row of the batch", **others},
+        )
     wide = call.query.dtype.itemsize >= 4
     if logits <= most and platform == "cpu" and wide and held > _SMALL_CACHE:
         return Choice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from . import intervals, masks
 from .attention import BACKENDS, attention, choose
-from .backends.base import Call, accumulator
+from .backends.base import Call, accumulator, symbolic
 from .foreign import unexpected
 from .positions import Positions
 from .request import request, swapped
@@ -40,7 +41,8 @@ class Explanation:
       flops: of the forward pass, in those tiles; multiplications and additions, 2 a pair.
       dense_flops: of the forward pass over all pairs.
       bytes: of what the chosen backend holds beside inputs and output in the forward pass.
-      dense_bytes: the same for the dense backend: logits and weights.
+      dense_bytes: the same for the dense backend: logits and weights. These three are `None` where
+        sizes are symbolic, as in `jax.export`.
       notes: what is worth knowing: queries that see nothing and keys that nobody sees, operations
         that make tiles PARTIAL for want of a rule, and what is gathered on the tile.
     """
@@ -56,15 +58,17 @@ class Explanation:
     full: int | None
     density: float | None
     flops: float | None
-    dense_flops: float
-    bytes: int
-    dense_bytes: int
+    dense_flops: float | None
+    bytes: int | None
+    dense_bytes: int | None
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}: {self.reason}"]
         lines += [f"     not {name}: {why}" for name, why in self.others.items()]
         lines += [f"mask:    {self.mask}", f"score:   {self.score}"]
+        if self.bytes is None or self.dense_bytes is None or self.dense_flops is None:
+            return "\n".join([*lines, "sizes:   symbolic; tiles, FLOPs and memory depend on them"])
         if self.density is None or self.flops is None:
             lines.append("tiles:   known when the mask's arrays are (they are traced here)")
         else:
@@ -123,6 +127,7 @@ def explain(
         area = area * np.minimum(tiles.tile[1], S - tiles.tile[1] * np.arange(states.shape[3]))
         found["density"] = float(((states != EMPTY) * area).sum() * copies / max(pairs, 1))
     density = found["density"]
+    unknown = symbolic(B, T, S)
     return Explanation(
         backend=choice.backend,
         reason=choice.reason,
@@ -132,10 +137,16 @@ def explain(
         tiles=tiles,
         **found,
         flops=None if density is None else 2.0 * density * pairs * (H + Hv),
-        dense_flops=2.0 * pairs * (H + Hv),
-        bytes=BACKENDS[choice.backend].footprint(call),
-        dense_bytes=BACKENDS["dense"].footprint(call),
-        notes=(*_layout(call, options), *blind, *_notes(call)),
+        dense_flops=None if unknown else 2.0 * pairs * (H + Hv),
+        bytes=None if unknown else BACKENDS[choice.backend].footprint(call),
+        dense_bytes=None if unknown else BACKENDS["dense"].footprint(call),
+        notes=(
+            *_layout(call, options),
+            *blind,
+            *_notes(call),
+            *_devices(call),
+            *getattr(BACKENDS[choice.backend], "LIMITS", ()),
+        ),
     )
 
 
@@ -147,7 +158,8 @@ def _layout(call: Call, options: dict[str, Any]) -> tuple[str, ...]:
 def _looked_at(call: Call, positions: Positions | None) -> tuple[TileMap | None, tuple[str, ...]]:
     """The tile map of a call, and what its mask is blind to, where that is known."""
     B, T, S, N, K, H, _ = call.sizes
-    if _traced((call.mask, positions)) or jax.sharding.get_abstract_mesh().manual_axes:
+    unknown = symbolic(B, T, S) or _traced((call.mask, positions))
+    if unknown or jax.sharding.get_abstract_mesh().manual_axes:
         return None, ()
     at = (positions or Positions()).checked(B, N, T, S)
     mask = masks.full() if call.mask is None else call.mask
@@ -209,6 +221,22 @@ def _notes(call: Call) -> tuple[str, ...]:
         parts = split(call.score, call.positions, logit=logit)
         notes += [f"score: {reason}" for reason in parts.reasons]
     return tuple(notes)
+
+
+def _devices(call: Call) -> tuple[str, ...]:
+    """What is said of heads that more devices share than there are key heads."""
+    sharding = getattr(call.query, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return ()
+    axes = (*sharding.spec, None, None, None)[2] or ()
+    names = axes if isinstance(axes, tuple) else (axes,)
+    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    if call.sizes.K % parts == 0:
+        return ()
+    return (
+        f"query heads are split over {parts} devices, and there are {call.sizes.K} key heads: each "
+        "device is given all keys and values, and uses those of its query heads",
+    )
 
 
 def _scaled(number: float, base: float) -> str:

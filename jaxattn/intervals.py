@@ -130,7 +130,8 @@ def _cuts(
     split: Split, operands: Sequence[Operand], tile_q: int, tile_k: int, T: int, S: int
 ) -> tuple[int, int]:
     """Into how many blocks a tile is cut along queries and keys."""
-    lead = [math.prod(op.array.shape[:2]) for op in operands]
+    # A batch of unknown size, as in `jax.export`, counts for one row.
+    lead = [math.prod(n for n in op.array.shape[:2] if isinstance(n, int)) for op in operands]
     elements = [math.prod(type.shape) for type in _inner(split)]
     budget = _BLOCKS // max([1, *lead]) // max([1, *elements])
     cut = [1, 1]

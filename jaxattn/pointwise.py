@@ -27,7 +27,7 @@ def pointwise(
         (1,) * (lead - np.ndim(a) + r) + np.shape(a)[: np.ndim(a) - r]
         for a, r in zip(arrays, ranks, strict=True)
     ]
-    extents = np.broadcast_shapes(*shapes) if shapes else ()
+    extents = lax.broadcast_shapes(*shapes) if shapes else ()
     over = fn
     for axis in reversed(range(lead)):
         if extents[axis] != 1:

@@ -117,7 +117,7 @@ def swapped(call: Call) -> str | None:
     the length of the tokens.
     """
     _, T, S, N, K, *_ = call.sizes
-    if not (1 < T == S and N == K and N > T):
+    if base.symbolic(T, S) or not (1 < T == S and N == K and N > T):
         return None
     for part in (call.mask, call.score):
         if part is not None and any(

@@ -147,3 +147,16 @@ def test_inside_jit_tiles_are_said_of_masks_that_are_known():
     assert found[0].notes == ()
     assert "are seen by nobody" not in "".join(found[1].notes)
     assert all("traced here" in str(each) for each in found[2:])
+
+
+def test_what_a_backend_does_not_promise_is_said():
+    """And that keys are repeated, where more devices share the query heads than there are keys."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "model"))
+    query = jax.device_put(jnp.ones((1, 8, 8, 4)), split)
+    key = jnp.ones((1, 8, 2, 4))
+    (note,) = ja.explain(query, key, key).notes
+    assert "split over 4 devices, and there are 2 key heads" in note
+    assert not ja.explain(query, query, query).notes
+    for name in ("cudnn", "pallas_gpu"):
+        assert all(isinstance(limit, str) for limit in BACKENDS[name].LIMITS)

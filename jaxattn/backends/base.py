@@ -9,7 +9,8 @@ A backend is a module with three functions:
 
 One that compiles values into its kernels has a fourth, `settle(call) -> call`, which is asked where
 values are still known and makes structure of them. One that a kind of accelerator alone has says by
-`WHY` what speaks for it.
+`WHY` what speaks for it. One that promises less than the others says so by `LIMITS`, which
+`explain` shows.
 
 `dense` is the definition; every other backend computes the same.
 """
@@ -85,6 +86,11 @@ class Sizes(NamedTuple):
     K: int
     H: int
     Hv: int
+
+
+def symbolic(*sizes: Any) -> bool:
+    """Whether any size is not known yet, as `jax.export` has them."""
+    return not all(isinstance(size, int) for size in sizes)
 
 
 def platform(call: Call) -> str:

@@ -5,6 +5,10 @@ A mask is taken by what it is made of, never by its values: `causal()`, `sliding
 scale are part of the kernel, so they have to be concrete, and new ones compile anew; lengths may be
 traced.
 
+Its tiles multiply what a query may not see by weights of 0, and 0 * NaN is NaN: keys and values
+beyond the lengths are made 0 first, but a NaN in the future, or out of the window, may reach
+queries of its tile. There are no derivatives but the gradient.
+
 The forward pass gives the same bits run to run. The backward does not, as cuDNN adds up dQ in any
 order, unless `XLA_FLAGS` has `--xla_gpu_exclude_nondeterministic_ops=true`.
 """
@@ -39,6 +43,12 @@ except ImportError:  # private: a JAX may have it elsewhere
     fused = None  # type: ignore[assignment]
 
 WHY = "cuDNN's own kernels; run to run, gradients may differ in their last bits"
+
+LIMITS = (
+    "a NaN or infinity in a key or value may reach queries that may not see it, but for padding "
+    "that lengths say",
+    "no forward mode and no second order",
+)
 
 # cuDNN's backward gives NaN for lengths that are not multiples of this, unless told the lengths
 # (NVIDIA/cudnn-frontend issues 160 and 1072).
@@ -233,6 +243,8 @@ def _obstacle(call: Call) -> str | None:
     _, _, _, _, _, H, Hv = call.sizes
     if 0 in call.sizes:
         return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(*call.sizes):
+        return "sizes are symbolic, and cuDNN is asked for known ones"
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN takes float16 and bfloat16, not {call.query.dtype}"
     if Hv != H:

@@ -20,6 +20,8 @@ def refuse(call: Call) -> str | None:
     _, T, _, N, K, _, _ = call.sizes
     if 0 in call.sizes:
         return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(T):
+        return "the number of queries is symbolic, and it is for few"
     if T * (N // K) > MOST:
         return f"{T * (N // K)} queries for each key head, and it is made for up to {MOST}"
     return None

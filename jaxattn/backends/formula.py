@@ -88,7 +88,10 @@ def by_rows(plan: Plan, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Arra
 def over_rows(x: Inputs, fn: Callable[[Any, int], Any]) -> Any:
     """`fn(start, rows)` for all rows, some at a time: arrays `[B, rows, ...]` as `[B, T, ...]`."""
     B, T, N, _ = x.query.shape
-    size = max(1, CELLS // max(B * N * x.key.shape[1], 1))
+    S = x.key.shape[1]
+    if base.symbolic(T, S):
+        return fn(0, T)
+    size = max(1, CELLS // max((1 if base.symbolic(B) else B) * N * S, 1))
     if size >= T:
         return fn(0, T)
     found = lax.map(lambda start: fn(start, size), jnp.arange(T // size, dtype=jnp.int32) * size)
@@ -260,8 +263,8 @@ def _weigh(
     def rare() -> Array:
         return _by_batch_row(careful, (weights, value, seen))
 
-    _, N, T, _ = weights.shape
-    if N * T * value.shape[-1] * weights.shape[0] >= value.size:
+    N, T, S = weights.shape[1:]
+    if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
         finite = jnp.isfinite(value)
         return lax.cond(base.anywhere(~finite), rare, lambda: _values(how, weights, value))
     # Of few queries the result is looked at, which is smaller.
@@ -274,7 +277,7 @@ def _by_batch_row(fn: Callable[..., Any], arrays: Sequence[Array]) -> Any:
 
     For branches that are hardly ever taken: memory is set aside for them all the same.
     """
-    B = max(a.shape[0] for a in arrays)
+    (B,) = {a.shape[0] for a in arrays} - {1} or {1}
     spread = tuple(jnp.broadcast_to(a, (B, *a.shape[1:]))[:, None] for a in arrays)
     found = lax.map(lambda row: fn(*row), spread)
     return jax.tree.map(lambda a: a[:, 0], found)

@@ -209,7 +209,7 @@ def _heads(sizes: Sizes, operands: Sequence[Operand]) -> int:
     by_h = any(op.array.shape[1] != 1 for op in operands)
     if by_h:
         return sizes.N // sizes.K
-    return sizes.N if by_b else sizes.N * sizes.B
+    return sizes.N if by_b or base.symbolic(sizes.B) else sizes.N * sizes.B
 
 
 def _residue(parts: Split | None) -> Residue | None:

@@ -41,6 +41,8 @@ def refuse(call: Call) -> str | None:
         return "CUDA 12.8.0 to 12.9.0 compile masks in Mosaic GPU kernels wrongly"
     if 0 in call.sizes:
         return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(*call.sizes):
+        return "sizes are symbolic, and kernels are compiled for known ones"
     dtypes = {jnp.dtype(a.dtype).name for a in (call.query, call.key, call.value)}
     if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
         return f"its matrix products take bfloat16 or float16; got {', '.join(sorted(dtypes))}"

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) memory"
 
+LIMITS = ("logits are held in powers of 2: below -2.3e38 they are -inf",)
+
 ENGINES = ("triton", "mosaic")
 # The engine that computes what it can; the rest is Triton's. Mosaic's kernels have been interpreted
 # and compiled, and never run on a GPU: until they are measured on one, they compute only where this
@@ -58,6 +60,8 @@ def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: platform, sizes, dtype, or what is on a tile."""
     if 0 in call.sizes:
         return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(*call.sizes):
+        return "sizes are symbolic, and kernels are compiled for known ones"
     if not _interpreted.get():
         where = base.platform(call)
         if where not in ("gpu", "cuda"):
@@ -152,4 +156,4 @@ def _smallest(call: Call, how: How) -> tuple[int, int]:
     return triton_tiles.tile_of(how, H, Hv, T, S, call.query.dtype)
 
 
-__all__ = ["ENGINE", "ENGINES", "WHY", "footprint", "interpreted", "refuse", "run"]
+__all__ = ["ENGINE", "ENGINES", "LIMITS", "WHY", "footprint", "interpreted", "refuse", "run"]

@@ -93,7 +93,9 @@ def _even(length: int, most: int) -> int:
 
 
 def _fit(n: int, most: int) -> int:
-    """The largest divisor of n that is at most `most`."""
+    """The largest divisor of n that is at most `most`; 1 of a number that is not known."""
+    if base.symbolic(n):
+        return 1
     return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)
 
 
@@ -152,12 +154,11 @@ def work(plan: Plan, z: Shape, states: Array | None) -> list[Work]:
     to = jnp.where(flat, running - 1, flat.size)
     starts = jnp.zeros_like(starts).at[to].set(starts, mode="drop")
     repeats = z.B // z.cb if eb == 1 else 1, z.K // z.ck if eh == 1 else 1
-    work, first, end = [], jnp.int32(0), -1
+    work, first = [], jnp.int32(0)
     for flags, _, (by_q, by_k), masked in kinds:
-        end += flags.size
-        size = tq * by_q, tk * by_k
-        work.append(Work(starts, first, running[end] - first, repeats, *size, masked))
-        first = running[end]
+        number = flags.sum(dtype=jnp.int32)
+        work.append(Work(starts, first, number, repeats, tq * by_q, tk * by_k, masked))
+        first = first + number
     return work
 
 

@@ -23,6 +23,8 @@ def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call; it can, unless there is nothing to compute."""
     if 0 in call.sizes:
         return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(call.sizes.T, call.sizes.S):
+        return "lengths are symbolic, and tiles are cut from known ones; 'dense' takes any"
     return None
 
 
