@@ -60,7 +60,7 @@ def test_the_twin_of_jax_nn_has_its_own() -> None:
 def test_keywords_through_a_cache() -> None:
     cache = ja.KVCache.create(batch=1, capacity=4, heads=2, head_dim=4).append(x, x)
     with pytest.raises(TypeError, match=r"is_causal.*masks\.causal"):
-        cache.attend(x, np.arange(3)[None], is_causal=True)
+        cache.attend(x, jnp.arange(3)[None], is_causal=True)
 
 
 @pytest.mark.parametrize("function", CALLS)
