@@ -127,7 +127,7 @@ def explain(
         area = area * np.minimum(tiles.tile[1], S - tiles.tile[1] * np.arange(states.shape[3]))
         found["density"] = float(((states != EMPTY) * area).sum() * copies / max(pairs, 1))
     density = found["density"]
-    unknown = symbolic(B, T, S)
+    abstract = symbolic(B, T, S)
     return Explanation(
         backend=choice.backend,
         reason=choice.reason,
@@ -137,9 +137,9 @@ def explain(
         tiles=tiles,
         **found,
         flops=None if density is None else 2.0 * density * pairs * (H + Hv),
-        dense_flops=None if unknown else 2.0 * pairs * (H + Hv),
-        bytes=None if unknown else BACKENDS[choice.backend].footprint(call),
-        dense_bytes=None if unknown else BACKENDS["dense"].footprint(call),
+        dense_flops=None if abstract else 2.0 * pairs * (H + Hv),
+        bytes=None if abstract else BACKENDS[choice.backend].footprint(call),
+        dense_bytes=None if abstract else BACKENDS["dense"].footprint(call),
         notes=(
             *_layout(call, options),
             *blind,

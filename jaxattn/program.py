@@ -18,6 +18,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal, primitives
 
+from .mesh import varying_alike
+
 
 @dataclass(frozen=True, eq=False)
 class Const:
@@ -445,34 +447,6 @@ def _function(jaxpr: Any, like: list[Any]) -> Callable[..., list[Any]]:
         return varying_alike([*results, *like])[: len(results)]
 
     return call
-
-
-def varying_alike(args: list[Any]) -> list[Any]:
-    """Under `shard_map`, operands cast to vary over the same mesh axes, as `lax` would."""
-    axes = [varying(arg) for arg in args]
-    union = frozenset[Any]().union(*axes)
-    if not union:
-        return args
-    return [
-        lax.pcast(arg, tuple(sorted(union - mine)), to="varying") if union - mine else arg
-        for arg, mine in zip(args, axes, strict=True)
-    ]
-
-
-def varying(array: Any) -> frozenset[Any]:
-    """The mesh axes that an array varies over inside `shard_map`."""
-    if not isinstance(array, jax.core.Tracer):
-        return frozenset()
-    aval = jax.typeof(array)
-    manual = getattr(aval, "mat", None)
-    return getattr(manual, "varying", None) or getattr(aval, "vma", None) or frozenset()
-
-
-def constant(reference: Any, shape: tuple[int, ...], dtype: Any, fill: float = 0) -> Any:
-    """A constant that varies over the same mesh axes as `reference`, as a loop's carry must."""
-    full = jnp.full(shape, fill, dtype)
-    axes = tuple(sorted(varying(reference)))
-    return lax.pcast(full, axes, to="varying") if axes else full
 
 
 def trace(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .mesh import varying_alike
 from .pointwise import pointwise
-from .program import Type, varying_alike
+from .program import Type
 from .reads import READ
 from .rules import Interval, Rule, greatest_of, least_of, unless
 

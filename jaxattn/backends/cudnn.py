@@ -28,7 +28,7 @@ from jax.custom_derivatives import SymbolicZero
 from .. import masks
 from ..algebra import And, Mask, Predicate, Scalar
 from ..integers import known
-from ..program import varying_alike
+from ..mesh import varying_alike
 from ..pytrees import pytree, static
 from ..shapes import Array, Bool, Float
 from ..tiles import TileMap

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..program import constant
+from ..mesh import constant
 from ..shapes import Array, Float
 from . import base, steps
 from .inputs import Gradients, Inputs, Plan

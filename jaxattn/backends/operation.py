@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from ..program import varying_alike
+from ..mesh import varying_alike
 
 Leaves = Sequence[Any]
 

@@ -25,7 +25,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..program import constant, varying, varying_alike
+from ..mesh import constant, varying, varying_alike
 from ..shapes import Array, Float
 from . import base, careful, formula
 from .inputs import Gradients, Inputs, Plan

@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ..mesh import varying
 from ..pointwise import pointwise
-from ..program import Program, varying
+from ..program import Program
 from ..shapes import Array
 from . import base
 from .inputs import Inputs, Plan, Residue
