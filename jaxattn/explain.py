@@ -113,6 +113,9 @@ def explain(
     call = request(query, key, value, **options)
     choice = choose(call, backend)
     B, T, S, N, _, H, Hv = call.sizes
+    if not isinstance(call.mask, TileMap):
+        # Planned out here: in there a constant of a mask would be an array like any other.
+        split(masks.full() if call.mask is None else call.mask, call.positions)
     # Masks of known values are looked at here and now, under `jit` as well.
     with jax.ensure_compile_time_eval():
         tiles, blind = _looked_at(call, options.get("positions"))

@@ -13,6 +13,7 @@ brought to those who see it by `reach`. Nothing of that is computed where all is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -30,6 +31,9 @@ from .operation import Rules, operation
 
 # Logits of the rows that are computed at once where a derivative takes some rows at a time.
 CELLS = 2**22
+
+# Into how many groups the channels of values are cut where some are not finite.
+_GROUPS = 8
 
 # Words of a row, positions of keys, the rate.
 _DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head")
@@ -255,32 +259,25 @@ def _weigh(
     if seen is None:
         return _values(how, weights, value)
 
-    def careful(weights: Array, value: Array, seen: Array) -> Array:
+    def some(value: Array) -> Array:
         flags = kinds(how.form.with_heads_first(value))
         found = added(reach(seen, flags, weights.shape[1]), weights.dtype)
         return _values(how, weights, base.finite(value)) + how.form.with_heads_first(found)
 
-    def rare() -> Array:
-        return _by_batch_row(careful, (weights, value, seen))
+    def careful() -> Array:
+        # Some channels at a time: memory is set aside for branches that are hardly ever taken too.
+        groups = math.gcd(value.shape[-1], _GROUPS)
+        parts = jnp.moveaxis(value.reshape(*value.shape[:-1], groups, -1), -2, 0)
+        found = jnp.moveaxis(lax.map(some, parts), 0, -2)
+        return found.reshape(*found.shape[:-2], -1)
 
     N, T, S = weights.shape[1:]
     if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
         finite = jnp.isfinite(value)
-        return lax.cond(base.anywhere(~finite), rare, lambda: _values(how, weights, value))
+        return lax.cond(base.anywhere(~finite), careful, lambda: _values(how, weights, value))
     # Of few queries the result is looked at, which is smaller.
     out = _values(how, weights, value)
-    return lax.cond(base.anywhere(~jnp.isfinite(out)), rare, lambda: out)
-
-
-def _by_batch_row(fn: Callable[..., Any], arrays: Sequence[Array]) -> Any:
-    """`fn` of arrays `[B|1, ...]`, a batch row at a time.
-
-    For branches that are hardly ever taken: memory is set aside for them all the same.
-    """
-    (B,) = {a.shape[0] for a in arrays} - {1} or {1}
-    spread = tuple(jnp.broadcast_to(a, (B, *a.shape[1:]))[:, None] for a in arrays)
-    found = lax.map(lambda row: fn(*row), spread)
-    return jax.tree.map(lambda a: a[:, 0], found)
+    return lax.cond(base.anywhere(~jnp.isfinite(out)), careful, lambda: out)
 
 
 @_weigh.defjvp
@@ -336,7 +333,7 @@ def _weighing(how: How) -> Rules:
         shown = seen[0] if seen else jnp.ones((1, 1, *weights.shape[2:]), bool)
         return lax.cond(
             base.anywhere(bad.any() | keys.any()),
-            lambda: _by_batch_row(careful, (shown, bad, keys, weights, value, d_out)),
+            lambda: careful(shown, bad, keys, weights, value, d_out),
             lambda: products(weights, value, d_out),
         )
 
