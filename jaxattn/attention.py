@@ -29,9 +29,9 @@ from .shapes import Array, ArrayLike, Float
 # memory, not a measured crossing: kernels may well be ahead before.
 _SMALL = 2**20
 _SMALL_ACCELERATED = 2**26
-# Few queries of many keys, as in decoding: the definition copies all keys and values to make those
-# that nobody sees 0, where tiles copy what they need. From 0.25 to 0.5 million numbers on the tiled
-# backend is ahead in float32, for 1 to 64 queries; in 16 bits it converts them, and is not.
+# Few queries of many keys: from 0.25 to 0.5 million numbers on the tiled backend was ahead in
+# float32, for 1 to 64 queries, of a definition that copied all keys and values; in 16 bits it was
+# not. The definition reads them as they lie now, and the two have not been compared since.
 _SMALL_CACHE = 2**19
 
 BACKENDS: dict[str, ModuleType] = {
@@ -357,7 +357,7 @@ def choose(call: Call, backend: str) -> Choice:
     if logits <= most and platform == "cpu" and wide and held > _SMALL_CACHE:
         return Choice(
             "tiled",
-            f"{logits} logits are few, but dense would copy keys and values ({held} numbers)",
+            f"{logits} logits are few, but keys and values are many ({held} numbers)",
             {"dense": f"slower above {_SMALL_CACHE} numbers in keys and values on cpu", **others},
         )
     if logits <= most:

@@ -262,14 +262,16 @@ def _weigh(
     def some(value: Array) -> Array:
         flags = kinds(how.form.with_heads_first(value))
         found = added(reach(seen, flags, weights.shape[1]), weights.dtype)
-        return _values(how, weights, base.finite(value)) + how.form.with_heads_first(found)
+        return how.form.with_heads_first(found)
 
     def careful() -> Array:
         # Some channels at a time: memory is set aside for branches that are hardly ever taken too.
+        # But the same product as ever, which rounds as ever.
         groups = math.gcd(value.shape[-1], _GROUPS)
         parts = jnp.moveaxis(value.reshape(*value.shape[:-1], groups, -1), -2, 0)
         found = jnp.moveaxis(lax.map(some, parts), 0, -2)
-        return found.reshape(*found.shape[:-2], -1)
+        found = found.reshape(*found.shape[:-2], -1)
+        return _values(how, weights, base.finite(value)) + found
 
     N, T, S = weights.shape[1:]
     if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
