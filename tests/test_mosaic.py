@@ -19,7 +19,7 @@ from cases import MASKS, SCORES, attend, cells, close, kept, qkv, rng
 
 from jaxattn import masks, scores
 from jaxattn.algebra import as_mask
-from jaxattn.backends import mosaic, transforms
+from jaxattn.backends import careful, mosaic, transforms
 from jaxattn.backends.base import Call, Dropout
 from jaxattn.positions import Positions
 from jaxattn.program import trace
@@ -45,9 +45,31 @@ def make(mask: Any = None, score: Any = None, *, sizes: Any = None, **more: Any)
 
 def run(call: Call, tile: Any, interpreted: bool = True) -> Any:
     engine = mosaic.INTERPRETED if interpreted else mosaic.ENGINE
-    out, lse = transforms.attend(*mosaic.prepare(call, engine, tile))
-    B, T, _, N, _, _, Hv = call.sizes
-    return out.reshape(B, T, N, Hv), lse.reshape(B, T, N)
+    return (_directly if interpreted else transforms.attend)(*mosaic.prepare(call, engine, tile))
+
+
+def _directly(plan: Any, x: Any) -> Any:
+    """Attention without what lies around engines: the interpreter's callbacks have effects, which
+    operations of the library have not."""
+
+    @jax.custom_vjp
+    def attended(x: Any) -> Any:
+        return careful.forward(plan, x)
+
+    def forward(x: Any) -> Any:
+        out, lse = careful.forward(plan, x)
+        return (out, lse), (x, out, lse)
+
+    def backward(saved: Any, cotangents: Any) -> Any:
+        x, out, lse = saved
+        g = careful.backward(plan, 1, x, out, lse, *cotangents)
+        given = {"query": g.query, "key": g.key, "value": g.value, "score": g.score}
+        given["scale"] = g.scale.sum(0, keepdims=True) if x.scale.shape[0] == 1 else g.scale
+        nothing = {name: jax.tree.map(lambda _: None, getattr(x, name)) for name in x._fields}
+        return (x._replace(**nothing | given),)
+
+    attended.defvjp(forward, backward)
+    return attended(x)
 
 
 def cotangents(call: Call) -> Any:
@@ -198,7 +220,7 @@ def test_a_missing_barrier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, x = mosaic.prepare(make(sizes=(1, 64, 384, 1, 1, 64, 64)), mosaic.INTERPRETED, (64, 64))
     # JAX 0.11 says no more than where the interpreter gave up.
     with pytest.raises(Exception, match=r"RACE DETECTED|CpuCallback error"):
-        jax.block_until_ready(jax.jit(functools.partial(plan.engine.forward, plan))(x))
+        jax.block_until_ready(jax.jit(functools.partial(plan.engine.forward, plan))(x.grouped()))
 
 
 # --- compiling for a GPU --------------------------------------------------------------------------
@@ -212,6 +234,7 @@ def lower(call: Call, tile: Any = None) -> str:
 
     def compute(call: Call) -> Any:
         plan, x = mosaic.prepare(call, tile=tile)
+        x = x.grouped()
         out, lse = plan.engine.forward(plan, x)
         return plan.engine.backward(plan, 1, x, out, lse, out, lse)
 
