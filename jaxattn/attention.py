@@ -91,10 +91,11 @@ def attention(
       float32 (float64 for float64). A query that sees no key has output 0 and LSE -inf.
 
     Logits, softmax and sums are float32 (float64 for float64). Differentiable in query, key,
-    value, score parameters, sinks, and through the LSE, in both modes and any number of times;
-    masks and the dropout rate carry no gradient.
+    value, score parameters, sinks, and through the LSE, in both modes and any number of times
+    (once and in reverse by `cudnn`); masks and the dropout rate carry no gradient.
 
-    NaN and infinities at a key that a query may not see change no bit of its output and LSE. Those
+    NaN and infinities at a key that a query may not see change no bit of its output and LSE (but
+    for `cudnn`, which `explain` says of each call). Those
     that it may see, and in the query itself, reach them as in a plain softmax: an infinite value is
     infinite in the output, whatever its weight; a logit of inf, or nothing but -inf, makes the row
     NaN. In gradients, a query without a finite result or cotangent, or that sees a key or value

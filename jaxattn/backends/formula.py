@@ -40,7 +40,7 @@ _DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head")
 
 
 class Result(NamedTuple):
-    """Output, LSE and weights of some rows; weights after dropout are `kept`."""
+    """Output, LSE, and weights before dropout, of some rows."""
 
     out: Float[Array, "B T N Hv"]
     lse: Float[Array, "B T N"]
