@@ -5,7 +5,7 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 # What users import; the rest is how it is done.
-REFERENCE := jaxattn jaxattn.show jaxattn.plot jaxattn.html jaxattn.why
+REFERENCE := jaxattn
 
 # Verbs that run nothing which takes any.
 WITHOUT_ARGS := check format peers compile-gpu clean

@@ -13,8 +13,8 @@ TFLOP/s are of the pairs that the mask allows: `4 * H` a pair and head forward (
 multiplication and an addition each), 3.5 times that forward+backward (five more products). For
 causal attention the share of what a matrix product reaches in the same run is said too.
 
-PyTorch is looked for beside JAX, then in `.venv-peers`. A kernel module of several engines names
-them in `ENGINES` and computes by its `ENGINE`; one whose `run` takes `tile=` is swept by `--tune`.
+PyTorch is looked for beside JAX, then in `.venv-peers`. A backend whose `run` takes `tile=` is
+swept by `--tune`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class GpuConfig:
     passes: tuple[Passes, ...] = ("forward", "forward+backward")
     lengths: tuple[int, ...] = (8192, 2048, 32768)  # in this order, as long as there is time
     contestants: tuple[str, ...] = (
-        "auto", "cudnn", "pallas_gpu", "jax.nn-cudnn", "torch-flex", "torch-sdpa", "jax.nn",
+        "auto", "cudnn", "triton", "mosaic", "jax.nn-cudnn", "torch-flex", "torch-sdpa", "jax.nn",
     )  # fmt: skip
     batch: int = 2
     heads: int = 16
@@ -178,16 +178,14 @@ def unfit(name: str, case: dict[str, Any]) -> str | None:
 
 
 def contestants(crew: Crew, said: dict[str, Any]) -> list[str]:
-    """Who is there: backends that this version has, one for each engine, and peers."""
+    """Who is there: backends that this version has, and peers."""
     found = []
-    ours = said.get("backends", {})
+    ours = said.get("backends", [])
     for name in crew.config.contestants:
         if name.startswith("torch"):
             beside = importlib.util.find_spec("torch") is not None
             if beside or PEERS_PYTHON.exists():
                 found.append(name)
-        elif ours.get(name):
-            found += [f"{name}:{engine}" for engine in ours[name]]
         elif name in ours or name in ("auto", "jax.nn", "jax.nn-cudnn"):
             found.append(name)
     return found

@@ -9,9 +9,8 @@ Speaks JSON lines. A case is `{"mask", "passes", "T", "B", "N", "H", "dtype"}`:
 - `{"forget": T}` frees the cases of a length;
 - `{"matmul": n, "dtype": d}` answers the seconds of an n x n x n product.
 
-The name says whose kernels: `auto` or a backend of ours (`tiled`, `cudnn`, ...; `NAME:ENGINE` for a
-backend with several engines), `reference` (ours, dense, in float32), `jax.nn`, `jax.nn-cudnn`,
-`torch-sdpa`, `torch-flex`.
+The name says whose kernels: `auto` or a backend of ours (`tiled`, `cudnn`, ...), `reference` (ours,
+dense, in float32), `jax.nn`, `jax.nn-cudnn`, `torch-sdpa`, `torch-flex`.
 """
 
 from __future__ import annotations
@@ -158,16 +157,13 @@ def ours(case: dict[str, Any], backend: str) -> Ready:
     dtype = case["dtype"]
     if backend == "reference":
         backend, dtype = "dense", "float32"
-    backend, _, engine = backend.partition(":")
-    if engine:
-        importlib.import_module(f"jaxattn.backends.{backend}").ENGINE = engine  # type: ignore[attr-defined]
     arrays, make = our_options(case["mask"], case)
     tile = case.get("tile")
 
     def attend(q: Any, k: Any, v: Any, arrays: Any) -> Any:
         if tile is None:
             return ja.attention(q, k, v, **make(**arrays), backend=backend)
-        from jaxattn.request import request
+        from jaxattn.arguments import request
 
         module = importlib.import_module(f"jaxattn.backends.{backend}")
         return module.run(request(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
@@ -382,16 +378,15 @@ def hello(name: str) -> dict[str, Any]:
         return {"torch": torch.__version__, "device": kind}
     import jax
 
-    from jaxattn.attention import BACKENDS
+    from jaxattn.dispatch import BACKENDS
 
-    engines = {name: list(getattr(module, "ENGINES", ())) for name, module in BACKENDS.items()}
     tiled = [n for n, m in BACKENDS.items() if "tile" in inspect.signature(m.run).parameters]
     device = jax.devices()[0]
     return {
         "jax": jax.__version__,
         "device": device.device_kind,
         "platform": device.platform,
-        "backends": engines,
+        "backends": list(BACKENDS),
         "tiled": tiled,
     }
 

@@ -42,7 +42,6 @@ from jax.experimental import topologies  # noqa: E402
 
 import jaxattn as ja  # noqa: E402
 from jaxattn import masks, scores  # noqa: E402
-from jaxattn.backends import pallas_gpu  # noqa: E402
 
 KIND = "NVIDIA H100 80GB HBM3"
 # What NVIDIA and CUDA say of an H100; the compiler asks nothing else of a device.
@@ -85,7 +84,7 @@ class Case(NamedTuple):
     dtype: Any
     options: dict[str, Any]
     fits: bool = True
-    engine: str = "triton"
+    backend: str = "triton"
 
 
 def cases() -> Iterator[Case]:
@@ -125,7 +124,7 @@ def gradients(case: Case) -> Callable[..., Any]:
 
     def loss(query: Any, key: Any, value: Any, score: Any) -> Any:
         options = case.options | ({} if score is None else {"score": score})
-        out, lse = ja.attention(query, key, value, backend="pallas_gpu", return_lse=True, **options)
+        out, lse = ja.attention(query, key, value, backend=case.backend, return_lse=True, **options)
         return out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
 
     return jax.value_and_grad(loss, (0, 1, 2, 3), allow_int=True)
@@ -161,14 +160,11 @@ def main() -> int:
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     failed = 0
     for case in cases():
-        name = f"{case.engine}: {case.name}, {jnp.dtype(case.dtype).name}, head dimension {case.H}"
-        if case.engine == "mosaic" and jax.__version_info__ < (0, 11):
+        name = f"{case.backend}: {case.name}, {jnp.dtype(case.dtype).name}, head dimension {case.H}"
+        if case.backend == "mosaic" and jax.__version_info__ < (0, 11):
             print(f"{name:66} left out: needs JAX 0.11, and this is {jax.__version__}")
             continue
         start = time.perf_counter()
-        # What was traced for one engine is not for the other.
-        jax.clear_caches()
-        pallas_gpu.ENGINE = case.engine
         try:
             compile_for(topology.devices[0], case)
             bytes_ = spilled()

@@ -25,7 +25,7 @@ from rich.table import Table
 
 import jaxattn as ja
 from jaxattn import masks
-from jaxattn.conventions import Convention
+from jaxattn.masks.conventions import Convention
 from jaxattn.shapes import Array, Bool, Float
 
 matplotlib.use("Agg")  # files only: no display is needed

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import masks, scores
-from .algebra import Mask, as_mask
-from .attention import attention, attention_weights, check_backend
-from .foreign import answers
-from .integers import integers
-from .positions import Positions
+from .attention import attention, attention_weights
+from .checks.foreign_names import answers
+from .checks.integers import integers
+from .dispatch import check_backend
+from .masks.mask import Mask, as_mask
+from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float, Int
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import intervals, masks
-from .attention import BACKENDS, attention, choose
-from .backends.base import Call, accumulator, symbolic
-from .foreign import unexpected
-from .positions import Positions
-from .request import request, swapped
-from .split import split
-from .tiles import EMPTY, FULL, PARTIAL, TileMap, tile_map
+from . import masks
+from .arguments import request, swapped
+from .attention import attention
+from .backends.base import Call, symbolic
+from .checks.foreign_names import unexpected
+from .dispatch import BACKENDS, choose
+from .masks.positions import Positions
+from .tiles import intervals
+from .tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
+from .tracing.split import split
 
 # Up to so many pairs every one is looked at for queries that see nothing; beyond, tiles are.
 _LOOKED_AT = 2**22
@@ -113,12 +115,12 @@ def explain(
     call = request(query, key, value, **options)
     choice = choose(call, backend)
     B, T, S, N, _, H, Hv = call.sizes
-    if not isinstance(call.mask, TileMap):
+    if call.mask is None:
         # Planned out here: in there a constant of a mask would be an array like any other.
-        split(masks.full() if call.mask is None else call.mask, call.positions)
+        split(masks.full(), call.positions)
     # Masks of known values are looked at here and now, under `jit` as well.
     with jax.ensure_compile_time_eval():
-        tiles, blind = _looked_at(call, options.get("positions"))
+        tiles, blind = _looked_at(call, options.get("mask"), options.get("positions"))
     pairs = B * N * T * S
     found: dict[str, Any] = {"empty": None, "partial": None, "full": None, "density": None}
     if tiles is not None:
@@ -135,8 +137,8 @@ def explain(
         backend=choice.backend,
         reason=choice.reason,
         others=choice.others,
-        mask="none" if call.mask is None else repr(getattr(call.mask, "mask", call.mask)),
-        score="none" if call.score is None else repr(call.score),
+        mask="none" if call.mask is None else repr(call.mask.given),
+        score="none" if call.score is None else repr(call.score.given),
         tiles=tiles,
         **found,
         flops=None if density is None else 2.0 * density * pairs * (H + Hv),
@@ -148,7 +150,7 @@ def explain(
             *blind,
             *_notes(call),
             *_devices(call),
-            *getattr(BACKENDS[choice.backend], "LIMITS", ()),
+            *BACKENDS[choice.backend].LIMITS,
         ),
     )
 
@@ -158,17 +160,21 @@ def _layout(call: Call, options: dict[str, Any]) -> tuple[str, ...]:
     return () if said is None else (said,)
 
 
-def _looked_at(call: Call, positions: Positions | None) -> tuple[TileMap | None, tuple[str, ...]]:
+def _looked_at(
+    call: Call, given: Any, positions: Positions | None
+) -> tuple[TileMap | None, tuple[str, ...]]:
     """The tile map of a call, and what its mask is blind to, where that is known."""
     B, T, S, N, K, H, _ = call.sizes
-    unknown = symbolic(B, T, S) or _traced((call.mask, positions))
+    unknown = symbolic(B, T, S) or _traced((call.mask, call.tiles, positions))
     if unknown or jax.sharding.get_abstract_mesh().manual_axes:
         return None, ()
     at = (positions or Positions()).checked(B, N, T, S)
-    mask = masks.full() if call.mask is None else call.mask
-    if not isinstance(mask, TileMap):
-        mask = tile_map(mask, (B, T, N, H), (B, S, K, H), positions=at)
-    return mask, () if call.mask is None else _blind(call, mask, at)
+    if call.tiles is not None and isinstance(given, TileMap):
+        tiles = given
+    else:
+        mask = masks.full() if call.mask is None else call.mask.given
+        tiles = tile_map(mask, (B, T, N, H), (B, S, K, H), positions=at)
+    return tiles, () if call.mask is None else _blind(call, tiles, at)
 
 
 def _traced(tree: Any) -> bool:
@@ -210,19 +216,16 @@ def _blind(call: Call, tiles: TileMap, at: Positions) -> tuple[str, ...]:
 def _notes(call: Call) -> tuple[str, ...]:
     notes = []
     if call.mask is not None:
-        parts = split(call.mask, call.positions)
-        loose = intervals.unruled(parts)
+        loose = intervals.unruled(call.mask)
         if loose:
             notes.append(
                 f"the mask computes {', '.join(loose)} from queries and keys together, for which "
                 "there are no bounds: tiles that need it are PARTIAL; tile_map(..., exact=True) "
                 "looks at every pair"
             )
-        notes += [f"mask: {reason}" for reason in parts.reasons]
+        notes += [f"mask: {reason}" for reason in call.mask.reasons]
     if call.score is not None:
-        logit = accumulator(call.query.dtype)
-        parts = split(call.score, call.positions, logit=logit)
-        notes += [f"score: {reason}" for reason in parts.reasons]
+        notes += [f"score: {reason}" for reason in call.score.reasons]
     return tuple(notes)
 
 

@@ -1,7 +1,8 @@
-"""The mesh axes that arrays vary over inside `shard_map`."""
+"""Meshes: explicit axes made automatic, and the axes that arrays vary over in `shard_map`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,3 +36,20 @@ def constant(reference: Any, shape: tuple[int, ...], dtype: Any, fill: float = 0
     full = jnp.full(shape, fill, dtype)
     axes = tuple(sorted(varying(reference)))
     return lax.pcast(full, axes, to="varying") if axes else full
+
+
+def automatic(run: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
+    """`run(*args)`; where an argument lies on a mesh of explicit axes, with these made automatic.
+
+    Args:
+      run: the function. XLA, or what it calls, partitions the work as it likes.
+      args: its arguments, pytrees of arrays.
+      out: how its results are sharded on such a mesh: a pytree of `PartitionSpec`.
+    """
+    for leaf in jax.tree.leaves(args):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
+            # The arrays' own mesh: nobody need have set one.
+            with jax.sharding.use_abstract_mesh(mesh):
+                return jax.sharding.auto_axes(run, out_sharding=out)(*args)
+    return run(*args)

@@ -10,17 +10,17 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import Mask, Scalar, attributes, leaf_repr, written
-from .conventions import removes
-from .foreign import unknown_attribute
-from .integers import check_exact, known
-from .mistakes import explained, named, ours, uncalled
+from .checks.foreign_names import unknown_attribute
+from .checks.integers import check_exact, concrete
+from .checks.user_functions import explained, named, ours, uncalled
+from .masks.conventions import removes
+from .masks.mask import Mask, Scalar, attributes, leaf_repr, repr_as
 from .pytrees import ByStructure, pytree, static
 from .shapes import Array, ArrayLike, Float
 
@@ -53,6 +53,11 @@ class Score(ByStructure):
     Scores see 0 in place of the logits of cells that the mask removes. They have to be finite
     there, in value and in gradient, at every pair of positions.
     """
+
+    # What is said of a score that is given as a mask.
+    not_a_mask: ClassVar[str] = (
+        "scores change logits and remove no cells: pass it as score=, beside mask="
+    )
 
     def __call__(
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
@@ -100,7 +105,7 @@ class Scored(Score):
             return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         leaves = list(map(leaf_repr, jax.tree.leaves(self.params)))
-        if (form := getattr(self.fn, "written", None)) is not None:
+        if (form := getattr(self.fn, "repr_as", None)) is not None:
             return str(form(*leaves))
         inner = ", ".join(leaves)
         if ours(self.fn):
@@ -216,7 +221,7 @@ def soft_cap(cap: Float[ArrayLike, "*N"] | float) -> Score:
 
 
 def _positive(parameter: Any, name: str) -> None:
-    values = known(parameter)
+    values = concrete(parameter)
     if values is not None and not (values > 0).all():
         raise ValueError(f"{name}: got {parameter}, expected a number above 0")
 
@@ -253,14 +258,14 @@ def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool)
     return offset + jnp.where(distance < exact, distance, far)
 
 
-@written(lambda table, most: f"relative_bias({table}, max_distance={most})")
+@repr_as(lambda table, most: f"relative_bias({table}, max_distance={most})")
 def _relative_bias_both(
     logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
 ) -> Any:
     return logit + table[h, _bucket(k - q, table.shape[1], max_distance, True)].astype(logit.dtype)
 
 
-@written(lambda *given: f"relative_bias({given[0]}, max_distance={given[1]}, bidirectional=False)")
+@repr_as(lambda *given: f"relative_bias({given[0]}, max_distance={given[1]}, bidirectional=False)")
 def _relative_bias_past(
     logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
 ) -> Any:
@@ -300,7 +305,7 @@ def relative_bias(
     return Scored(fn, (array, float(max_distance)))
 
 
-@written(lambda array: f"bias({array})")
+@repr_as(lambda array: f"bias({array})")
 def add_array(logit: Any, b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
     """`logit + array[q, k]`, or `logit + array[b, h, q, k]`."""
     if np.ndim(array) == 2:
@@ -319,7 +324,7 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
         `positions=` are given it has to hold them: known ones beyond it raise, traced ones give NaN
         where the mask allows the cell.
     """
-    values = known(array)
+    values = concrete(array)
     if values is not None and (values == -np.inf).any():
         raise ValueError(
             "bias(array): got -inf, expected finite floats; what removes cells is a mask: "

@@ -31,12 +31,22 @@ else:
     Bool = Float = Int = Shaped = UInt32 = _Plain
 
 if TYPE_CHECKING:
-    Form = Array
+    ArrayOrStruct = Array
 else:
     # An array, or its shape and dtype alone: `explain` needs no more.
-    Form = Array | jax.ShapeDtypeStruct
+    ArrayOrStruct = Array | jax.ShapeDtypeStruct
 
 ArrayLike = Array | np.ndarray
 IntLike = int | np.integer | Array | np.ndarray
 
-__all__ = ["Array", "ArrayLike", "Bool", "Float", "Form", "Int", "IntLike", "Shaped", "UInt32"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "ArrayOrStruct",
+    "Bool",
+    "Float",
+    "Int",
+    "IntLike",
+    "Shaped",
+    "UInt32",
+]

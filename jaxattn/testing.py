@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .algebra import as_mask
+from .masks.mask import as_mask
 from .shapes import Array, ArrayLike, Int, Shaped
 
 __all__ = ["assert_packing_invariant", "assert_padding_invariant", "assert_respects_mask"]

@@ -15,8 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattn import masks, scores
-from jaxattn.attention import ACCELERATED, BACKENDS
 from jaxattn.backends import base
+from jaxattn.dispatch import ACCELERATED, BACKENDS
+from jaxattn.masks.positions import Positions
+from jaxattn.scores import as_score
+from jaxattn.tiles.tile_map import TileMap
+from jaxattn.tracing.split import split
 
 # The backends that some call can run on here; kernels for accelerators have tests of their own.
 HERE = [name for name in BACKENDS if name not in ACCELERATED or jax.default_backend() != "cpu"]
@@ -762,3 +766,16 @@ def pairwise(factors: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any
         missing = {m for m in missing if not (row[m[0]] == m[1] and row[m[2]] == m[3])}
         rows.append({name: factors[name][i] for name, i in row.items()})
     return rows
+
+
+def split_parts(mask: Any, score: Any, sizes: Any, positions: Any = None, dtype: Any = None) -> Any:
+    """The fields of a `Call` that say what a mask and a score are; `sizes` are B, N, T, S."""
+    at, tiles = positions or Positions(), None
+    if isinstance(mask, TileMap):
+        tiles, mask = mask.for_call(*sizes, positions), mask.mask
+    logit = base.accumulator(dtype or jnp.float32)
+    return {
+        "mask": None if mask is None else split(mask, at),
+        "score": None if score is None else split(as_score(score), at, logit=logit),
+        "tiles": tiles,
+    }

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from jaxattn import masks
-from jaxattn.algebra import Mask, as_mask
-from jaxattn.positions import Positions
+from jaxattn.masks import constructors
+from jaxattn.masks.mask import Mask, as_mask
+from jaxattn.masks.positions import Positions
 
 # Ragged for tiles of 16 x 32, and for their halves.
 B, N, T, S = 2, 3, 41, 53
@@ -128,7 +129,7 @@ def library() -> dict[str, Mask]:
         "dilated & causal": masks.dilated(3) & causal,
         "dilated & window": masks.dilated(7) & masks.sliding_window(20, 20),
         # Not by its constructor: T and S are not those of a grid.
-        "neighborhood": masks.predicate(masks._neighborhood, (7, 8), (1, 1)),
+        "neighborhood": masks.predicate(constructors._neighborhood, (7, 8), (1, 1)),
         "global tokens": masks.global_tokens(3) | window,
         "global tokens & causal": (masks.global_tokens(counts=jnp.array([2, 0])) | window) & causal,
         "blocks": masks.block_sparse(jnp.asarray(TABLE), 5),

@@ -20,7 +20,8 @@ from cases import HERE, MASKS, SCORES, SQUARE, attend, cells, close, grid, kept,
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.backends import base, steps
+from jaxattn.backends import base
+from jaxattn.backends.tiled import steps
 
 # Tracing every line of the package here would cost a minute, and the other tests reach them too.
 pytestmark = pytest.mark.no_cover

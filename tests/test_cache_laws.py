@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import jaxattn as ja
 from jaxattn import masks
-from jaxattn.positions import Filled, over_grid
+from jaxattn.masks.positions import Filled, over_grid
 
 B, H, WINDOW, CHUNK, CAPACITY = 2, 4, 3, 4, 24
 

@@ -19,9 +19,8 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.attention import run
+from jaxattn.arguments import request
 from jaxattn.backends import base, cudnn
-from jaxattn.request import request
 
 pytestmark = pytest.mark.no_cover
 
@@ -83,7 +82,7 @@ def test_what_is_passed_on(name: str, on_gpu: None) -> None:
     mask, (causal, left, queries, keys) = TAKEN[name]
     call = called(mask)
     assert cudnn.refuse(call) is None
-    band = cudnn.settle(call).mask
+    band = cudnn.prepare(call).prepared
     assert (band.causal, band.left, band.scale) == (causal, left, 0.125)
     for got, expected in ((band.queries, queries), (band.keys, keys)):
         assert bool(got) == (expected is not None)
@@ -95,7 +94,7 @@ def test_a_tile_map_is_taken_as_its_mask(on_gpu: None) -> None:
     tiles = ja.tile_map(masks.sliding_window(7), (2, 64, 4, 64), (2, 64, 2, 64))
     call = called(tiles)
     assert cudnn.refuse(call) is None
-    assert cudnn.settle(call).mask.left == 7
+    assert cudnn.prepare(call).prepared.left == 7
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -105,7 +104,7 @@ def test_it_allows_what_the_mask_allows(name: str, on_gpu: None) -> None:
     case = MASKS[name](B, N, T, S)
     call = request(*qkv(B, T, S, N, 2, 8, dtype=HALF), mask=case.mask)
     if cudnn.refuse(call) is None:
-        band = cudnn.settle(call).mask
+        band = cudnn.prepare(call).prepared
         np.testing.assert_array_equal(band.dense(T, S, B, N), cells(case.cell, B, N, T, S))
     taken = ("full", "causal", "window_left", "padding_right", "padding_query_lengths")
     assert (cudnn.refuse(call) is None) == (name in taken)
@@ -197,7 +196,7 @@ def test_auto_takes_it_where_it_can(on_gpu: None) -> None:
     assert "gradients may differ" in window.reason
     assert "slower on gpu" in window.others["tiled"]
     other = ja.explain(large, large, large, mask=masks.dilated(4))
-    assert other.backend == "pallas_gpu"
+    assert other.backend == "triton"
     assert "no mask like dilated" in other.others["cudnn"]
     small = struct(2, 64, 4, 64)
     assert ja.explain(small, small, small).others["cudnn"].startswith("slower up to")
@@ -341,8 +340,8 @@ def test_what_nobody_sees_is_not_felt(name: str, kernel_here: None) -> None:
 def test_an_lse_that_is_not_used_costs_nothing(kernel_here: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(cudnn, "_of_lse", lambda *_: pytest.fail("no LSE is differentiated"))
     x = qkv(1, 32, 32, 2, 2, 8, dtype=HALF)
-    settled = cudnn.settle(request(*x, mask=masks.causal()))
-    jax.jit(jax.grad(lambda call: run(call, "cudnn")[0].sum(), allow_int=True))(settled)
+    call = cudnn.prepare(request(*x, mask=masks.causal()))
+    jax.jit(jax.grad(lambda call: cudnn.run(call)[0].sum(), allow_int=True))(call)
     jax.grad(lambda *x: ja.attention(*x, mask=masks.causal(), backend="cudnn").sum())(*x)
     both = {"backend": "cudnn", "return_lse": True}
     with pytest.raises(pytest.fail.Exception):
@@ -389,7 +388,7 @@ def test_it_lowers(name: str, on_gpu: None) -> None:
     x = struct(3, T, 4, 64), struct(3, S, 2, 64), struct(3, S, 2, 64)
     text = lowered(attention(mask), *x)
     assert calls(text) == [FORWARD]
-    band = cudnn.settle(request(*x, mask=mask)).mask
+    band = cudnn.prepare(request(*x, mask=mask)).prepared
     # As cuDNN is told, the window counts the query itself.
     window = re.search(r"sliding_window_length\\22: (\d+)", text).group(1)
     assert int(window) == (0 if band.left is None else band.left + 1)
@@ -496,11 +495,11 @@ def test_forward_mode_says_that_it_is_not_there(on_gpu: None) -> None:
         lowered(lambda q: jax.jvp(lambda q: one(q, q, q), (q,), (q,)), x)
 
 
-def test_settled_calls_keep_their_arrays(on_gpu: None) -> None:
+def test_prepared_calls_keep_their_arrays(on_gpu: None) -> None:
     call = called(masks.key_padding(lengths=LENGTHS))
-    settled = cudnn.settle(call)
-    assert settled.query is call.query
-    assert "band(causal=False" in repr(settled.mask)
+    prepared = cudnn.prepare(call)
+    assert prepared.query is call.query
+    assert "band(causal=False" in repr(prepared.prepared)
     with pytest.raises(ValueError, match="no mask like"):
-        cudnn.settle(called(masks.dilated(2)))
+        cudnn.prepare(called(masks.dilated(2)))
     assert cudnn.footprint(call) > 0

@@ -15,7 +15,7 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.algebra import And, Or, Xor, as_mask
+from jaxattn.masks.mask import And, Or, Xor, as_mask
 
 
 def _near(b: Any, h: Any, q: Any, k: Any, n: Any = 3) -> Any:

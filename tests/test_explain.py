@@ -12,7 +12,7 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.attention import ACCELERATED, BACKENDS
+from jaxattn.dispatch import ACCELERATED, BACKENDS
 
 
 def struct(B: int, T: int, N: int = 2, H: int = 8) -> jax.ShapeDtypeStruct:
@@ -158,5 +158,5 @@ def test_what_a_backend_does_not_promise_is_said():
     (note,) = ja.explain(query, key, key).notes
     assert "split over 4 devices, and there are 2 key heads" in note
     assert not ja.explain(query, query, query).notes
-    for name in ("cudnn", "pallas_gpu"):
+    for name in ("cudnn", "triton", "mosaic"):
         assert all(isinstance(limit, str) for limit in BACKENDS[name].LIMITS)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 import jaxattn as ja
-from jaxattn import foreign, masks, scores
-from jaxattn.attention import BACKENDS
+from jaxattn import masks, scores
+from jaxattn.checks import foreign_names
+from jaxattn.dispatch import BACKENDS
 
 x = jnp.ones((1, 3, 2, 4))
 
@@ -79,20 +80,20 @@ def test_positional_mask() -> None:
 
 def test_no_answer_is_for_a_name_that_exists() -> None:
     names = inspect.signature(ja.attention).parameters
-    assert not foreign.KEYWORDS.keys() & names.keys()
-    assert not foreign.BACKENDS.keys() & BACKENDS.keys()
-    assert not [name for name in foreign.METHODS if hasattr(masks.causal(), name)]
+    assert not foreign_names.KEYWORDS.keys() & names.keys()
+    assert not foreign_names.BACKENDS.keys() & BACKENDS.keys()
+    assert not [name for name in foreign_names.METHODS if hasattr(masks.causal(), name)]
     for module, table in (
-        (ja, foreign._PACKAGE),
-        (masks, foreign._MASKS),
-        (scores, foreign._SCORES),
+        (ja, foreign_names._PACKAGE),
+        (masks, foreign_names._MASKS),
+        (scores, foreign_names._SCORES),
     ):
         assert not [name for name in table if name in module.__all__]
 
 
 def test_answers_name_what_exists() -> None:
     """Every `masks.name` and `scores.name` that is said can be typed."""
-    tables = [value for value in vars(foreign).values() if isinstance(value, dict)]
+    tables = [value for value in vars(foreign_names).values() if isinstance(value, dict)]
     said = " ".join(str(text) for table in tables for text in table.values())
     for module, name in re.findall(r"\b(masks|scores|jaxattn)\.([a-zA-Z]\w*)", said):
         owner = {"masks": masks, "scores": scores, "jaxattn": ja}[module]
@@ -123,7 +124,7 @@ def test_words_for_masks() -> None:
 
 @pytest.mark.usefixtures("own_errors")
 def test_backends() -> None:
-    for name, meant in {None: "'auto'", "xla": "'auto'", "flash": "'tiled'", "triton": "'pallas_gpu'",
+    for name, meant in {None: "'auto'", "xla": "'auto'", "flash": "'tiled'", "pallas": "'triton'",
                         "eager": "'dense'", "xla_chunked": "'tiled'"}.items():  # fmt: skip
         with pytest.raises(
             ValueError, match=rf"^backend: got {name!r}, expected .*; here it is .*{meant}"
@@ -186,8 +187,8 @@ def test_dir_has_public_names_alone() -> None:
 
 
 def test_internal_modules_can_be_imported_all_the_same() -> None:
-    assert importlib.import_module("jaxattn.algebra") is ja.algebra
+    assert importlib.import_module("jaxattn.masks.mask") is ja.masks.mask
     assert ja.backends.base
-    from jaxattn import tiles
+    from jaxattn.tiles import tile_map
 
-    assert tiles.TileMap is ja.TileMap
+    assert tile_map.TileMap is ja.TileMap

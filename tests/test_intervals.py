@@ -20,14 +20,15 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 from predicates import TILE, B, N, S, T, tile_states
 
-from jaxattn import intervals, masks
-from jaxattn.algebra import as_mask
-from jaxattn.beyond import within
-from jaxattn.intervals import RULES
-from jaxattn.positions import Positions
-from jaxattn.program import Type
-from jaxattn.rules import Interval, finite
-from jaxattn.split import hoist, split
+from jaxattn import masks
+from jaxattn.masks.mask import as_mask
+from jaxattn.masks.positions import Positions
+from jaxattn.tiles import intervals
+from jaxattn.tiles.elementwise_rules import Interval, finite
+from jaxattn.tiles.intervals import RULES
+from jaxattn.tracing.out_of_range import within
+from jaxattn.tracing.program import Type
+from jaxattn.tracing.split import canonicalize, split
 
 EMPTY, FULL = 0, 2
 
@@ -358,7 +359,7 @@ def test_random_predicates(tree, positions, blocks):
     @predicates.quick
     def both(at):
         # Positions may be beyond the arrays: what hangs on that is not visible.
-        guarded = within(hoist(mask), at, (B, N, T, S))
+        guarded = within(canonicalize(mask), at, (B, N, T, S))
         return states(guarded, at), mask.dense(T, S, B, N, at)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -477,7 +478,7 @@ def nasty():
 @pytest.mark.parametrize("name", nasty())
 def test_nasty(name, monkeypatch):
     monkeypatch.setattr(intervals, "_BLOCKS", 0)
-    mask = hoist(as_mask(nasty()[name]))
+    mask = canonicalize(as_mask(nasty()[name]))
     found, cells = predicates.quick(lambda mask: (states(mask), mask.dense(T, S, B, N)))(mask)
     assert_sound(found, tile_states(np.asarray(cells)))
 
@@ -490,7 +491,7 @@ EXTREME = ["user: mixed documents", "user: relative", "user: table of blocks", "
 @pytest.mark.parametrize("name", [*EXTREME, "user: cond", "heads", "xor", "dense4", "blocks"])
 def test_traced_positions(name, monkeypatch):
     monkeypatch.setattr(intervals, "_BLOCKS", 100)
-    mask = hoist(predicates.everything()[name])
+    mask = canonicalize(predicates.everything()[name])
     random = np.random.default_rng(0)
 
     @predicates.quick

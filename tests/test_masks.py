@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import jaxattn as ja
 from jaxattn import masks
-from jaxattn.algebra import Mask, as_mask
+from jaxattn.masks.mask import Mask, as_mask
 
 SHAPES = [(2, 4, 8, 8), (2, 3, 5, 9), (3, 2, 9, 4)]
 

@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MASKS, SCORES, attend, cells, close, kept, qkv, rng
+from cases import MASKS, SCORES, attend, cells, close, kept, qkv, rng, split_parts
 
 from jaxattn import masks, scores
-from jaxattn.algebra import as_mask
-from jaxattn.backends import careful, mosaic, transforms
+from jaxattn.backends import mosaic
 from jaxattn.backends.base import Call, Dropout
-from jaxattn.positions import Positions
-from jaxattn.program import trace
-from jaxattn.tiles import tile_map
+from jaxattn.backends.flash import nonfinite, transforms
+from jaxattn.masks.mask import as_mask
+from jaxattn.masks.positions import Positions
+from jaxattn.tiles.tile_map import tile_map
+from jaxattn.tracing.program import trace
+from jaxattn.tracing.split import split
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic's interpreter is part of JAX from 0.11 on"
@@ -37,15 +39,17 @@ def make(mask: Any = None, score: Any = None, *, sizes: Any = None, **more: Any)
     """A call; `sizes` are B, T, S, N, K, H, Hv."""
     query, key, value = qkv(*(sizes or (1, 70, 100, 2, 1, 64, 64)), dtype=more.pop("dtype", B16))
     given = {
-        "query": query, "key": key, "value": value, "mask": mask, "score": score,
+        "query": query, "key": key, "value": value,
         "scale": jnp.float32(0.125), "sinks": None, "positions": Positions(), "dropout": None,
     }  # fmt: skip
-    return Call(**given | more)
+    B, T, N, _ = query.shape
+    parts = split_parts(mask, score, (B, N, T, key.shape[1]), more.get("positions"))
+    return Call(**given | parts | more)
 
 
 def run(call: Call, tile: Any, interpreted: bool = True) -> Any:
     engine = mosaic.INTERPRETED if interpreted else mosaic.ENGINE
-    return (_directly if interpreted else transforms.attend)(*mosaic.prepare(call, engine, tile))
+    return (_directly if interpreted else transforms.attend)(*mosaic.build(call, engine, tile))
 
 
 def _directly(plan: Any, x: Any) -> Any:
@@ -54,15 +58,15 @@ def _directly(plan: Any, x: Any) -> Any:
 
     @jax.custom_vjp
     def attended(x: Any) -> Any:
-        return careful.forward(plan, x)
+        return nonfinite.forward(plan, x)
 
     def forward(x: Any) -> Any:
-        out, lse = careful.forward(plan, x)
+        out, lse = nonfinite.forward(plan, x)
         return (out, lse), (x, out, lse)
 
     def backward(saved: Any, cotangents: Any) -> Any:
         x, out, lse = saved
-        g = careful.backward(plan, 1, x, out, lse, *cotangents)
+        g = nonfinite.backward(plan, 1, x, out, lse, *cotangents)
         given = {"query": g.query, "key": g.key, "value": g.value, "score": g.score}
         given["scale"] = g.scale.sum(0, keepdims=True) if x.scale.shape[0] == 1 else g.scale
         nothing = {name: jax.tree.map(lambda _: None, getattr(x, name)) for name in x._fields}
@@ -84,7 +88,7 @@ def everything(tile: Any, make_score: Any, interpreted: bool = True) -> Any:
         d_out, d_lse = (jnp.asarray(d, jnp.float32) for d in cotangents(call))
 
         def loss(query: Any, key: Any, value: Any, params: Any) -> Any:
-            score = None if make_score is None else make_score(*params)
+            score = None if make_score is None else split(make_score(*params), logit=jnp.float32)
             new = dataclasses.replace(call, query=query, key=key, value=value, score=score)
             out, lse = run(new, tile, interpreted)
             finite = jnp.where(jnp.isfinite(lse), lse, 0)
@@ -138,7 +142,7 @@ def test_is_the_definition(name: str) -> None:
     call = make(case and as_mask(case.mask), sizes=sizes, dropout=dropout, **more)
     params = () if score is None else tuple(jnp.asarray(p, jnp.float32) for p in score.params)
     compute = everything(tile, score and score.make)
-    assert mosaic.refuse(dataclasses.replace(call, score=score and score.make(*params))) is None
+    assert mosaic.obstacle(dataclasses.replace(call, score=score and score.make(*params))) is None
     (dq, dk, dv, slopes), (out, lse) = alone(compute)(call, params)
 
     place = [np.arange(n).reshape(-1, *[1] * (3 - i)) for i, n in enumerate((B, N, T, S))]
@@ -209,15 +213,15 @@ def test_what_is_not_seen_is_not_felt() -> None:
 def test_a_missing_barrier_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from jax.experimental.pallas import mosaic_gpu
 
-    from jaxattn.backends import mosaic_parts
+    from jaxattn.backends.mosaic import parts
 
     def hasty(self: Any, n: Any, *sources: Any) -> None:
         slot = jax.lax.rem(n, jnp.int32(self.ready.shape[0]))
         for source, into in zip(sources, self.buffers, strict=True):
             mosaic_gpu.copy_gmem_to_smem(source, into.at[slot], self.ready.at[slot])
 
-    monkeypatch.setattr(mosaic_parts.Ring, "fill", hasty)
-    plan, x = mosaic.prepare(make(sizes=(1, 64, 384, 1, 1, 64, 64)), mosaic.INTERPRETED, (64, 64))
+    monkeypatch.setattr(parts.Ring, "fill", hasty)
+    plan, x = mosaic.build(make(sizes=(1, 64, 384, 1, 1, 64, 64)), mosaic.INTERPRETED, (64, 64))
     # JAX 0.11 says no more than where the interpreter gave up.
     with pytest.raises(Exception, match=r"RACE DETECTED|CpuCallback error"):
         jax.block_until_ready(jax.jit(functools.partial(plan.engine.forward, plan))(x.grouped()))
@@ -233,7 +237,7 @@ def lower(call: Call, tile: Any = None) -> str:
     structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)), call)
 
     def compute(call: Call) -> Any:
-        plan, x = mosaic.prepare(call, tile=tile)
+        plan, x = mosaic.build(call, tile=tile)
         x = x.grouped()
         out, lse = plan.engine.forward(plan, x)
         return plan.engine.backward(plan, 1, x, out, lse, out, lse)
@@ -267,7 +271,7 @@ LOWERED = {
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_a_gpu(name: str) -> None:
     call, tile = LOWERED[name]
-    assert mosaic.refuse(call) is None
+    assert mosaic.obstacle(call) is None
     assert lower(call, tile).count("@mosaic_gpu") == 3
 
 
@@ -296,34 +300,34 @@ def all_operations(logit: Any, b: Any, h: Any, q: Any, k: Any, flag: Any, gain: 
 
 
 def operations(score: Any, slopes: bool) -> tuple[Any, Any]:
-    from jaxattn.backends import mosaic_tiles
+    from jaxattn.backends.mosaic import tiles
 
     call = make(None, score, sizes=(1, 128, 128, 2, 1, 64, 64))
-    plan, _ = mosaic.prepare(call)
-    return call, mosaic_tiles.scored(plan.score, slopes)
+    plan, _ = mosaic.build(call)
+    return call, tiles.scored(plan.score, slopes)
 
 
 ALL = scores.score(all_operations, jnp.array([True, False]), jnp.ones(()))
 
 
 def test_all_operations_lower() -> None:
-    from jaxattn.backends import mosaic_tiles
+    from jaxattn.backends.mosaic import tiles
 
     call, program = operations(ALL, True)
-    assert mosaic.refuse(call) is None
+    assert mosaic.obstacle(call) is None
     lower(call, (64, 64))
     used = {step.prim.name for step in program.steps}
-    missing = mosaic_tiles.OPERATIONS - mosaic_tiles._SAME - used
+    missing = tiles.OPERATIONS - tiles._SAME - used
     assert missing <= {"add_any", "one_minus_square", "square", "shift_right_logical"}, missing
 
 
 def test_evaluating_is_running_the_program() -> None:
-    from jaxattn.backends import mosaic_tiles
+    from jaxattn.backends.mosaic import tiles
 
     _, program = operations(ALL, True)
     shape = 6, 9
     types = [program.types[ref].dtype for ref in program.inputs]
-    tiles = [
+    arrays = [
         jnp.asarray(rng(i).integers(0, 2, shape), bool) if dtype == jnp.bool_
         else jnp.asarray(rng(i).integers(-50, 50, shape), dtype) if dtype == jnp.int32
         else jnp.asarray(rng(i).normal(size=shape), dtype)
@@ -331,8 +335,8 @@ def test_evaluating_is_running_the_program() -> None:
     ]  # fmt: skip
     # What is the same for all elements may come as a scalar.
     heads = [i for i, t in enumerate(types) if t == jnp.bool_]
-    given = [tile[0, 0] if i in heads else tile for i, tile in enumerate(tiles)]
-    got = jax.jit(lambda *tiles: mosaic_tiles.evaluate(program, tiles, shape))(*given)
+    given = [tile[0, 0] if i in heads else tile for i, tile in enumerate(arrays)]
+    got = jax.jit(lambda *given: tiles.evaluate(program, given, shape))(*given)
     flat = [jnp.full(shape, tile) if tile.ndim == 0 else tile for tile in given]
     expected = jax.jit(jax.vmap(jax.vmap(program)))(*flat)
     for a, b in zip(got, expected, strict=True):
@@ -340,12 +344,12 @@ def test_evaluating_is_running_the_program() -> None:
 
 
 def test_powers() -> None:
-    from jaxattn.backends import mosaic_tiles
+    from jaxattn.backends.mosaic import tiles
 
     x = jnp.linspace(0.5, 2, 7, dtype=jnp.float32)
     for n in (-3, -1, 0, 1, 2, 5, 8):
         program, _ = trace(lambda x, n=n: jax.lax.integer_pow(x, n), [jnp.float32(1)], "power")
-        (got,) = mosaic_tiles.evaluate(program, [x], x.shape)
+        (got,) = tiles.evaluate(program, [x], x.shape)
         np.testing.assert_allclose(jnp.broadcast_to(got, x.shape), x**n, rtol=1e-6)
 
 
@@ -378,13 +382,13 @@ REFUSED = {
 def test_refuses(name: str) -> None:
     call, reason = REFUSED[name]
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(mosaic.refuse(call))
+        raise AssertionError(mosaic.obstacle(call))
 
 
 def test_tiles() -> None:
     def tile(call: Call) -> Any:
         found = []
-        jax.eval_shape(lambda c: found.append(mosaic.prepare(c)[0].tile), call)
+        jax.eval_shape(lambda c: found.append(mosaic.build(c)[0].tile), call)
         return found[0]
 
     assert tile(make(masks.causal())) == (128, 128)

@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 
 import jaxattn as ja
 from jaxattn import masks
-from jaxattn.cells import COLORS
-from jaxattn.tiles import EMPTY, FULL, PARTIAL
+from jaxattn.tiles.tile_map import EMPTY, FULL, PARTIAL
+from jaxattn.views.cells import COLORS
 
 B, N, T = 2, 2, 6
 IDS = jnp.asarray([0, 0, 0, 1, 1, 1])

@@ -16,7 +16,7 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.attention import BACKENDS
+from jaxattn.dispatch import BACKENDS
 
 T, N, H = 6, 2, 4
 Q, K, V = jax.random.normal(jax.random.key(0), (3, 1, T, N, H))

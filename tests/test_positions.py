@@ -239,7 +239,7 @@ def test_a_tile_map_that_is_made_where_it_is_used_is_kept():
     @jax.jit
     def run(at):
         tiles = ja.tile_map(masks.causal(), x, x, positions=at, tile=16)
-        assert tiles.for_call(1, 1, 64, 64, at) is tiles
+        assert tiles.for_call(1, 1, 64, 64, at).states is tiles.states
         return ja.attention(x, x, x, mask=tiles, positions=at)
 
     run(ja.Positions(q=jnp.arange(64)))

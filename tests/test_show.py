@@ -12,8 +12,9 @@ from cases import MASKS, rng
 
 import jaxattn as ja
 from jaxattn import masks
-from jaxattn.show import text
-from jaxattn.why import why
+from jaxattn.views import diff
+from jaxattn.views.text import text
+from jaxattn.views.why import why
 
 B, N, T = 2, 2, 6
 
@@ -201,7 +202,7 @@ def test_differences(seed: int) -> None:
 
 def test_differences_of_large_masks(monkeypatch: Any) -> None:
     """Above the bound: by bounds, then tile by tile; the first pair is the first."""
-    monkeypatch.setattr(ja.show, "_COMPARED", 2**10)
+    monkeypatch.setattr(diff, "_COMPARED", 2**10)
     window = masks.sliding_window(20)
     assert masks.diff(window, masks.causal() & window, 300).same
     # Bounds can't tell these: the same, written with an operation that has none.

@@ -10,11 +10,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from predicates import B, N, S, T
 
-from jaxattn import masks, plan, scores
-from jaxattn.algebra import as_mask
-from jaxattn.positions import Positions
-from jaxattn.program import Program
-from jaxattn.split import hoist, split
+from jaxattn import masks, scores
+from jaxattn.masks.mask import as_mask
+from jaxattn.masks.positions import Positions
+from jaxattn.tracing import dependence
+from jaxattn.tracing.program import Program
+from jaxattn.tracing.split import canonicalize, split
 
 MASKS = predicates.everything()
 
@@ -201,7 +202,7 @@ def test_scores_and_their_gradients(name):
         return results(score, logits), grads
 
     # A user's function is no leaf: hoisted first, what it closes over is.
-    (found, expected), (mine, theirs) = everything(hoist(some_scores()[name]), logits)
+    (found, expected), (mine, theirs) = everything(canonicalize(some_scores()[name]), logits)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     assert jax.tree.structure(mine) == jax.tree.structure(theirs)
     for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
@@ -262,13 +263,13 @@ def window(w):
 
 
 def test_functions_are_compared_by_what_they_compute():
-    one, two, other = hoist(window(5)), hoist(window(5)), hoist(window(6))
+    one, two, other = canonicalize(window(5)), canonicalize(window(5)), canonicalize(window(6))
     assert isinstance(one.fn, Program)
     assert one.fn == two.fn
     assert hash(one.fn) == hash(two.fn)
     assert one.fn != other.fn
     assert jax.tree.structure(one) == jax.tree.structure(two)
-    assert hoist(one) is one
+    assert canonicalize(one) is one
 
 
 def test_derivatives_of_their_own_are_compared_too():
@@ -276,12 +277,14 @@ def test_derivatives_of_their_own_are_compared_too():
         return scores.score(lambda logit, b, h, q, k: fn(logit * w))
 
     for fn in (passing, backwards, jax.nn.softplus):
-        one, two = hoist(score(fn, 2.0)), hoist(score(fn, 2.0))
+        one, two = canonicalize(score(fn, 2.0)), canonicalize(score(fn, 2.0))
         assert one.fn == two.fn
         assert split(one).elementwise
         slope = jax.grad(lambda x, score=one: score(x, 0, 0, 0, 0))(3.0)
         assert slope == pytest.approx(jax.grad(lambda x, fn=fn: fn(x * 2.0))(3.0))
-    same = [hoist(score(fn, 1.0)).fn for fn in (backwards, lambda x: x, passing, jax.nn.relu)]
+    same = [
+        canonicalize(score(fn, 1.0)).fn for fn in (backwards, lambda x: x, passing, jax.nn.relu)
+    ]
     assert len(set(same)) == 4
 
 
@@ -289,11 +292,11 @@ def test_not_a_number_is_equal_to_itself():
     def never():
         return as_mask(lambda b, h, q, k: q.astype("float32") < jnp.float32(jnp.nan))
 
-    assert hoist(never()).fn == hoist(never()).fn
+    assert canonicalize(never()).fn == canonicalize(never()).fn
 
 
 def test_captured_arrays_are_leaves():
-    one, two = (hoist(window(jnp.int32(w) + jnp.zeros((2,), "int32")[0])) for w in (5, 6))
+    one, two = (canonicalize(window(jnp.int32(w) + jnp.zeros((2,), "int32")[0])) for w in (5, 6))
     assert one.fn == two.fn
     assert [int(leaf) for leaf in jax.tree.leaves(one) + jax.tree.leaves(two)] == [5, 6]
 
@@ -303,7 +306,9 @@ def test_new_values_and_new_lambdas_do_not_compile(compilations):
     for i, expected in ((0, None), (5, 0)):
         ids = jnp.asarray(predicates.IDS_Q + i)
         other = jnp.asarray(predicates.IDS_K)
-        mask = hoist(as_mask(lambda b, h, q, k, ids=ids, other=other: ids[b, q] == other[b, k]))
+        mask = canonicalize(
+            as_mask(lambda b, h, q, k, ids=ids, other=other: ids[b, q] == other[b, k])
+        )
         jax.block_until_ready((ids, other))
         compilations.reset()
         cells(mask)
@@ -315,12 +320,12 @@ def test_the_librarys_masks_are_traced_once(monkeypatch):
     split(mask)
     monkeypatch.setattr(jax, "make_jaxpr", lambda *_: pytest.fail("traced again"))
     split(masks.causal() & masks.segments(jnp.asarray(predicates.IDS_Q) + 1))
-    assert hoist(mask) is mask
+    assert canonicalize(mask) is mask
 
 
 def test_float_arrays_in_masks_carry_no_gradient_and_in_scores_learn():
     def visible(x):
-        mask = hoist(as_mask(lambda b, h, q, k: x[h] > k.astype("float32")))
+        mask = canonicalize(as_mask(lambda b, h, q, k: x[h] > k.astype("float32")))
         return sum(leaf.sum() for leaf in jax.tree.leaves(mask) if leaf.dtype == jnp.float32)
 
     assert (jax.grad(visible)(jnp.ones(N)) == 0).all()
@@ -379,9 +384,9 @@ def test_arrays_on_explicit_mesh_axes():
     ids = jax.device_put(plain, NamedSharding(mesh, PartitionSpec("x")))
     for mask in (closing_over(ids), masks.segments(ids), masks.predicate(closing_over, ids)):
         if mask.args:
-            assert hoist(masks.segments(ids)).args[0] is ids
-    hoisted = hoist(closing_over(ids))
-    assert hoisted.fn == hoist(closing_over(plain)).fn
+            assert canonicalize(masks.segments(ids)).args[0] is ids
+    hoisted = canonicalize(closing_over(ids))
+    assert hoisted.fn == canonicalize(closing_over(plain)).fn
     operands = split(masks.segments(ids)).operands(Positions(), B, N, T, T)
     assert all(op.array.shape == (B, 1, T) for op in operands)
 
@@ -403,7 +408,7 @@ def test_sharded_arrays_stay_where_they_are(spec):
 
 def test_a_lookup_is_all_that_a_known_mask_costs():
     mask = masks.causal() & masks.segments(jnp.asarray(predicates.IDS_Q))
-    before = plan.plan_of.cache_info()
+    before = dependence.plan_of.cache_info()
     split(mask)
     split(mask)
-    assert plan.plan_of.cache_info().misses <= before.misses + 1
+    assert dependence.plan_of.cache_info().misses <= before.misses + 1

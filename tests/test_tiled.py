@@ -15,14 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import split_parts
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxattn import masks, scores
-from jaxattn.backends import dense, loops, steps, tiled, transforms
+from jaxattn.backends import dense, tiled
 from jaxattn.backends.base import Call
-from jaxattn.positions import Positions
-from jaxattn.tiles import tile_map
+from jaxattn.backends.flash import transforms
+from jaxattn.backends.tiled import loops, steps
+from jaxattn.masks.positions import Positions
+from jaxattn.tiles.tile_map import tile_map
 
 B, T, S, N, K, H, HV = 2, 72, 88, 4, 2, 8, 6
 TILE = (16, 16)
@@ -40,16 +43,14 @@ def make(mask: Any = None, score: Any = None, *, dtype: Any = np.float32, **more
         "query": normal(0, b, t, n, H, dtype=dtype),
         "key": normal(1, b, s, k, H, dtype=dtype),
         "value": normal(2, b, s, k, HV, dtype=dtype),
-        "mask": mask,
-        "score": score,
         "scale": jnp.float32(0.4) if dtype != np.float64 else jnp.float64(0.4),
         "sinks": None,
         "positions": Positions(),
         "dropout": None,
         "precision": None,
     } | more
-    names = {field.name for field in dataclasses.fields(Call)}
-    return Call(**{name: value for name, value in given.items() if name in names})
+    parts = split_parts(mask, score, (b, n, t, s), given["positions"], dtype)
+    return Call(**given | parts)
 
 
 run = partial(tiled.run, tile=TILE)
@@ -117,7 +118,7 @@ def test_what_is_seen_is_felt():
 def test_a_tile_map_is_reused():
     mask = masks.causal(16)
     known = tile_map(mask, (B, T, N, H), (B, S, K, H), tile=64)
-    plan, inputs = tiled.prepare(make(known))
+    plan, inputs = tiled.build(make(known))
     assert plan.tile == (64, 64)
     assert inputs.states is not None
     close(jax.jit(tiled.run)(make(known)), jax.jit(dense.run)(make(mask)))
@@ -257,8 +258,10 @@ def test_shard_map(sharded_case, check):
 
     def loss(query: Any, key: Any, value: Any, score: Any) -> Any:
         def local(query: Any, key: Any, value: Any, score: Any, b: Any, h: Any) -> Any:
+            at = Positions(b=b, h=h)
+            parts = split_parts(call.mask.given, score.given, (2, 2, T, T), at)
             new = dataclasses.replace(
-                call, query=query, key=key, value=value, score=score, positions=Positions(b=b, h=h)
+                call, query=query, key=key, value=value, positions=at, **parts
             )
             return run(new)
 

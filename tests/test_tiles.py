@@ -10,8 +10,8 @@ import pytest
 from predicates import TILE, B, N, S, T, tile_states
 
 from jaxattn import masks
-from jaxattn.positions import Positions
-from jaxattn.tiles import EMPTY, FULL, PARTIAL, TileMap, active, tile_map
+from jaxattn.masks.positions import Positions
+from jaxattn.tiles.tile_map import TileMap, tile_map
 
 QUERY, KEY = (B, T, N, 8), (B, S, N, 8)
 
@@ -77,24 +77,6 @@ def test_under_jit_and_vmap():
     for n, states in zip(lengths, many, strict=True):
         assert (one(n).states == states).all()
         assert states.shape == (1, 1, 3, 2)
-
-
-# --- the list -------------------------------------------------------------------------------------
-
-STATES = np.random.default_rng(4).integers(0, 3, (B, N, 5, 7)).astype(np.int8)
-
-
-@pytest.mark.parametrize("kinds", [(PARTIAL, FULL), (FULL,), (EMPTY,), ()])
-@pytest.mark.parametrize("key_major", [False, True])
-def test_active(kinds, key_major):
-    found = jax.jit(lambda s: active(s, kinds, key_major=key_major))(jnp.asarray(STATES))
-    listed = np.isin(STATES, kinds)
-    at = np.argwhere(listed.swapaxes(2, 3) if key_major else listed)
-    expected = at[:, [0, 1, 3, 2]] if key_major else at
-    n = len(expected)
-    assert int(found.total) == n
-    assert (np.stack(found[:4], 1)[:n] == expected).all()
-    assert all((x[n:] == 0).all() and x.shape == (STATES.size,) for x in found[:4])
 
 
 # --- looking at it, and mistakes ------------------------------------------------------------------

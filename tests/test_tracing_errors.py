@@ -10,8 +10,8 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.algebra import as_mask
-from jaxattn.split import split
+from jaxattn.masks.mask import as_mask
+from jaxattn.tracing.split import split
 
 X = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
 TABLE = np.ones((8, 8), bool)

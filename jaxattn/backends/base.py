@@ -1,33 +1,24 @@
 """What a backend is given, and what it promises.
 
-A backend is a module with three functions:
-
-- `refuse(call) -> str | None`: why it can't compute this call, or `None` if it can;
-- `footprint(call) -> int`: the bytes that a forward pass holds beside inputs and output;
-- `run(call) -> (out, lse)`: the output `[B, T, N, Hv]` in the query's dtype and the natural-log
-  LSE `[B, T, N]` in the dtype of accumulation, without sinks.
-
-One that compiles values into its kernels has a fourth, `settle(call) -> call`, which is asked where
-values are still known and makes structure of them. One that a kind of accelerator alone has says by
-`WHY` what speaks for it. One that promises less than the others says so by `LIMITS`, which
-`explain` shows.
-
-`dense` is the definition; every other backend computes the same.
+A backend is a module (or a package) with the members of `Backend`. `dense` is the definition;
+every other backend computes the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-from ..algebra import Mask
-from ..positions import Positions
+from ..masks.mask import Mask
+from ..masks.positions import Positions
 from ..pytrees import pytree, static
 from ..scores import Score
-from ..shapes import Array, Bool, Float, Form, Int, UInt32
+from ..shapes import Array, ArrayOrStruct, Bool, Float, Int, UInt32
+from ..tiles.tile_map import TileStates
+from ..tracing.split import Split
 
 
 @pytree
@@ -53,19 +44,30 @@ class Dropout:
 class Call:
     """One call of attention, checked: what every backend is given.
 
-    Positions are `None` where they are 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
-    where the rows share them.
+    Attributes:
+      query, key, value: with a batch axis.
+      mask, score: split, once for all that look at them.
+      scale: of the logits.
+      sinks: of each query head.
+      positions: `None` where they are 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
+        where the rows share them.
+      dropout: the rate and the seed.
+      tiles: the states of tiles that came along with the mask.
+      prepared: what the backend's `prepare` made.
+      precision: of matrix products.
     """
 
-    query: Float[Form, "B T N H"]
-    key: Float[Form, "B S K H"]
-    value: Float[Form, "B S K Hv"]
-    mask: Mask | None
-    score: Score | None
+    query: Float[ArrayOrStruct, "B T N H"]
+    key: Float[ArrayOrStruct, "B S K H"]
+    value: Float[ArrayOrStruct, "B S K Hv"]
+    mask: Split[Mask] | None
+    score: Split[Score] | None
     scale: Any
     sinks: Float[Array, "N"] | None
     positions: Positions
     dropout: Dropout | None
+    tiles: TileStates | None = None
+    prepared: Any = None
     precision: Any = static(default=None)
 
     @property
@@ -86,6 +88,39 @@ class Sizes(NamedTuple):
     K: int
     H: int
     Hv: int
+
+
+class Backend(Protocol):
+    """What a backend has.
+
+    Attributes:
+      WHY: why "auto" takes it on the accelerator that it is made for.
+      LIMITS: what it promises less than the contract; `explain` shows it.
+    """
+
+    WHY: str
+    LIMITS: tuple[str, ...]
+
+    def refuse(self, call: Call) -> str | None:
+        """Why it can't compute this call, or None if it can."""
+
+    def footprint(self, call: Call) -> int:
+        """Bytes that a forward pass holds beside inputs and output."""
+
+    def prepare(self, call: Call) -> Call:
+        """The call, with what has to be known as the kernels are compiled in `prepared`.
+
+        It is asked once, outside `jit`, where values of arguments are still known.
+        """
+
+    def run(self, call: Call) -> tuple[Array, Array]:
+        """The output `[B, T, N, Hv]` in the query's dtype and the natural-log LSE `[B, T, N]` in
+        the dtype of accumulation, without sinks."""
+
+
+def unchanged(call: Call) -> Call:
+    """`Backend.prepare` of those that need nothing."""
+    return call
 
 
 def symbolic(*sizes: Any) -> bool:

@@ -26,12 +26,12 @@ from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from .. import masks
-from ..algebra import And, Mask, Predicate, Scalar
-from ..integers import known
+from ..checks.integers import concrete
+from ..masks import constructors
+from ..masks.mask import And, Mask, Predicate, Scalar
 from ..mesh import varying_alike
 from ..pytrees import pytree, static
 from ..shapes import Array, Bool, Float
-from ..tiles import TileMap
 from . import base
 from .base import Call
 
@@ -44,7 +44,7 @@ except ImportError:  # private: a JAX may have it elsewhere
 
 WHY = "cuDNN's own kernels; run to run, gradients may differ in their last bits"
 
-LIMITS = (
+LIMITS: tuple[str, ...] = (
     "a NaN or infinity in a key or value may reach queries that may not see it, but for padding "
     "that lengths say",
     "no forward mode and no second order",
@@ -92,18 +92,18 @@ def footprint(call: Call) -> int:
     return int(copies + B * T * N * 4)
 
 
-def settle(call: Call) -> Call:
-    """The call with its mask as a `Band`: values that the kernel is compiled for made structure."""
+def prepare(call: Call) -> Call:
+    """The call with its mask as a `Band`, what the kernel is compiled for: a concrete scale too."""
     band = _band(call)
     if isinstance(band, str):
         raise ValueError(f"backend: 'cudnn' can't compute this call: {band}")
-    return replace(call, mask=band)
+    return replace(call, mask=None, tiles=None, prepared=band)
 
 
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    band = call.mask if isinstance(call.mask, Band) else settle(call).mask
-    assert isinstance(band, Band)
+    band = call.prepared
+    assert isinstance(band, Band), "cudnn.run takes what cudnn.prepare returned"
     B, T, S, *_ = call.sizes
     query, key, value = call.query, call.key, call.value
     if band.causal and S > T:
@@ -163,8 +163,6 @@ class _Bounds(NamedTuple):
 
 def _bounds(mask: Mask | None) -> _Bounds | str:
     """The bounds that a mask is made of, or what in it is no bound."""
-    if isinstance(mask, TileMap):
-        return _bounds(mask.mask)
     if isinstance(mask, And):
         left, right = _bounds(mask.left), _bounds(mask.right)
         if isinstance(left, str) or isinstance(right, str):
@@ -185,14 +183,14 @@ def _bounds(mask: Mask | None) -> _Bounds | str:
 
 
 def _causal_offset(mask: Predicate) -> _Bounds | str:
-    offset = known(mask.args[0])
+    offset = concrete(mask.args[0])
     if offset is None or offset.any():
         return f"{mask!r}: cuDNN's causal mask starts at the first query and the first key"
     return _Bounds(right=0)
 
 
 def _sliding_window(mask: Predicate) -> _Bounds | str:
-    found = [known(arg) for arg in mask.args]
+    found = [concrete(arg) for arg in mask.args]
     values = [set(array.reshape(-1).tolist()) for array in found if array is not None]
     if len(values) < 2 or any(len(each) != 1 for each in values):
         return f"{mask!r}: a window of cuDNN is one concrete number for all heads"
@@ -201,12 +199,12 @@ def _sliding_window(mask: Predicate) -> _Bounds | str:
 
 
 _READ: dict[Callable[..., Any], Callable[[Predicate], _Bounds | str]] = {
-    masks._full: lambda mask: _Bounds(),
-    masks._causal: lambda mask: _Bounds(right=0),
-    masks._causal_offset: _causal_offset,
-    masks._sliding_window: _sliding_window,
-    masks._query_length: lambda mask: _Bounds(queries=mask.args),
-    masks._key_length: lambda mask: _Bounds(keys=mask.args),
+    constructors._full: lambda mask: _Bounds(),
+    constructors._causal: lambda mask: _Bounds(right=0),
+    constructors._causal_offset: _causal_offset,
+    constructors._sliding_window: _sliding_window,
+    constructors._query_length: lambda mask: _Bounds(queries=mask.args),
+    constructors._key_length: lambda mask: _Bounds(keys=mask.args),
 }
 
 
@@ -216,7 +214,7 @@ def _least(a: int | None, b: int | None) -> int | None:
 
 def _band(call: Call) -> Band | str:
     """What cuDNN is told of the mask and the scale, or what it can't be told."""
-    found = _bounds(call.mask)
+    found = _bounds(None if call.mask is None else call.mask.given)
     if isinstance(found, str):
         return found
     _, T, S, *_ = call.sizes
@@ -229,7 +227,7 @@ def _band(call: Call) -> Band | str:
         return "cuDNN's windows are causal, and this one is not"
     if left is not None and T > S:
         return f"a window of {T} queries over {S} keys: cuDNN wants at least as many keys"
-    scale = known(call.scale)
+    scale = concrete(call.scale)
     if scale is None:
         return "the scale is traced, and cuDNN's kernels are compiled for theirs"
     return Band(found.queries, found.keys, right == 0, left, float(scale))
@@ -252,7 +250,7 @@ def _obstacle(call: Call) -> str | None:
     if H % 8:
         return f"a head dim of {H}, and cuDNN's are multiples of 8"
     if call.score is not None:
-        return f"it has no scores, and this is {call.score!r}"
+        return f"it has no scores, and this is {call.score.given!r}"
     if call.dropout is not None:
         return "its dropout would drop other weights than the other backends do"
     if any(position is not None for position in jax.tree.leaves(call.positions)):

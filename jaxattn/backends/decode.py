@@ -8,8 +8,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from ..shapes import Array, Float
-from . import base, formula, inputs
-from .base import Call
+from . import base, formula, problem
+from .base import Call, unchanged
+
+WHY = "keys and values are read where they are"
+
+LIMITS: tuple[str, ...] = ()
+
+prepare = unchanged
 
 # Queries of one key head. With so few the logits, O(T * S), are a fraction of the keys themselves.
 MOST = 16
@@ -36,5 +42,5 @@ def footprint(call: Call) -> int:
 
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    out, lse, _ = formula.attend(*inputs.whole(call), form=formula.HEADS_FIRST)
+    out, lse, _ = formula.attend(*problem.whole(call), layout=formula.HEADS_FIRST)
     return out, lse

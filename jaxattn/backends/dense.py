@@ -8,8 +8,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from ..shapes import Array, Float
-from . import base, formula, inputs
-from .base import Call
+from . import base, formula, problem
+from .base import Call, unchanged
+
+WHY = "the definition"
+
+LIMITS: tuple[str, ...] = ()
+
+prepare = unchanged
 
 
 def refuse(call: Call) -> str | None:
@@ -25,11 +31,11 @@ def footprint(call: Call) -> int:
 
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    out, lse, _ = formula.attend(*inputs.whole(call))
+    out, lse, _ = formula.attend(*problem.whole(call))
     return out, lse
 
 
 def weights(call: Call) -> tuple[Float[Array, "B N T S"], Float[Array, "B T N"]]:
     """The weights `[B, N, T, S]` in the dtype of accumulation, and LSE `[B, T, N]`."""
-    _, lse, found = formula.attend(*inputs.whole(call))
+    _, lse, found = formula.attend(*problem.whole(call))
     return found, lse

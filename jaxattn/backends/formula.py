@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..pointwise import pointwise
 from ..shapes import Array, Bool, Float
-from ..split import Kind, Operand
+from ..tracing.pointwise import pointwise
+from ..tracing.split import Kind, Operand
 from . import base
-from .inputs import Inputs, Plan, Residue, by_key_head, joined
 from .operation import Rules, operation
+from .problem import Config, Inputs, Residue, by_key_head, joined
 
 # Logits of the rows that are computed at once where a derivative takes some rows at a time.
 CELLS = 2**22
@@ -48,42 +48,47 @@ class Result(NamedTuple):
 
 
 def attend(
-    plan: Plan, x: Inputs, start: Any = 0, rows: int | None = None, *, form: Form | None = None
+    config: Config,
+    x: Inputs,
+    start: Any = 0,
+    rows: int | None = None,
+    *,
+    layout: Layout | None = None,
 ) -> Result:
     """Attention of `rows` queries from `start` on, by default of all.
 
-    `form` says how products are written, by default `LENGTH_FIRST`.
+    `layout` says how products are written, by default `LENGTH_FIRST`.
     """
-    form = LENGTH_FIRST if form is None else form
+    layout = LENGTH_FIRST if layout is None else layout
     T = x.query.shape[1]
     rows = T if rows is None else rows
     dtype = base.accumulator(x.query.dtype)
     zero = jnp.zeros((), dtype)
-    seen = visible(plan, x, start, rows)  # [B|1, N|1, T, S]
+    seen = visible(config, x, start, rows)  # [B|1, N|1, T, S]
 
     query = x.query if rows == T else lax.dynamic_slice_in_dim(x.query, start, rows, 1)
-    query, key, value = (form.swapped(a) for a in (query, x.key, x.value))
-    how = How(form, plan.precision)
-    logits = _product(how, query, key) * x.scale.reshape(-1, 1, 1, 1)  # [B, N, T, S]
+    query, key, value = (layout.swapped(a) for a in (query, x.key, x.value))
+    products = Products(layout, config.precision)
+    logits = _product(products, query, key) * x.scale.reshape(-1, 1, 1, 1)  # [B, N, T, S]
     if seen is not None:
         logits = jnp.where(seen, logits, zero)
-    if plan.score is not None:
-        logits = _scored(plan.score, x, start, rows, logits)
+    if config.score is not None:
+        logits = _scored(config.score, x, start, rows, logits)
     weights, lse = _softmax(seen, logits)
     kept = weights
-    if plan.dropout:
+    if config.dropout:
         first, second, at, rate = _tiles(_DROPOUT, x.dropout, x, start, rows)
         keep = base.keeps((first, second), at, rate)
         kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
-    out = form.swapped(_weigh(how, kept, value, key, seen))
+    out = layout.swapped(_weigh(products, kept, value, key, seen))
     return Result(out.astype(x.query.dtype), jnp.moveaxis(lse, 1, 2), weights)
 
 
-def by_rows(plan: Plan, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+def by_rows(config: Config, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output and LSE, some rows at a time: memory is O(T + S), forward and backward."""
 
     def some(start: Any, rows: int) -> tuple[Array, Array]:
-        return jax.checkpoint(lambda first: attend(plan, x, first, rows)[:2])(start)
+        return jax.checkpoint(lambda first: attend(config, x, first, rows)[:2])(start)
 
     out, lse = over_rows(x, some)
     return out, lse
@@ -114,11 +119,11 @@ def _rows_joined(array: Array) -> Array:
 # --- the mask and the score of some rows ----------------------------------------------------------
 
 
-def visible(plan: Plan, x: Inputs, start: Any, rows: int) -> Bool[Array, "b n T S"] | None:
+def visible(config: Config, x: Inputs, start: Any, rows: int) -> Bool[Array, "b n T S"] | None:
     """Which keys some rows see, `[B|1, N|1, rows, S]`; None where they see all."""
-    if plan.mask is None:
+    if config.mask is None:
         return None
-    found = _evaluated(plan.mask, _tiles(plan.mask.kinds, x.mask, x, start, rows))
+    found = _evaluated(config.mask, _tiles(config.mask.kinds, x.mask, x, start, rows))
     lead = (1, 1, *found.shape[:-2])[-2:]
     return jnp.broadcast_to(found, (*lead, rows, x.key.shape[1]))
 
@@ -145,7 +150,7 @@ def _tiles(
 # --- products -------------------------------------------------------------------------------------
 
 
-class Form(NamedTuple):
+class Layout(NamedTuple):
     """How products are written: with which axes of queries, keys, values and outputs first."""
 
     logits: str
@@ -153,66 +158,70 @@ class Form(NamedTuple):
     heads_first: bool
 
     def swapped(self, array: Array) -> Array:
-        """An array with length before heads as this form has it, and back."""
+        """An array with length before heads as this layout has it, and back."""
         return jnp.swapaxes(array, 1, 2) if self.heads_first else array
 
     def with_heads_first(self, array: Array) -> Array:
-        """An array of this form with heads before length, and back."""
+        """An array of this layout with heads before length, and back."""
         return array if self.heads_first else jnp.swapaxes(array, 1, 2)
 
 
 # As the inputs are: XLA turns them in the products, if at all.
-LENGTH_FIRST = Form("btkgh,bskh->bkgts", "bkgts,bskh->btkgh", False)
+LENGTH_FIRST = Layout("btkgh,bskh->bkgts", "bkgts,bskh->btkgh", False)
 # As a cache holds keys and values, which are then read in place: a branch would be given them as
 # they were written, turned for it.
-HEADS_FIRST = Form("bkth,bksh->bkts", "bkts,bksh->bkth", True)
+HEADS_FIRST = Layout("bkth,bksh->bkts", "bkts,bksh->bkth", True)
 
 
-class How(NamedTuple):
-    """The form of products, and their precision."""
+class Products(NamedTuple):
+    """The layout of products, and their precision."""
 
-    form: Form
+    layout: Layout
     precision: Any
 
 
-def _logits(how: How, query: Array, key: Array) -> Float[Array, "B N T S"]:
+def _logits(products: Products, query: Array, key: Array) -> Float[Array, "B N T S"]:
     """`query . key` of every pair; the queries of a key head together, which reads it once."""
-    if how.form.heads_first:
+    if products.layout.heads_first:
         B, N, T, H = query.shape
         by_key = query.reshape(B, key.shape[1], -1, H)
-        return _einsum(how.form.logits, how.precision, by_key, key).reshape(B, N, T, -1)
+        return _einsum(products.layout.logits, products.precision, by_key, key).reshape(B, N, T, -1)
     query = by_key_head(query, 2, key.shape[2])
-    return joined(_einsum(how.form.logits, how.precision, query, key), 1)
+    return joined(_einsum(products.layout.logits, products.precision, query, key), 1)
 
 
-def _values(how: How, weights: Array, value: Array) -> Float[Array, "B ..."]:
+def _values(products: Products, weights: Array, value: Array) -> Float[Array, "B ..."]:
     value = value.astype(weights.dtype)
-    if how.form.heads_first:
+    if products.layout.heads_first:
         B, N, T, S = weights.shape
         by_key = weights.reshape(B, value.shape[1], -1, S)
-        return _einsum(how.form.values, how.precision, by_key, value).reshape(B, N, T, -1)
+        return _einsum(products.layout.values, products.precision, by_key, value).reshape(
+            B, N, T, -1
+        )
     weights = by_key_head(weights, 1, value.shape[2])
-    return joined(_einsum(how.form.values, how.precision, weights, value), 2)
+    return joined(_einsum(products.layout.values, products.precision, weights, value), 2)
 
 
-def _einsum(form: str, precision: Any, a: Array, b: Array) -> Array:
+def _einsum(layout: str, precision: Any, a: Array, b: Array) -> Array:
     dtype = base.accumulator(a.dtype)
     precision = lax.Precision.HIGHEST if precision is None else precision
-    return jnp.einsum(form, a, b, precision=precision, preferred_element_type=dtype)
+    return jnp.einsum(layout, a, b, precision=precision, preferred_element_type=dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _product(how: How, query: Array, key: Array) -> Float[Array, "B N T S"]:
+def _product(products: Products, query: Array, key: Array) -> Float[Array, "B N T S"]:
     """`query . key`; what is not finite stays with its pairs, in derivatives too."""
-    return _logits(how, query, key)
+    return _logits(products, query, key)
 
 
 @_product.defjvp
-def _product_jvp(how: How, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _product_jvp(products: Products, primals: Any, tangents: Any) -> tuple[Array, Array]:
     query, key = primals
     d_query, d_key = tangents
-    moved = _logits(how, d_query, base.finite(key)) + _logits(how, base.finite(query), d_key)
-    return _product(how, query, key), moved
+    moved = _logits(products, d_query, base.finite(key)) + _logits(
+        products, base.finite(query), d_key
+    )
+    return _product(products, query, key), moved
 
 
 @jax.custom_jvp
@@ -253,16 +262,16 @@ def _softmax_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weigh(
-    how: How, weights: Array, value: Array, key: Array, seen: Array | None
+    products: Products, weights: Array, value: Array, key: Array, seen: Array | None
 ) -> Float[Array, "B ..."]:
     """`weights @ value` over visible pairs; `key` says which rows are not to be differentiated."""
     if seen is None:
-        return _values(how, weights, value)
+        return _values(products, weights, value)
 
     def some(value: Array) -> Array:
-        flags = kinds(how.form.with_heads_first(value))
+        flags = kinds(products.layout.with_heads_first(value))
         found = added(reach(seen, flags, weights.shape[1]), weights.dtype)
-        return how.form.with_heads_first(found)
+        return products.layout.with_heads_first(found)
 
     def careful() -> Array:
         # Some channels at a time: memory is set aside for branches that are hardly ever taken too.
@@ -271,35 +280,35 @@ def _weigh(
         parts = jnp.moveaxis(value.reshape(*value.shape[:-1], groups, -1), -2, 0)
         found = jnp.moveaxis(lax.map(some, parts), 0, -2)
         found = found.reshape(*found.shape[:-2], -1)
-        return _values(how, weights, base.finite(value)) + found
+        return _values(products, weights, base.finite(value)) + found
 
     N, T, S = weights.shape[1:]
     if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
         finite = jnp.isfinite(value)
-        return lax.cond(base.anywhere(~finite), careful, lambda: _values(how, weights, value))
+        return lax.cond(base.anywhere(~finite), careful, lambda: _values(products, weights, value))
     # Of few queries the result is looked at, which is smaller.
-    out = _values(how, weights, value)
+    out = _values(products, weights, value)
     return lax.cond(base.anywhere(~jnp.isfinite(out)), careful, lambda: out)
 
 
 @_weigh.defjvp
-def _weigh_jvp(how: How, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _weigh_jvp(products: Products, primals: Any, tangents: Any) -> tuple[Array, Array]:
     weights, value, key, seen = primals
-    out = _weigh(how, *primals)
+    out = _weigh(products, *primals)
     given = (weights, value, key, out) + (() if seen is None else (seen,))
-    (moved,) = operation(_weighing(how), given, tuple(tangents[:2]), (out,))
+    (moved,) = operation(_weighing(products), given, tuple(tangents[:2]), (out,))
     return out, moved
 
 
 @lru_cache(maxsize=64)
-def _weighing(how: How) -> Rules:
+def _weighing(products: Products) -> Rules:
     """The tangent of `_weigh` in weights and values, and its transpose."""
 
     def apply(fixed: Any, operands: Any) -> Any:
         weights, value, *_ = fixed
         d_weights, d_value = operands
-        by_weights = _values(how, d_weights, base.finite(value))
-        return (by_weights + _values(how, weights, d_value),)
+        by_weights = _values(products, d_weights, base.finite(value))
+        return (by_weights + _values(products, weights, d_value),)
 
     def slope(fixed: Any, operands: Any, _: Any, moved: Any) -> Any:
         def of(weights: Array, value: Array) -> Any:
@@ -307,23 +316,23 @@ def _weighing(how: How) -> Rules:
 
         return jax.jvp(of, tuple(fixed[:2]), tuple(moved[:2]))[1]
 
-    def products(weights: Array, value: Array, d_out: Array) -> tuple[Array, Array]:
-        _, back = jax.vjp(partial(_values, how), weights, value)
+    def pulled(weights: Array, value: Array, d_out: Array) -> tuple[Array, Array]:
+        _, back = jax.vjp(partial(_values, products), weights, value)
         return back(d_out)
 
     def careful(
         seen: Array, bad: Array, keys: Array, weights: Array, value: Array, d_out: Array
     ) -> tuple[Array, Array]:
-        bad, keys = how.form.with_heads_first(bad), how.form.with_heads_first(keys)
+        bad, keys = products.layout.with_heads_first(bad), products.layout.with_heads_first(keys)
         rows, felt = (found[..., None] for found in _sick(seen, bad, keys))
-        calm = how.form.with_heads_first(seen.any(-1, keepdims=True) & ~rows)
-        d_weights, d_value = products(
+        calm = products.layout.with_heads_first(seen.any(-1, keepdims=True) & ~rows)
+        d_weights, d_value = pulled(
             jnp.where(rows, 0, weights), base.finite(value), jnp.where(calm, d_out, 0)
         )
         nan = jnp.asarray(jnp.nan, value.dtype)
         return (
             jnp.where(rows, jnp.nan, d_weights),
-            jnp.where(how.form.with_heads_first(felt), nan, d_value),
+            jnp.where(products.layout.with_heads_first(felt), nan, d_value),
         )
 
     def transpose(fixed: Any, cotangents: Any) -> Any:
@@ -336,7 +345,7 @@ def _weighing(how: How) -> Rules:
         return lax.cond(
             base.anywhere(bad.any() | keys.any()),
             lambda: careful(shown, bad, keys, weights, value, d_out),
-            lambda: products(weights, value, d_out),
+            lambda: pulled(weights, value, d_out),
         )
 
     return Rules(apply, slope, transpose)
@@ -377,9 +386,9 @@ def reach(
     return _counted("bkts,bksc->bktc", shown, flags).reshape(B, N, T, C)
 
 
-def _counted(form: str, a: Array, b: Array) -> Bool[Array, "..."]:
+def _counted(layout: str, a: Array, b: Array) -> Bool[Array, "..."]:
     """Whether any term of a product of flags is there."""
-    return jnp.einsum(form, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
+    return jnp.einsum(layout, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
 
 
 def kinds(value: Float[Array, "B K S Hv"]) -> Bool[Array, "B K S kinds"]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .adapters import attention_fn
-from .heads import RoPE
+from .attention_fn import attention_fn
+from .rope import RoPE
 
 __all__ = ["RoPE", "attention_fn", "linen", "nnx"]
 

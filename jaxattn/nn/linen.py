@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from ..cache import Cache
-from ..kv_cache import KVCache
+from ..caches.cache import Cache
+from ..caches.kv_cache import KVCache
 from ..shapes import Array, Float, Int
-from . import heads
-from .adapters import attention_fn
-from .dialects import linen as nn
-from .heads import RoPE
+from . import functional
+from .attention_fn import attention_fn
+from .flax_packages import linen as nn
+from .rope import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 
@@ -143,11 +143,11 @@ class MultiHeadAttention(nn.Module):
     def _all(self, inputs_q: Any, inputs_kv: Any, **call: Any) -> Any:
         inputs_kv = inputs_q if inputs_kv is None else inputs_kv
         if inputs_q is not None:
-            heads.check_inputs("inputs_q", inputs_q, _width(self, "query"))
+            functional.check_inputs("inputs_q", inputs_q, _width(self, "query"))
         if not isinstance(inputs_kv, Cache):
-            heads.check_inputs("inputs_kv", inputs_kv, _width(self, "key"))
+            functional.check_inputs("inputs_kv", inputs_kv, _width(self, "key"))
         features = self.qkv_features or (inputs_kv if inputs_q is None else inputs_q).shape[-1]
-        kv_heads, head_dim = heads.sizes(
+        kv_heads, head_dim = functional.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
         )
         by_feature, by_head, by_dim = self.sharding or (None, None, None)
@@ -183,7 +183,7 @@ class MultiHeadAttention(nn.Module):
             key = projected("key", kv_heads, inputs_kv)
             value = projected("value", kv_heads, inputs_kv)
         if inputs_q is None:
-            return heads.remembered(key, value, self.rope)
+            return functional.remembered(key, value, self.rope)
         query = projected("query", self.num_heads, inputs_q)
 
         deterministic, sow_weights = call.pop("deterministic"), call.pop("sow_weights")
@@ -196,16 +196,16 @@ class MultiHeadAttention(nn.Module):
         if self.sinks:
             init = placed(nn.initializers.zeros_init(), by_head)
             sinks = self.param("sinks", init, (self.num_heads,), self.param_dtype)
-        own_mask = heads.made("MultiHeadAttention", "mask", self.mask)
-        own_score = heads.made("MultiHeadAttention", "score", self.score)
+        own_mask = functional.made("MultiHeadAttention", "mask", self.mask)
+        own_score = functional.made("MultiHeadAttention", "score", self.score)
         mask, score = call.pop("mask"), call.pop("score")
-        out, cache = heads.attend(
+        out, cache = functional.attend(
             query,
             key,
             value,
             memory=memory,
             rope=self.rope,
-            mask=heads.both(own_mask, mask),
+            mask=functional.both(own_mask, mask),
             score=own_score if score is None else score,
             sinks=sinks,
             dropout_rate=rate,
@@ -301,10 +301,10 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def _all(self, x: Any, memory: Any, own: dict[str, Any], cross: dict[str, Any]) -> Any:
-        heads.check_norm(self.norm)
+        functional.check_norm(self.norm)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
-        heads.check_inputs("x", x, _width(self, "mlp_in"))
+        functional.check_inputs("x", x, _width(self, "mlp_in"))
 
         def norm(name: str, x: Array) -> Array:
             return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)

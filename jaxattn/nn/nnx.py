@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from ..cache import Cache
-from ..kv_cache import KVCache
+from ..caches.cache import Cache
+from ..caches.kv_cache import KVCache
 from ..shapes import Array, Float, Int
-from . import heads
-from .adapters import attention_fn
-from .dialects import nnx
-from .heads import RoPE
+from . import functional
+from .attention_fn import attention_fn
+from .flax_packages import nnx
+from .rope import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 
@@ -91,12 +91,12 @@ class MultiHeadAttention(nnx.Module):
         backend: str = "auto",
         rngs: nnx.Rngs,
     ) -> None:
-        kv_heads, head_dim = heads.sizes(
+        kv_heads, head_dim = functional.sizes(
             "MultiHeadAttention", qkv_features or in_features, num_heads, num_kv_heads, head_dim
         )
         # Once here, so that a mask with arrays is refused where it is given.
-        heads.made("MultiHeadAttention", "mask", mask)
-        heads.made("MultiHeadAttention", "score", score)
+        functional.made("MultiHeadAttention", "mask", mask)
+        functional.made("MultiHeadAttention", "score", score)
         self.mask, self.score, self.rope = mask, score, rope
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.normalize_qk = normalize_qk
@@ -188,7 +188,7 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError: for dropout without `deterministic`.
         """
-        heads.check_inputs("inputs_q", inputs_q, self.in_features)
+        functional.check_inputs("inputs_q", inputs_q, self.in_features)
         key = value = memory = None
         if isinstance(inputs_kv, Cache):
             memory = inputs_kv
@@ -207,9 +207,9 @@ class MultiHeadAttention(nnx.Module):
                 )
             stream = self.rngs if rngs is None else rngs.dropout
             rate, seed = (0.0, None) if off else (self.dropout_rate, stream())
-        own_score = heads.made("MultiHeadAttention", "score", self.score)
-        own_mask = heads.made("MultiHeadAttention", "mask", self.mask)
-        out, cache = heads.attend(
+        own_score = functional.made("MultiHeadAttention", "score", self.score)
+        own_mask = functional.made("MultiHeadAttention", "mask", self.mask)
+        out, cache = functional.attend(
             query,
             key,
             value,
@@ -219,7 +219,7 @@ class MultiHeadAttention(nnx.Module):
             rope=self.rope,
             rope_positions=rope_positions,
             positions=positions,
-            mask=heads.both(own_mask, mask),
+            mask=functional.both(own_mask, mask),
             score=own_score if score is None else score,
             sinks=self.sinks[...] if hasattr(self, "sinks") else None,
             dropout_rate=rate,
@@ -232,13 +232,13 @@ class MultiHeadAttention(nnx.Module):
         return out if cache is None else (out, cache)
 
     def _keys_and_values(self, inputs: Array) -> tuple[Array, Array]:
-        heads.check_inputs("inputs_kv", inputs, self.in_kv_features)
+        functional.check_inputs("inputs_kv", inputs, self.in_kv_features)
         key = self.key(inputs)
         return self.key_ln(key) if self.normalize_qk else key, self.value(inputs)
 
     def remember(self, inputs_kv: Float[Array, "B S kv_features"]) -> KVCache:
         """Keys and values of `inputs_kv`, to be given as `inputs_kv` to any number of calls."""
-        return heads.remembered(*self._keys_and_values(inputs_kv), self.rope)
+        return functional.remembered(*self._keys_and_values(inputs_kv), self.rope)
 
 
 class TransformerBlock(nnx.Module):
@@ -277,7 +277,7 @@ class TransformerBlock(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        heads.check_norm(norm)
+        functional.check_norm(norm)
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm, self.activation = norm, activation
         self.deterministic = deterministic
@@ -327,12 +327,12 @@ class TransformerBlock(nnx.Module):
         Raises:
           ValueError: for a memory without `memory_features`, or the reverse.
         """
-        heads.check_inputs("x", x, self.in_features)
+        functional.check_inputs("x", x, self.in_features)
         if (memory is None) != (self.memory_features is None):
             got, said = ("one", "without") if memory is not None else ("None", "with")
             raise ValueError(f"memory: got {got} in a block {said} memory_features")
         if memory is not None and not isinstance(memory, Cache):
-            heads.check_inputs("memory", memory, self.memory_features)
+            functional.check_inputs("memory", memory, self.memory_features)
         off = self.deterministic if deterministic is None else deterministic
         both = {"deterministic": off, "sow_weights": sow_weights}
 

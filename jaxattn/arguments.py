@@ -1,0 +1,276 @@
+"""The arguments of `attention`, checked: wrong ones are named, right ones become a `Call`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .backends import base
+from .backends.base import Call
+from .checks.integers import as_given, concrete
+from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
+from .masks.positions import Positions
+from .scores import as_score
+from .shapes import Array
+from .tiles.tile_map import TileMap
+from .tracing.out_of_range import within
+from .tracing.split import split
+
+
+def request(
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    mask: Any = None,
+    score: Any = None,
+    scale: Any = None,
+    sinks: Any = None,
+    positions: Any = None,
+    dropout_rate: Any = 0.0,
+    dropout_seed: Any = None,
+    precision: Any = None,
+) -> Call:
+    """The `Call` that the arguments of `attention` mean; without a batch, of one row.
+
+    Raises:
+      TypeError, ValueError: for what does not fit, naming the argument, what came, what was
+        expected, and the remedy.
+    """
+    arrays = {"query": query, "key": key, "value": value}
+    query, key, value = (_array(name, given) for name, given in arrays.items())
+    batched = query.ndim == 4
+    for name, array in (("key", key), ("value", value)):
+        if array.ndim != query.ndim:
+            raise ValueError(
+                f"{name}: got shape {list(array.shape)}, expected rank {query.ndim} as of the "
+                f"query, {list(query.shape)}"
+            )
+    if not batched:
+        query, key, value = map(_one_row, (query, key, value))
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"key, value: got dtypes {key.dtype}, {value.dtype}, expected {query.dtype}, the "
+            "query's; cast them"
+        )
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    for name, array, expected in (
+        ("key", key, [B, "S", "K", H]),
+        ("value", value, [B, S, K, "Hv"]),
+    ):
+        fits = all(isinstance(e, str) or e == n for n, e in zip(array.shape, expected, strict=True))
+        if not fits:
+            raise ValueError(
+                f"{name}: got shape {_shown(array, batched)}, expected "
+                f"[{', '.join(map(str, expected if batched else expected[1:]))}] with a query of "
+                f"shape {_shown(query, batched)}; axes are [batch, length, heads, head dimension]"
+            )
+    if K == 0 or N % K:
+        raise ValueError(
+            f"key: got {K} heads, expected a divisor of the query's {N}: every key head serves "
+            "N / K query heads"
+        )
+    if positions is not None and not isinstance(positions, Positions):
+        raise TypeError(
+            f"positions: got {type(positions).__name__}, expected Positions(b=, h=, q=, k=)"
+        )
+    at = (positions or Positions()).checked(B, N, T, S)
+    tiles, visible, scored = None, None, None
+    if mask is not None:
+        if isinstance(mask, TileMap):
+            tiles, mask = mask.for_call(B, N, T, S, positions), mask.mask
+        mask = _mask(mask, B, N, T, S)
+        check_tokens(mask, at, T, S)
+        if at.h is None:
+            _check_heads(mask, N)
+        visible = split(mask, at)
+        visible.check_extents(B, N, T, S)
+        if positions is not None and tiles is None:
+            visible = split(within(visible.given, positions, (B, N, T, S)), at)
+    if score is not None:
+        logit = base.accumulator(query.dtype)
+        scored = split(as_score(score), at, logit=logit)
+        scored.check_extents(B, N, T, S)
+        if positions is not None:
+            seen = None if visible is None else visible.given
+            inside = within(scored.given, positions, (B, N, T, S), mask=seen, logit=logit)
+            scored = split(inside, at, logit=logit)
+    return Call(
+        query=query,
+        key=key,
+        value=value,
+        mask=visible,
+        score=scored,
+        scale=_scale(scale, H),
+        sinks=_sinks(sinks, N),
+        positions=at,
+        dropout=_dropout(dropout_rate, dropout_seed),
+        tiles=tiles,
+        precision=precision,
+    )
+
+
+def swapped(call: Call) -> str | None:
+    """What to say of a call whose lengths and heads look mixed up; nothing can be sure of it.
+
+    That is self-attention with more heads than tokens, and no array in its mask or score that has
+    the length of the tokens.
+    """
+    _, T, S, N, K, *_ = call.sizes
+    if base.symbolic(T, S) or not (1 < T == S and N == K and N > T):
+        return None
+    for part in (call.mask, call.score):
+        if part is not None and any(extent.position in "qk" for _, extent in part.plan.extents):
+            return None
+    return (
+        f"query: got {T} tokens with {N} heads; axes are [batch, length, heads, head dimension]. "
+        f"If these are {T} heads of {N} tokens, swap them: jnp.swapaxes(query, -3, -2), and "
+        "likewise key and value"
+    )
+
+
+def _shown(array: Any, batched: bool) -> list[int]:
+    return list(array.shape if batched else array.shape[1:])
+
+
+def _one_row(array: Any) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((1, *array.shape), array.dtype)
+    return array[None]
+
+
+def _array(name: str, given: Any) -> Any:
+    try:
+        if given is None or isinstance(given, (str, bytes)):
+            raise TypeError("not numbers")
+        array = given if isinstance(given, jax.ShapeDtypeStruct) else jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: got {type(given).__name__}, expected an array") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+        raise TypeError(
+            f"{name}: got dtype {array.dtype}, expected float16, bfloat16, float32 or float64"
+        )
+    if array.ndim not in (3, 4):
+        raise ValueError(
+            f"{name}: got shape {list(array.shape)}, expected [batch, length, heads, head "
+            "dimension] or, without a batch, [length, heads, head dimension]"
+        )
+    return array
+
+
+def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
+    if hasattr(given, "shape") and hasattr(given, "dtype"):
+        mask, shape = as_mask(given), tuple(given.shape)
+        full = (T, S) if len(shape) == 2 else (B, N, T, S)
+        broadcasts = len(shape) == 4
+        allowed = all(n == e or (broadcasts and n == 1) for n, e in zip(shape, full, strict=True))
+        if not allowed:
+            expected = (
+                f"[T, S] = [{T}, {S}]" if len(shape) == 2 else (f"[{B}|1, {N}|1, {T}|1, {S}|1]")
+            )
+            raise ValueError(
+                f"mask: got a boolean array of shape {list(shape)}, expected {expected}; for "
+                "[B, S] padding use masks.key_padding(valid)"
+            )
+        return mask
+    return as_mask(given)
+
+
+def _check_heads(mask: Mask, N: int) -> None:
+    """A mask for each head means as many masks as heads."""
+    if isinstance(mask, PerHead) and len(mask.parts) != N:
+        raise ValueError(
+            f"mask: got per_head of {len(mask.parts)} masks, expected {N}, one for each query head"
+        )
+    for part in parts_of(mask):
+        _check_heads(part, N)
+
+
+def _real(name: str, given: Any, expected: str) -> Any:
+    """One real number: Python's as a float, so that 1 and 1.0 are one program."""
+    try:
+        array = given if hasattr(given, "dtype") else np.asarray(given)
+        number = np.ndim(array) == 0 and not isinstance(given, (str, bytes))
+        kinds = (np.floating, np.integer)
+        if number and any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+            return float(given) if isinstance(given, int) else given
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name}: got {_described(given)}, expected {expected}")
+
+
+def _described(given: Any) -> str:
+    """A value as it was written, or its dtype and shape."""
+    if isinstance(given, jax.core.Tracer) or np.ndim(given):
+        return f"{getattr(given, 'dtype', type(given).__name__)}{list(np.shape(given))}"
+    return repr(given)
+
+
+def _scale(given: Any, H: int) -> Any:
+    if given is None:
+        return float(max(H, 1) ** -0.5)
+    number = _real("scale", given, "one real number")
+    if not isinstance(number, jax.core.Tracer) and not np.isfinite(number):
+        raise ValueError(f"scale: got {number}, expected a finite number")
+    return number
+
+
+def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
+    rate = _real("dropout_rate", rate, "a probability from 0 to 1")
+    is_known = not isinstance(rate, jax.core.Tracer)
+    if is_known and not 0 <= float(rate) <= 1:
+        raise ValueError(f"dropout_rate: got {rate!r}, expected a probability from 0 to 1")
+    if is_known and float(rate) == 0:
+        return None
+    if seed is None:
+        raise ValueError(
+            f"dropout_seed: got None with dropout_rate={rate}, expected a uint32 or a "
+            "jax.random.key; for no dropout say dropout_rate=0.0"
+        )
+    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape != ():
+            raise ValueError(f"dropout_seed: got keys of shape {list(seed.shape)}, expected one")
+        words = jax.random.key_data(seed).reshape(-1, 2)
+        return base.Dropout(rate, words[0] if len(words) == 1 else words[0] ^ words[1])
+    if isinstance(seed, (int, np.integer)) and not 0 <= seed < 2**32:
+        raise ValueError(
+            f"dropout_seed: got {seed}, expected 0 <= seed < 2**32 or a jax.random.key; "
+            "jax.random.key(seed) takes larger ones"
+        )
+    array = as_given(seed) if hasattr(seed, "shape") else np.asarray(seed)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (2,)):
+        raise TypeError(
+            f"dropout_seed: got {array.dtype}{list(array.shape)}, expected a uint32 or a "
+            "jax.random.key"
+        )
+    wide = array.dtype.itemsize > 4
+    values = concrete(array) if wide else None
+    if values is not None and ((values < 0) | (values >= 2**32)).any():
+        raise ValueError(
+            f"dropout_seed: got {values}, expected numbers from 0 to 2**32 - 1 or a jax.random.key"
+        )
+    words = jnp.asarray(array.astype(np.uint32))
+    if words.ndim:
+        return base.Dropout(rate, words)
+    # Of a traced one of 64 bits, both halves.
+    upper = (array >> 32).astype(np.uint32) if wide else 0
+    return base.Dropout(rate, jnp.stack([words, jnp.asarray(upper, jnp.uint32)]))
+
+
+def _sinks(given: Any, heads: int) -> Array | None:
+    if given is None:
+        return None
+    try:
+        array = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        got = type(given).__name__
+        raise TypeError(f"sinks: got {got}, expected floats [N] = [{heads}]") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"sinks: got dtype {array.dtype}, expected floats [N] = [{heads}]")
+    if array.shape != (heads,):
+        raise ValueError(f"sinks: got shape {list(array.shape)}, expected [N] = [{heads}]")
+    return array

@@ -1,0 +1,112 @@
+"""What is not finite, kept from engines and given back to those who may see it.
+
+Engines multiply whole tiles, where a weight of 0 times NaN is NaN. So they are given what is
+finite, and where something was not, one more look at the mask says whom it reaches: forward by
+`formula.reach`, pair by pair; backward by rows whose weights are NaN, which make the gradients of
+what they see NaN, and no others. All that costs a look at the inputs where everything is finite.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ...shapes import Array, Bool
+from .. import base, formula
+from ..problem import Config, Gradients, Inputs, by_key_head, joined
+
+# Products below it are finite in float32, in powers of 2 too.
+_LARGE = 1e37
+
+
+def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
+    """Output `[B, T, N, Hv]` and LSE `[B, T, N]` by the config's engine."""
+    assert config.engine is not None
+    out, lse = config.engine.forward(config, x._replace(value=base.finite(x.value)).grouped())
+    out, lse = joined(out, 2), joined(lse, 2)
+    # Rows without any weight are empty, or all that they see is -inf: the mask knows which.
+    lost = lse == -jnp.inf
+
+    def mend() -> tuple[Array, Array]:
+        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
+        every = jnp.ones((*flags.shape[:-1], 1), bool)
+        found = _reached(config, x, jnp.concatenate([every, flags], -1))
+        nothing = lost & found[..., 0]
+        return (
+            _where(nothing[..., None], jnp.nan, out + formula.added(found[..., 1:], out.dtype)),
+            _where(nothing, jnp.nan, lse),
+        )
+
+    trouble = ~jnp.isfinite(x.value).all() | (lost.any() & _extreme(config, x))
+    return lax.cond(trouble, mend, lambda: (out, lse))
+
+
+def _where(flags: Array, number: float, array: Array) -> Array:
+    """`array`, with a number where flags are raised."""
+    return jnp.where(flags, jnp.asarray(number, array.dtype), array)
+
+
+def _extreme(config: Config, x: Inputs) -> Bool[Array, ""]:
+    """Whether a logit may be -inf."""
+    if config.score is not None:
+        return jnp.ones((), bool)
+    dtype = x.scale.dtype
+    most = [jnp.abs(a).max().astype(dtype) for a in (x.query, x.key, x.scale)]
+    # Not `>`, which NaN would pass.
+    return ~(most[0] * most[1] * jnp.maximum(most[2], 1) * x.query.shape[-1] < _LARGE)
+
+
+def _reached(config: Config, x: Inputs, flags: Bool[Array, "B K S C"]) -> Bool[Array, "B T N C"]:
+    """Which flags of the keys that it sees reach a query."""
+    N, S = x.query.shape[2], x.key.shape[1]
+
+    def some(start: Any, rows: int) -> Array:
+        seen = formula.visible(config, x, start, rows)
+        seen = jnp.ones((1, 1, rows, S), bool) if seen is None else seen
+        return jnp.moveaxis(formula.reach(seen, flags, N), 1, 2)
+
+    return formula.over_rows(x, some)
+
+
+def backward(
+    config: Config, groups: int, x: Inputs, out: Array, lse: Array, d_out: Array, d_lse: Array
+) -> Gradients:
+    """Cotangents of the inputs by the config's engine; see `Engine`."""
+    assert config.engine is not None
+    # What XLA knows, as the cotangent of a plain sum, it would look through as it compiles.
+    d_out = lax.optimization_barrier(d_out)
+    alive = lse != -jnp.inf
+    bad = ~jnp.isfinite(lse) | ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
+    keys = jnp.swapaxes(formula.unfit(x.key, x.value), 1, 2)[..., None]
+    bad = alive & lax.cond(keys.any(), lambda: bad | _reached(config, x, keys)[..., 0], lambda: bad)
+    calm = alive & ~bad
+
+    given = x._replace(
+        query=_where(~calm[..., None], 0, x.query),
+        key=base.finite(x.key),
+        value=base.finite(x.value),
+    ).grouped()
+    lines = (
+        _where(~calm[..., None], 0, out),
+        _where(bad, jnp.nan, lse),
+        _where(~calm[..., None], 0, d_out),
+        _where(~calm, 0, d_lse),
+    )
+    K = x.key.shape[2]
+    g = config.engine.backward(config, groups, given, *(by_key_head(a, 2, K) for a in lines))
+    score = tuple(None if part is None else joined(part, 1) for part in g.score)
+    return g._replace(query=joined(g.query, 2), score=score)
+
+
+def tangent(config: Config, x: Inputs, moved: tuple[Array, ...]) -> tuple[Array, Array]:
+    """Tangents of output and LSE, for those of `x.floats()`."""
+    assert config.engine is not None
+    engine = config.engine.differentiable
+    run = partial(formula.by_rows if engine is None else forward, config)
+    (out, lse), (d_out, d_lse) = jax.jvp(lambda *f: run(x.with_floats(f)), x.floats(), moved)
+    lost = ~jnp.isfinite(lse) & (lse != -jnp.inf)
+    return _where(~jnp.isfinite(out), jnp.nan, d_out), _where(lost, jnp.nan, d_lse)

@@ -1,0 +1,82 @@
+"""Which tiles a kernel visits: for every row of tiles, the active ones, mixed ones first.
+
+A kernel owns a row of tiles and runs two loops over its list: one over PARTIAL tiles, with the
+mask, and one over FULL tiles, without. States of one size serve tiles of every other size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from ...shapes import Array, Int
+from ...tiles.tile_map import EMPTY, FULL, PARTIAL
+
+
+class Lists(NamedTuple):
+    """Active tiles of every row of tiles.
+
+    Attributes:
+      tile: int32 `[B|1, K|1, G|1, rows, columns]`, the columns of a row's active tiles: PARTIAL
+        ones, then FULL ones, then what nobody should read.
+      ends: int32 `[B|1, K|1, G|1, rows, 2]`, where PARTIAL tiles end, and where FULL ones do.
+    """
+
+    tile: Int[Array, "b k g rows columns"]
+    ends: Int[Array, "b k g rows 2"]
+
+
+def states_of(
+    states: Int[Array, "b k g nq nk"] | None,
+    given: tuple[int, int],
+    wanted: tuple[int, int],
+    T: int,
+    S: int,
+) -> Int[Array, "b k g rows columns"]:
+    """States of tiles of the size `wanted`, from those of the size `given`.
+
+    Along each axis one size divides the other, or one tile covers everything. Tiles that reach
+    beyond the end are PARTIAL at most: what is there has to be masked.
+
+    Args:
+      states: as of `Inputs`; None where everything is FULL.
+      given, wanted: queries and keys of a tile.
+      T, S: numbers of queries and keys.
+    """
+    counts = [-(-length // n) for length, n in zip((T, S), wanted, strict=True)]
+    if states is None:
+        states = jnp.full((1, 1, 1, *counts), FULL, jnp.int8)
+    else:
+        for axis, old, new, count in zip((3, 4), given, wanted, counts, strict=True):
+            states = _resized(states, axis, old, new, count)
+    last = jnp.minimum(states, jnp.int8(PARTIAL))
+    for axis, length, n, count in zip((3, 4), (T, S), wanted, counts, strict=True):
+        if length % n:
+            at = lax.broadcasted_iota(jnp.int32, states.shape, axis)
+            states = jnp.where(at == count - 1, last, states)
+    return states
+
+
+def _resized(states: Array, axis: int, old: int, new: int, count: int) -> Array:
+    extent = states.shape[axis]
+    if extent == 1 or old % new == 0:
+        # Of a tile cut into smaller ones no more is known of each than of the whole.
+        states = jnp.repeat(states, count if extent == 1 else old // new, axis)
+        return lax.slice_in_dim(states, 0, count, axis=axis)
+    widths = [(0, 0)] * states.ndim
+    widths[axis] = (0, count * (new // old) - extent)
+    states = jnp.pad(states, widths, mode="edge")
+    parts = states.reshape(*states.shape[:axis], count, new // old, *states.shape[axis + 1 :])
+    least, most = parts.min(axis + 1), parts.max(axis + 1)
+    return jnp.where(least == most, least, jnp.int8(PARTIAL))
+
+
+def rows(states: Int[Array, "b k g rows columns"]) -> Lists:
+    """The lists of active tiles of every row; of every column, for `jnp.swapaxes(states, 3, 4)`."""
+    order = jnp.where(states == EMPTY, jnp.int8(FULL + 1), states)
+    # Stable: neighbours stay neighbours, whose keys and values are in the cache.
+    tile = jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
+    ends = [(order <= kind).sum(-1, dtype=jnp.int32) for kind in (PARTIAL, FULL)]
+    return Lists(tile, jnp.stack(ends, -1))

@@ -1,0 +1,233 @@
+"""What the formula, loops and kernels are given: the split mask and score, tiles, the arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+
+from ..shapes import Array, Float, Int
+from ..tiles import intervals
+from ..tiles.tile_map import TileStates
+from ..tracing.program import Program
+from ..tracing.split import Kind, Operand, Split
+from . import base
+from .base import Call, Sizes
+
+
+class Residue(NamedTuple):
+    """A residue of a mask or score, and how its operands are cut into tiles."""
+
+    program: Program
+    kinds: tuple[Kind, ...]
+
+
+class Engine(NamedTuple):
+    """What computes: loops or kernels, as functions of a `Config` and `Inputs`, heads `grouped`.
+
+    Numbers that are not finite are kept from them (`careful.py`), but for logits that are not, and
+    for rows whose gradients are to be NaN.
+
+    Attributes:
+      forward: `(config, x) -> (out [B, T, K, G, Hv] in the query's dtype, natural-log lse
+        [B, T, K, G])`, of values that are finite. Where weights sum up to 0, that is 0 and -inf.
+      backward: `(config, groups, x, out, lse, d_out, d_lse) -> Gradients`, all finite but for
+        `lse`: it is -inf where a row takes no part, and NaN where its weights are to be. Operands
+        of a score that the batch rows share get one gradient for each of `groups` equal groups of
+        rows.
+      differentiable: the forward where JAX can push tangents through it; None where the formula
+        has to be differentiated in its place.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    differentiable: Callable[..., Any] | None = None
+
+
+class Config(NamedTuple):
+    """What is the same for all values: hashable, the key of a compiled loop."""
+
+    engine: Engine | None
+    mask: Residue | None
+    score: Residue | None
+    dropout: bool
+    precision: Any
+    dtype: Any  # of the factors of products
+    tile: tuple[int, int]
+
+
+class Inputs(NamedTuple):
+    """What is worked on; extents of operands are 1 where they don't depend on b or h.
+
+    Attributes:
+      query: `[B, T, N, H]`.
+      key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
+      states: int8 `[B|1, N|1, nq, nk]`, or None: everything is FULL.
+      scale: `[B|1]`.
+      mask, score: operands of the residues, `[B|1, N|1, ...]`.
+      dropout: nothing, or two words for each row `[B, N, T]`, positions of keys `[B|1, 1, S]`, and
+        the rate `[B|1, 1]`.
+    """
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K Hv"]
+    states: Int[Array, "..."] | None
+    scale: Float[Array, "..."]
+    mask: tuple[Any, ...]
+    score: tuple[Any, ...]
+    dropout: tuple[Any, ...]
+
+    def floats(self, of: Any = None) -> tuple[Any, ...]:
+        """What derivatives are taken in: query, key, value, scale, and the score's floats.
+
+        Or what stands in their places `of` something of the same structure, tangents or flags.
+        """
+        of = self if of is None else of
+        score = (each for a, each in zip(self.score, of.score, strict=True) if _learns(a))
+        return (of.query, of.key, of.value, of.scale, *score)
+
+    def with_floats(self, floats: Sequence[Any], of: Any = None) -> Inputs:
+        """The same, or `of` something of the same structure, with others in place of `floats()`."""
+        of = self if of is None else of
+        query, key, value, scale, *learned = floats
+        following = iter(learned)
+        pairs = zip(self.score, of.score, strict=True)
+        score = tuple(next(following) if _learns(a) else each for a, each in pairs)
+        made = of._replace(query=query, key=key, value=value, scale=scale, score=score)
+        return cast(Inputs, made)
+
+    def grouped(self) -> Inputs:
+        """The same with the N query heads as K key heads of G query heads each.
+
+        Queries are `[B, T, K, G, H]`, states, operands and what dropout needs
+        `[B|1, K|1, G|1, ...]`.
+        """
+        K = self.key.shape[2]
+        fields = self._asdict() | {"query": by_key_head(self.query, 2, K)}
+        for name in ("states", "mask", "score", "dropout"):
+            fields[name] = jax.tree.map(lambda a: by_key_head(a, 1, K), fields[name])
+        return Inputs(**fields)
+
+
+def _learns(array: Any) -> bool:
+    return bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def by_key_head(array: Array, axis: int, K: int) -> Array:
+    """An axis of N query heads as two, of K key heads and of the group of each; 1 as 1 and 1."""
+    N = array.shape[axis]
+    heads = (1, 1) if N == 1 else (K, N // K)
+    return array.reshape(*array.shape[:axis], *heads, *array.shape[axis + 1 :])
+
+
+def joined(array: Array, axis: int) -> Array:
+    """Two axes of heads as one; undoes `by_key_head`."""
+    return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+
+
+class Gradients(NamedTuple):
+    """Cotangents: of query, key, value, scale (`[B]` always), and of the score's operands."""
+
+    query: Array
+    key: Array
+    value: Array
+    scale: Array
+    score: tuple[Array | None, ...]
+
+
+def whole(call: Call) -> tuple[Config, Inputs]:
+    """What the formula is given: no engine, no tiles."""
+    return build(call, None, call.query.dtype, lambda known, heads: (call.sizes.T, call.sizes.S))
+
+
+def build(
+    call: Call,
+    engine: Engine | None,
+    dtype: Any,
+    choose: Callable[[TileStates | None, int], tuple[int, int]],
+) -> tuple[Config, Inputs]:
+    """What an engine is compiled for, and what it is given.
+
+    Args:
+      call: what to compute.
+      engine: what computes it; without one no states of tiles are looked up.
+      dtype: of the factors of products.
+      choose: queries and keys of a tile, from the map that the call brings along, if any, and the
+        number of heads that share their tiles.
+    """
+    sizes = call.sizes
+    B, T, S, N, *_ = sizes
+    wide = base.accumulator(call.query.dtype)
+    states, parts = None, None
+    operands: tuple[Operand, ...] = ()
+    known = call.tiles
+    if call.mask is not None:
+        parts = call.mask
+        operands = parts.operands(call.positions, B, N, T, S)
+    tile = choose(known, _heads(sizes, operands))
+    if parts is not None and engine is not None:
+        if known is not None and _within(known.tile, T, S) == _within(tile, T, S):
+            states = known.states
+        else:
+            states = intervals.states(parts, operands, *tile, T, S)
+
+    scores, scored = None, tuple[Operand, ...]()
+    if call.score is not None:
+        scores = call.score
+        scored = scores.operands(call.positions, B, N, T, S)
+    config = Config(
+        engine,
+        _residue(parts),
+        _residue(scores),
+        call.dropout is not None,
+        call.precision,
+        dtype,
+        tile,
+    )
+    return config, Inputs(
+        call.query,
+        call.key,
+        call.value,
+        states,
+        jnp.asarray(call.scale, wide).reshape(1),
+        tuple(op.array for op in operands),
+        tuple(op.array for op in scored),
+        _dropout(call),
+    )
+
+
+def _within(tile: tuple[int, int], T: int, S: int) -> tuple[int, int]:
+    return min(tile[0], T), min(tile[1], S)
+
+
+def _heads(sizes: Sizes, operands: Sequence[Operand]) -> int:
+    """How many heads share their tiles: a mask of its own for each head says one group."""
+    by_b = any(op.array.shape[0] != 1 for op in operands)
+    by_h = any(op.array.shape[1] != 1 for op in operands)
+    if by_h:
+        return sizes.N // sizes.K
+    return sizes.N if by_b or base.symbolic(sizes.B) else sizes.N * sizes.B
+
+
+def _residue(parts: Split[Any] | None) -> Residue | None:
+    return None if parts is None else Residue(parts.program, parts.kinds)
+
+
+def _dropout(call: Call) -> tuple[Array, ...]:
+    if call.dropout is None:
+        return ()
+    sizes = call.sizes
+    at = call.positions.filled(sizes.B, sizes.N, sizes.T, sizes.S)
+    b, h = at.b[:, None, None], at.h[None, :, None]
+    first, second = call.dropout.rows(b, h, at.q[:, None, :])
+    shape = (sizes.B, sizes.N, sizes.T)
+    rate = jnp.asarray(call.dropout.rate, base.accumulator(call.query.dtype))
+    return (
+        jnp.broadcast_to(first, shape),
+        jnp.broadcast_to(second, shape),
+        at.k[:, None, :],
+        rate.reshape(1, 1),
+    )

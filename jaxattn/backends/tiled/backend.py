@@ -1,0 +1,81 @@
+"""Attention in plain XLA that computes only the tiles a mask allows: the engine on CPU.
+
+Time follows the active tiles, memory is O(T + S), forward and backward (`loops.py`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from ...shapes import Array, Float
+from ...tiles.tile_map import TileStates
+from .. import base, problem
+from ..base import Call, unchanged
+from ..flash import transforms
+from ..problem import Config, Engine, Inputs
+from . import loops, steps
+
+WHY = "loops of plain XLA over the tiles that the mask allows, in O(T + S) memory"
+
+LIMITS: tuple[str, ...] = ()
+
+prepare = unchanged
+
+ENGINE = Engine(loops.forward, loops.backward, differentiable=loops.forward)
+
+
+def refuse(call: Call) -> str | None:
+    """Why this backend can't compute the call; it can, unless there is nothing to compute."""
+    if 0 in call.sizes:
+        return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(call.sizes.T, call.sizes.S):
+        return "lengths are symbolic, and tiles are cut from known ones; 'dense' takes any"
+    return None
+
+
+def footprint(call: Call) -> int:
+    """Bytes of the inputs in the layout of the loops, of the sums, and of the tiles of one step."""
+    B, T, S, N, K, H, Hv = call.sizes
+    width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(_factors(call)).itemsize
+    sums = B * T * N * (Hv + 2) * width
+    return int(copies + sums + 2 * steps.STEP_CELLS * width)
+
+
+def run(
+    call: Call, tile: tuple[int, int] | None = None
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`.
+
+    Args:
+      call: what to compute.
+      tile: queries and keys of a tile; by default chosen by the shapes.
+    """
+    return transforms.attend(*build(call, tile))
+
+
+def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
+    """What the loops are compiled for, and what they are given."""
+    return problem.build(call, ENGINE, _factors(call), partial(_tile, call, tile))
+
+
+def _tile(
+    call: Call, tile: tuple[int, int] | None, known: TileStates | None, heads: int
+) -> tuple[int, int]:
+    """The tile asked for, or that of the map that came along, if steps of this size would be
+    neither tiny nor huge, or what suits the shapes."""
+    T, S = call.sizes.T, call.sizes.S
+    if tile is None and known is not None and all(64 <= n <= 1024 for n in known.tile):
+        tile = known.tile
+    tile = tile or steps.tile_size(T, S, heads)
+    return min(tile[0], T), min(tile[1], S)
+
+
+def _factors(call: Call) -> Any:
+    """The dtype in which products are given their factors."""
+    # XLA on CPU multiplies 16-bit floats slowly, and in some layouts not at all.
+    on_cpu = base.platform(call) == "cpu"
+    return base.accumulator(call.query.dtype) if on_cpu else call.query.dtype

@@ -1,0 +1,143 @@
+"""Kernels in Pallas Triton for NVIDIA GPUs: almost every call, in O(T + S) memory.
+
+The kernels are imported where they are used: Pallas would treble the time of `import jaxattn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from ...shapes import Array, Float
+from ...tiles.tile_map import TileStates
+from ...tracing.split import Split
+from .. import base, problem
+from ..base import Call, unchanged
+from ..flash import transforms
+from ..problem import Config, Inputs
+
+if TYPE_CHECKING:
+    from .tiles import How
+
+WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) memory"
+
+LIMITS: tuple[str, ...] = ("logits are held in powers of 2: below -2.3e38 they are -inf",)
+
+prepare = unchanged
+
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+# Maps of tiles up to this size are used as they are. Coarser ones would have every kernel compute
+# more than a new map costs.
+_COARSEST = 256
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, the kernels run on any platform, interpreted by JAX in tiles of 16: for tests."""
+    token = _interpreted.set(True)
+    try:
+        # A label, as labels are part of the key under which JAX keeps what it has traced: nothing
+        # that was compiled on the other side of this line is taken for ours.
+        with set_xla_metadata(jaxattn="interpreted"):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def refuse(call: Call) -> str | None:
+    """Why this backend can't compute the call: platform, sizes, dtype, or what is on a tile."""
+    if 0 in call.sizes:
+        return f"nothing to compute: the sizes are {call.sizes}"
+    if base.symbolic(*call.sizes):
+        return "sizes are symbolic, and kernels are compiled for known ones"
+    if not _interpreted.get():
+        where = base.platform(call)
+        if where not in ("gpu", "cuda"):
+            return f"runs on NVIDIA GPUs; inputs are on {where}"
+        age = base.capability(call)
+        if age is not None and age < (8, 0):
+            return f"needs compute capability 8.0 or newer; this GPU's is {age[0]}.{age[1]}"
+    if call.query.dtype == jnp.float64:
+        return "has no kernels for float64"
+    from . import tiles
+
+    widest = max(call.sizes.H, call.sizes.Hv)
+    if widest > tiles.WIDEST:
+        return f"head dimensions up to {tiles.WIDEST} fit; got {widest}"
+    for name, part in (("mask", call.mask), ("score", call.score)):
+        reason = None if part is None else _unfit(part)
+        if reason is not None:
+            return f"the {name} can't be computed in a kernel: {reason}"
+    return None
+
+
+def _unfit(parts: Split[Any]) -> str | None:
+    from . import tiles
+
+    if not parts.elementwise:
+        return "; ".join(parts.reasons)
+    missing = tiles.unknown(parts.program, learns=parts.scores)
+    return f"no kernel has {', '.join(missing)}" if missing else None
+
+
+def footprint(call: Call) -> int:
+    """Bytes of the sums of rows, of the lists of tiles, and of inputs that have to be padded."""
+    from . import tiles
+
+    B, T, S, N, K, H, Hv = call.sizes
+    tq, tk = _smallest(call, tiles.How(_interpreted.get()))
+    lists = 4 * B * N * -(-T // tq) * -(-S // tk) if call.mask is not None else 0
+    padded = 0
+    if (tiles.width(H), tiles.width(Hv)) != (H, Hv) or T % tq or S % tk:
+        numbers = B * T * N * tiles.width(H) + B * S * K * (tiles.width(H) + tiles.width(Hv))
+        padded = numbers * jnp.dtype(call.query.dtype).itemsize
+    return int(4 * B * T * N + lists + padded)
+
+
+def run(
+    call: Call, tile: tuple[int, int] | None = None
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`.
+
+    Args:
+      call: what to compute.
+      tile: queries and keys of a tile, powers of 2 from 16 on; by default
+        chosen by the head dimension and the dtype.
+    """
+    return transforms.attend(*build(call, tile))
+
+
+def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
+    """What the kernels are compiled for, and what they are given."""
+    from . import kernels
+    from .tiles import How
+
+    how = How(_interpreted.get(), tile)
+    return problem.build(call, kernels.engine(how), call.query.dtype, partial(_tile, call, how))
+
+
+def _tile(call: Call, how: How, known: TileStates | None, heads: int) -> tuple[int, int]:
+    """The tile of the map that came along, if it divides those of the kernels, or the reverse."""
+    from . import tiles
+
+    tile = _smallest(call, how)
+    if known is not None and all(
+        tiles.LEAST <= n <= _COARSEST and n & (n - 1) == 0 for n in known.tile
+    ):
+        tile = known.tile
+    return min(tile[0], call.sizes.T), min(tile[1], call.sizes.S)
+
+
+def _smallest(call: Call, how: How) -> tuple[int, int]:
+    """The size of tiles whose states serve those of all of Triton's kernels."""
+    from . import tiles
+
+    _, T, S, _, _, H, Hv = call.sizes
+    return tiles.tile_of(how, H, Hv, T, S, call.query.dtype)

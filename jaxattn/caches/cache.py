@@ -1,0 +1,388 @@
+"""Caches of keys and values: what a decoder has seen so far, and where it stood.
+
+    out, cache = cache.step(query, key, value, mask=mask)  # any mask: the one of training
+
+A cache says where its keys stand (`positions`) and which of its places hold one (`mask`); attention
+itself knows nothing of caches. So a chunk of a prompt, a single token and a tree of drafts are the
+same call, and equal what one pass over the whole sequence gives.
+
+A step is `upcoming`, `append` and `attend`, in that order, where they are wanted apart:
+
+    at = cache.upcoming(T)  # positions of the next tokens: before they are appended
+    cache = cache.append(key, value)
+    out = cache.attend(query, at, mask=mask)
+
+Prompts of different lengths share a batch, padded after their ends: `counts` says how many tokens
+of each row are real, and the others are neither kept nor given a position. Prompts padded before
+their beginnings are turned first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. So no mask
+of the padding is needed. Where padding is kept all the same, its mask must go on after the prompt:
+an array as long as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..attention import attention
+from ..backends import decode
+from ..checks.integers import as_given, concrete, is_integer, narrowed
+from ..masks.mask import Mask, Predicate, as_mask, leaf_repr
+from ..masks.positions import Positions
+from ..pytrees import ByStructure
+from ..shapes import Array, ArrayLike, Bool, Float, Int
+
+C = TypeVar("C", bound="Cache")
+
+# The largest number of an int8, kept symmetric.
+_LARGEST = 127
+
+
+def _held(b: Any, h: Any, q: Any, k: Any, length: Any) -> Any:
+    # What holds nothing yet stands at -1; what was taken back stands at the length or after it.
+    return (k >= 0) & (k < length[b])
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
+    """Room for keys or values: zeros, and with int8 a scale for each head of each token."""
+    held = jnp.zeros(shape, dtype)
+    if held.dtype == jnp.int8:
+        return held, jnp.zeros((*shape[:-1], 1), jnp.float32)
+    if not jnp.issubdtype(held.dtype, jnp.floating):
+        raise TypeError(f"cache: got stored={held.dtype}, expected a float dtype, or int8")
+    return (held,)
+
+
+def packed(array: Array, dtype: Any) -> tuple[Array, ...]:
+    """What is held of new keys or values: themselves, or as int8 with a scale for each head."""
+    if dtype != jnp.int8:
+        return (array.astype(dtype),)
+    exact = array.astype(jnp.float32)
+    scale = jnp.abs(exact).max(-1, keepdims=True) / _LARGEST
+    whole = jnp.round(exact / jnp.where(scale > 0, scale, 1))
+    return whole.astype(jnp.int8), scale
+
+
+def unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
+    """What `packed` packed."""
+    if len(held) == 1:
+        return held[0].astype(dtype)
+    whole, scale = held
+    return (whole.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _values(leaf: Any) -> np.ndarray | None:
+    """What a leaf holds, if it is an array that can be read."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, (jax.Array, np.ndarray)):
+        return None
+    gone = isinstance(leaf, jax.Array) and leaf.is_deleted()
+    return None if gone else concrete(leaf)
+
+
+def _shown(leaf: Any) -> str:
+    """The numbers of a row each, a few of many, where they can be read."""
+    values = _values(leaf)
+    if values is None:
+        return leaf_repr(leaf)
+    return np.array2string(
+        values, separator=", ", threshold=8, max_line_width=10**6, formatter={"all": str}
+    )
+
+
+def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
+    if given is None:
+        return jnp.full(B, T, jnp.int32)
+    array = as_given(given)
+    if not is_integer(array) or array.shape != (B,):
+        raise ValueError(
+            f"cache.append(counts): got {array.dtype}{list(array.shape)}, expected integers [B] = "
+            f"[{B}], how many of the {T} tokens of each row are real"
+        )
+    values = concrete(array)
+    if values is not None and ((values < 0) | (values > T)).any():
+        raise ValueError(f"cache.append(counts): got {values}, expected numbers from 0 to {T}")
+    return jnp.clip(narrowed(array), 0, T)
+
+
+def check_room(length: Array, room: Any) -> None:
+    """Raises for a row that overflows, where that can be seen."""
+    lengths, places = concrete(length), concrete(room)
+    if lengths is None or places is None or not (lengths > places).any():
+        return
+    row = int(np.argmax(lengths > places))
+    holds = int(np.broadcast_to(places, lengths.shape)[row])
+    raise ValueError(
+        f"cache.append(key): row {row} would have {lengths[row]} tokens, and there is room for "
+        f"{holds}; create a larger cache, or a rolling one, free or truncate rows, or append fewer "
+        "tokens (counts=)"
+    )
+
+
+def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
+    """Raises for a size that is no integer, or too small."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < least:
+            raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
+
+
+def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
+    """Rows of a cache by number; raises for those that are none, where that can be seen."""
+    order = jnp.asarray(rows)
+    if not jnp.issubdtype(order.dtype, jnp.integer) or order.shape != (B,):
+        raise ValueError(
+            f"cache.reorder(rows): got {order.dtype}{list(order.shape)}, expected integers [B] = "
+            f"[{B}], for each row the one whose past it takes"
+        )
+    values = concrete(order)
+    if values is not None and ((values < 0) | (values >= B)).any():
+        raise ValueError(f"cache.reorder(rows): got {values}, expected numbers from 0 to {B - 1}")
+    return order
+
+
+class Cache(ByStructure, ABC):
+    """What every cache can do; how keys are kept is each class's own.
+
+    Attributes:
+      key, value: the arrays that hold them, with their scales where they are int8.
+      length: int32 `[B]`: how many tokens each row has seen, which is the position of its next.
+      overflowed: bool `[B]`: whether a row was given more than it can hold; what did not fit was
+        dropped. Stays until the row is freed or truncated to nothing.
+      dtype: of the keys and values that are read.
+    """
+
+    key: tuple[Array, ...]
+    value: tuple[Array, ...]
+    length: Int[Array, "B"]
+    overflowed: Bool[Array, "B"]
+    dtype: Any
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Places of a row."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> Int[Array, "B S"]:
+        """The position of the key in each place, in storage order; `mask` says if there is one."""
+
+    @abstractmethod
+    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+        """Keys and values in storage order."""
+
+    @abstractmethod
+    def append(
+        self: C,
+        key: Float[ArrayLike, "B T K H"],
+        value: Float[ArrayLike, "B T K Hv"],
+        counts: Int[ArrayLike, "B"] | None = None,
+    ) -> C:
+        """The cache with the keys and values of the next tokens.
+
+        Args:
+          key, value: `[B, T, K, H]` and `[B, T, K, Hv]`.
+          counts: how many of the T tokens of each row are real, the first ones; all by default.
+
+        Raises:
+          ValueError: for shapes that do not fit, and, outside `jit`, for a row that overflows.
+            Inside, what does not fit is dropped, and `overflowed` says so.
+        """
+
+    @property
+    def mask(self) -> Mask:
+        """Which places hold a key: the mask of every call that reads the cache."""
+        return Predicate(_held, (self.length,))
+
+    def upcoming(self, T: int) -> Int[Array, "B T"]:
+        """The positions of the next `T` tokens of each row: asked for before they are appended."""
+        return self.length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
+
+    def step(
+        self: C,
+        query: Float[ArrayLike, "B T N H"],
+        key: Float[ArrayLike, "B T K H"],
+        value: Float[ArrayLike, "B T K Hv"],
+        counts: Int[ArrayLike, "B"] | None = None,
+        *,
+        mask: Any = None,
+        **options: Any,
+    ) -> tuple[Any, C]:
+        """Appends the next tokens, and attends from them to everything in the cache.
+
+        Where rotary embeddings turn queries and keys first, `upcoming(T)` says their positions.
+
+        Args:
+          query: `[B, T, N, H]`, of the tokens that key and value are of.
+          key, value, counts: as in `append`. What queries of padding get means nothing.
+          mask, **options: as in `attend`.
+
+        Returns:
+          What `attention` returns, and the cache after.
+
+        Raises:
+          ValueError: as `append`, and for queries that do not fit the cache.
+          TypeError: for queries of another dtype than that of the cache.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxattn as ja
+          >>> prompt, token = jnp.ones((2, 5, 4, 8)), jnp.ones((2, 1, 4, 8))
+          >>> cache = ja.KVCache.create(batch=2, capacity=16, heads=4, head_dim=8)
+          >>> real = jnp.array([5, 3])  # the second prompt has two tokens of padding after it
+          >>> out, cache = cache.step(prompt, prompt, prompt, real, mask=ja.masks.causal())
+          >>> out, cache = cache.step(token, token, token, mask=ja.masks.causal())
+          >>> cache.length.tolist()
+          [6, 4]
+        """
+        T = self._check_query("step", query)
+        at = self.upcoming(T)
+        after = self.append(key, value, counts)
+        if jnp.shape(key)[1] != T:
+            raise ValueError(
+                f"cache.step(query): got {T} tokens, expected the {jnp.shape(key)[1]} of the keys; "
+                "for other queries use append, then attend"
+            )
+        return over(after, query, at, mask=mask, **options), after
+
+    def attend(
+        self,
+        query: Float[ArrayLike, "B T N H"],
+        at: Int[ArrayLike, "*Bq T"],
+        *,
+        mask: Any = None,
+        **options: Any,
+    ) -> Any:
+        """`attention` of queries at the positions `at` to everything in the cache.
+
+        Args:
+          query: `[B, T, N, H]`.
+          at: their positions, `[B, T]` or `[T]`: what `upcoming` said before their own keys were
+            appended. Asked afterwards it answers T too late, and a causal mask shows a query what
+            comes after it.
+          mask: which query may see which key, by position. Without one a query sees the whole
+            cache, later tokens of its own chunk included.
+          **options: those of `attention`, but for `positions`; without a `backend`, few queries
+            take "decode".
+
+        Returns:
+          What `attention` returns.
+
+        Raises:
+          ValueError: for queries that do not fit the cache; and, outside `jit`, for positions that
+            are all after what it holds, and for those whose keys a ring no longer has. Inside
+            `jit` positions can't be looked at: the first goes unseen (`step` can't get it wrong),
+            and of the second only the keys that are still there are seen.
+          TypeError: for queries of another dtype than that of the cache.
+        """
+        T = self._check_query("attend", query)
+        at, B = jnp.asarray(at), self.length.shape[0]
+        if not jnp.issubdtype(at.dtype, jnp.integer) or at.shape not in ((T,), (1, T), (B, T)):
+            raise ValueError(
+                f"cache.attend(at): got {at.dtype}{list(at.shape)}, expected integers [B, T] = "
+                f"[{B}, {T}], the positions of the queries"
+            )
+        self._check_positions(jnp.broadcast_to(at, (B, T)), jnp.shape(query)[2], mask)
+        return over(self, query, at, mask=mask, **options)
+
+    def _check_query(self, method: str, query: Any) -> int:
+        """How many queries of each row there are; raises for those that do not fit the cache."""
+        shape, dtype = jnp.shape(query), jnp.result_type(query)
+        B, (K, H) = self.length.shape[0], self.key[0].shape[1::2]
+        if len(shape) != 4 or shape[0] != B or shape[2] % K or shape[3] != H:
+            raise ValueError(
+                f"cache.{method}(query): got shape {list(shape)}, expected [{B}, T, N, {H}] with N "
+                f"a multiple of {K}, as the cache was created: {self!r}"
+            )
+        if dtype != self.dtype:
+            raise TypeError(
+                f"cache.{method}(query): got {dtype}, expected {self.dtype}, in which this cache "
+                f"is read; create it with dtype=jnp.{dtype}, and stored= for what its memory "
+                "holds, or cast the queries"
+            )
+        return int(shape[1])
+
+    def _check_positions(self, at: Int[Array, "B T"], N: int, mask: Any) -> None:
+        """Raises for queries that stand where the cache has no token, where that can be seen."""
+        places, lengths, flags = concrete(at), concrete(self.length), concrete(self.overflowed)
+        if places is None or lengths is None or flags is None or 0 in places.shape:
+            return
+        # Padding of a chunk stands there too: only if all of them do is it a mistake. What a row
+        # had no room for stands there and `overflowed` has said it.
+        if flags.any() or (places < lengths[:, None]).any():
+            return
+        raise ValueError(
+            f"cache.attend(at): got positions from {places[0, 0]} on in row 0, and the cache "
+            f"holds {lengths[0]} tokens there, all before position {lengths[0]}; ask "
+            "at = cache.upcoming(T) before cache.append, or let cache.step do both"
+        )
+
+    @property
+    @abstractmethod
+    def _form(self) -> tuple[str, dict[str, Any]]:
+        """How the cache was made, and the sizes that are its kind's own, for its repr."""
+
+    def __repr__(self) -> str:
+        if any(getattr(part, "ndim", 0) != 4 for part in (*self.key, *self.value)):
+            # Stacked ones, or no arrays at all: what trees of caches are made of on their way.
+            parts = {"key": self.key, "value": self.value, "length": self.length}
+            inner = ", ".join(
+                f"{name}=[{', '.join(map(leaf_repr, jax.tree.leaves(part)))}]"
+                for name, part in parts.items()
+            )
+            return f"{type(self).__name__}({inner})"
+        name, sizes = self._form
+        key, value = self.key[0], self.value[0]
+        sizes |= {"heads": key.shape[1], "head_dim": key.shape[3]}
+        if value.shape[3] != key.shape[3]:
+            sizes["value_dim"] = value.shape[3]
+        sizes["dtype"] = self.dtype
+        if key.dtype != self.dtype:
+            sizes["stored"] = key.dtype
+        sizes["length"] = _shown(self.length)
+        flags = _values(self.overflowed)
+        if flags is not None and flags.any():
+            sizes["overflowed"] = _shown(self.overflowed)
+        return f"{name}({', '.join(f'{name}={size}' for name, size in sizes.items())})"
+
+    def _tokens(self, key: Any, value: Any, counts: Any) -> tuple[Any, Any, Int[Array, "B"]]:
+        """New keys and values in the form they are held in, and how many a row has."""
+        parts = []
+        for name, given, held in (("key", key, self.key), ("value", value, self.value)):
+            array = jnp.asarray(given)
+            expected = (self.length.shape[0], held[0].shape[1], held[0].shape[3])
+            if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != expected:
+                B, K, H = expected
+                raise ValueError(
+                    f"cache.append({name}): got shape {list(array.shape)}, expected "
+                    f"[{B}, T, {K}, {H}], as the cache was created"
+                )
+            parts.append(array)
+        key, value = parts
+        B, T = key.shape[:2]
+        if value.shape[1] != T:
+            raise ValueError(
+                f"cache.append(value): got {value.shape[1]} tokens, expected the {T} of the keys"
+            )
+        return (
+            packed(key, self.key[0].dtype),
+            packed(value, self.value[0].dtype),
+            _counts(counts, B, T),
+        )
+
+
+def over(
+    cache: Cache, query: Any, at: Int[ArrayLike, "*Bq T"], *, mask: Any = None, **options: Any
+) -> Any:
+    """`Cache.attend` without its checks: of queries that stand anywhere, as in cross-attention."""
+    key, value = cache.read()
+    held = cache.mask if mask is None else as_mask(mask) & cache.mask
+    positions = Positions(q=at, k=cache.positions)
+    _, T, N, _ = jnp.shape(query)
+    # XLA on CPU converts keys of 16 bits before it multiplies them, and dense does it best.
+    direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
+    if direct and T * (N // key.shape[2]) <= decode.MOST:
+        options = {"backend": "decode"} | options
+    return attention(query, key, value, mask=held, positions=positions, **options)

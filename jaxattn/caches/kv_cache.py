@@ -1,0 +1,261 @@
+"""The cache whose rows have places of their own: as many as tokens, or a ring."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..checks.integers import concrete, integers
+from ..masks.mask import Mask, Predicate, as_mask
+from ..masks.positions import Filled, over_grid
+from ..pytrees import pytree, static
+from ..shapes import Array, ArrayLike, Bool, Float, Int
+from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
+
+
+def _recent(b: Any, h: Any, q: Any, k: Any, window: Any) -> Any:
+    return q - k <= window
+
+
+@pytree
+class KVCache(Cache):
+    """Keys and values of each row in places of its own: `capacity` of them, or a ring.
+
+    `key[0]` is `[B, K, capacity, H]`: with heads first, decoding reads it as it lies, several times
+    faster than in the layout of the inputs.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxattn as ja
+      >>> x = jnp.ones((1, 3, 2, 8))
+      >>> cache = ja.KVCache.create(batch=1, capacity=16, heads=2, head_dim=8)
+      >>> out, cache = cache.step(x, x, x, mask=ja.masks.causal())
+      >>> out.shape
+      (1, 3, 2, 8)
+      >>> cache
+      KVCache(batch=1, capacity=16, heads=2, head_dim=8, dtype=float32, length=[3])
+
+    Attributes:
+      window: how far back a query of a ring sees; `None` where nothing is ever forgotten.
+      places: int32 `[B, S]`, of a ring: the position of the token last put in each place, -1 where
+        none was. What was taken back stays there until its place is needed, as does the gap that it
+        left in the past; `mask` shows neither.
+    """
+
+    key: tuple[Array, ...]
+    value: tuple[Array, ...]
+    length: Int[Array, "B"]
+    overflowed: Bool[Array, "B"]
+    dtype: Any = static()
+    window: int | None = static(default=None)
+    places: Int[Array, "B S"] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        batch: int,
+        capacity: int,
+        heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = jnp.float32,
+        stored: Any = None,
+    ) -> KVCache:
+        """An empty cache.
+
+        Args:
+          batch: rows B.
+          capacity: how many tokens a row can hold.
+          heads: key heads K.
+          head_dim: H.
+          value_dim: Hv; by default `head_dim`.
+          dtype: of the keys and values that are read.
+          stored: what they are held in; by default `dtype`. `jnp.int8` keeps every head of every
+            token by its largest number, in a quarter of float32's memory: errors of 1/254 of it.
+        """
+        sizes = {"batch": batch, "capacity": capacity, "heads": heads, "head_dim": head_dim}
+        check_sizes("KVCache.create", sizes)
+        hold = dtype if stored is None else stored
+        return cls(
+            empty((batch, heads, capacity, head_dim), hold),
+            empty((batch, heads, capacity, value_dim or head_dim), hold),
+            jnp.zeros(batch, jnp.int32),
+            jnp.zeros(batch, bool),
+            jnp.dtype(dtype),
+        )
+
+    @classmethod
+    def rolling(
+        cls,
+        batch: int,
+        window: int,
+        heads: int,
+        head_dim: int,
+        *,
+        chunk: int = 1,
+        value_dim: int | None = None,
+        dtype: Any = jnp.float32,
+        stored: Any = None,
+    ) -> KVCache:
+        """A ring: the last `window` tokens before each query, and no more, for ever.
+
+        Its `mask` is `q - k <= window`, so that results are those of the whole sequence under
+        `mask & masks.sliding_window(window)`. Memory is `window + chunk` places.
+
+        Args:
+          window: how far back a query sees, as `left` of `masks.sliding_window`.
+          chunk: the most tokens that one `append` brings, and that `truncate` takes back.
+          batch, heads, head_dim, value_dim, dtype, stored: as in `create`.
+        """
+        check_sizes("KVCache.rolling", {"window": window}, least=0)
+        check_sizes("KVCache.rolling", {"chunk": chunk})
+        made = cls.create(
+            batch, window + chunk, heads, head_dim, value_dim=value_dim, dtype=dtype, stored=stored
+        )
+        places = jnp.full((batch, window + chunk), -1, jnp.int32)
+        return cls(made.key, made.value, made.length, made.overflowed, made.dtype, window, places)
+
+    @property
+    def capacity(self) -> int:
+        return int(self.key[0].shape[2])
+
+    @property
+    def positions(self) -> Int[Array, "B S"]:
+        if self.places is not None:
+            return self.places
+        places = jnp.arange(self.capacity, dtype=jnp.int32)
+        return jnp.broadcast_to(places, (self.length.shape[0], self.capacity))
+
+    @property
+    def mask(self) -> Mask:
+        held = super().mask
+        return held if self.window is None else held & Predicate(_recent, (self.window,))
+
+    def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
+        key, value = unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
+        return jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+
+    def append(
+        self,
+        key: Float[ArrayLike, "B T K H"],
+        value: Float[ArrayLike, "B T K Hv"],
+        counts: Int[ArrayLike, "B"] | None = None,
+    ) -> KVCache:
+        new_key, new_value, number = self._tokens(key, value, counts)
+        T = new_key[0].shape[1]
+        if self.window is None:
+            check_room(self.length + number, self.capacity)
+        elif self.capacity < self.window + T:
+            raise ValueError(
+                f"cache.append(key): got {T} tokens, expected at most the "
+                f"{self.capacity - self.window} that this ring takes at once; create it with "
+                "rolling(chunk=...), or append in parts"
+            )
+        at = self.upcoming(T)
+        fits = jnp.arange(T, dtype=jnp.int32)[None] < number[:, None]
+        if self.window is None:
+            fits &= at < self.capacity
+        # Out of bounds: dropped.
+        place = jnp.where(fits, at % self.capacity, self.capacity)
+        rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
+
+        def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
+            pairs = zip(held, new, strict=True)
+            return tuple(a.at[rows, :, place].set(n, mode="drop") for a, n in pairs)
+
+        places = self.places
+        if places is not None:
+            places = places.at[rows, place].set(at, mode="drop")
+        length = self.length + number
+        most = length if self.window is not None else jnp.minimum(length, self.capacity)
+        return replace(
+            self,
+            key=put(self.key, new_key),
+            value=put(self.value, new_value),
+            length=most,
+            overflowed=self.overflowed | (most < length),
+            places=places,
+        )
+
+    def truncate(self, length: Int[ArrayLike, "B"] | int) -> KVCache:
+        """The cache without the tokens from position `length` on: rejected drafts, a new prompt.
+
+        A ring takes back its last `chunk` tokens at most, counted from the longest it has been:
+        what stood in their places is gone.
+
+        Raises:
+          ValueError: outside `jit`, for a ring that can't go so far back. Inside, `overflowed`
+            says so.
+        """
+        to = integers(length, "cache.truncate(length)", ("[]", "[B]"))
+        shorter = jnp.minimum(self.length, jnp.maximum(to, 0))
+        lost = jnp.zeros_like(self.overflowed)
+        if self.window is not None:
+            # What the next token will see, and the ring no longer has.
+            lost = jnp.maximum(shorter - self.window, 0) < jnp.minimum(self._first, shorter)
+            found = concrete(lost)
+            if found is not None and found.any():
+                row = int(np.argmax(found))
+                least = int(self._first[row]) + self.window
+                raise ValueError(
+                    f"cache.truncate(length): got {int(shorter[row])} in row {row}, expected "
+                    f"{least} to {int(self.length[row])}, or 0: a query there sees the "
+                    f"{self.window} tokens before it, and this ring holds none before position "
+                    f"{int(self._first[row])}; create it with rolling(chunk=...)"
+                )
+        over = (self.overflowed & (shorter > 0)) | lost
+        return replace(self, length=shorter, overflowed=over)
+
+    def reorder(self, rows: Int[ArrayLike, "B"]) -> KVCache:
+        """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
+        order = check_rows(rows, self.length.shape[0])
+        return jax.tree.map(lambda a: a[order], self)
+
+    @property
+    def _first(self) -> Int[Array, "B"]:
+        """The first position from which on every token is held; the length where none is."""
+        end = self.length[:, None]
+        held = (self.positions >= 0) & (self.positions < end)
+        return jnp.where(held, self.positions, end).min(1)
+
+    def _check_positions(self, at: Int[Array, "B T"], N: int, mask: Any) -> None:
+        super()._check_positions(at, N, mask)
+        places, lengths = concrete(at), concrete(self.length)
+        if self.window is None or places is None or lengths is None:
+            return
+        first = concrete(self._first)
+        if first is None:
+            return
+        begins = np.maximum(places - self.window, 0)
+        if not (begins < first[:, None]).any():
+            return
+        # What is gone is missed only where the mask would have shown it.
+        gap = np.arange(begins.min(), first.max(), dtype=np.int32)
+        missed = (gap >= begins[:, None, :, None]) & (gap < first[:, None, None, None])
+        if mask is not None:
+            rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (len(first), N))
+            shown = over_grid(as_mask(mask), Filled(rows, heads, at, jnp.asarray(gap)[None]))
+            allowed = concrete(shown)
+            if allowed is None:
+                return
+            missed = missed & allowed
+        if missed.any():
+            row, _, query, hole = np.argwhere(missed)[0]
+            raise ValueError(
+                f"cache.attend(at): got position {places[row, query]} in row {row}, which sees "
+                f"position {gap[hole]}, and this ring holds {first[row]} to {lengths[row] - 1} "
+                "there; expected the tokens of the last append, or create it with "
+                "rolling(chunk=...) for as many as are asked again"
+            )
+
+    @property
+    def _form(self) -> tuple[str, dict[str, Any]]:
+        batch = {"batch": self.length.shape[0]}
+        if self.window is None:
+            return "KVCache", batch | {"capacity": self.capacity}
+        sizes = {"window": self.window, "chunk": self.capacity - self.window}
+        return "KVCache.rolling", batch | sizes

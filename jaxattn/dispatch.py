@@ -1,0 +1,258 @@
+"""The one door to the backends: choose one, prepare the call for it, run it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec as P
+
+from .backends import base, cudnn, decode, dense, mosaic, tiled, triton
+from .backends.base import Backend, Call
+from .checks import foreign_names
+from .mesh import automatic
+from .shapes import Array
+from .tracing.program import Program
+from .tracing.split import Split
+
+# Up to so many logits the dense backend is faster. On 2 CPU cores its times cross those of the
+# tiled one between 0.5 and 1.2 million, forward and backward, for masks of every density: 4 MB of
+# float32, about where logits leave the caches. On accelerators 256 MB of logits is a bound on
+# memory, not a measured crossing: kernels may well be ahead before.
+_SMALL = 2**20
+_SMALL_ACCELERATED = 2**26
+# Few queries of many keys: from 0.25 to 0.5 million numbers on the tiled backend was ahead in
+# float32, for 1 to 64 queries, of a definition that copied all keys and values; in 16 bits it was
+# not. The definition reads them as they lie now, and the two have not been compared since.
+_SMALL_CACHE = 2**19
+
+BACKENDS: dict[str, Backend] = {
+    "dense": dense,
+    "decode": decode,
+    "tiled": tiled,
+    "cudnn": cudnn,
+    "triton": triton,
+    "mosaic": mosaic,
+}
+# Those that only an accelerator has.
+ACCELERATED = ("cudnn", "triton", "mosaic")
+# Of these "auto" takes the first that can. Mosaic's kernels have been interpreted and compiled, and
+# never timed on a GPU: until they are, Triton's older ones come before them.
+_AUTOMATIC = ("cudnn", "triton")
+_UNTIMED = "not yet timed on a GPU: 'auto' takes triton until it is"
+# Names of before, and what is run for them.
+_RENAMED = {"pallas_gpu": "triton"}
+
+
+def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tuple[Array, ...]:
+    """The output of a checked call, and the LSE if it is asked for.
+
+    Args:
+      call: what to compute.
+      backend: "auto", or the name of one.
+      with_lse: False leaves out the LSE, so that `jax_debug_infs` does not stop for its -inf.
+
+    Raises:
+      ValueError: as `choose`.
+    """
+    name = choose(call, backend).backend
+    if not _is_empty(call):
+        call = BACKENDS[name].prepare(call)
+    return _compiled((*_traced(call.mask), *_traced(call.score)))(call, name, with_lse)
+
+
+def weights_of(call: Call) -> Array:
+    """The weights `[B, N, T, S]` of a checked call."""
+    return _weights(call)
+
+
+def _traced(part: Split[Any] | None) -> Iterator[Program]:
+    """The functions of users in a mask or score."""
+    return iter(()) if part is None else _programs(part.given)
+
+
+def _programs(part: Any) -> Iterator[Program]:
+    fn = getattr(part, "fn", None)
+    if isinstance(fn, Program):
+        yield fn
+    elif fn is None and is_dataclass(part):
+        for field in fields(part):
+            held = getattr(part, field.name)
+            for each in held if isinstance(held, tuple) else (held,):
+                yield from _programs(each)
+
+
+# JAX keeps what it compiled as long as the function that it was compiled for. The library's own
+# masks are few; functions of users may come new with every call, a few MB each.
+@lru_cache(maxsize=64)
+def _compiled(programs: tuple[Program, ...]) -> Callable[..., tuple[Array, ...]]:
+    """What computes calls whose masks and scores have these functions of users."""
+
+    def attention(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
+        return _attend(call, backend, with_lse)
+
+    return jax.jit(attention, static_argnums=(1, 2))
+
+
+def _attend(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
+    call = _learnable(call)
+    if _is_empty(call):
+        B, T, _, N, _, _, Hv = call.sizes
+        out = jnp.zeros((B, T, N, Hv), call.query.dtype)
+        lse = jnp.full((B, T, N), -jnp.inf, base.accumulator(call.query.dtype))
+    else:
+        out, lse = _over_mesh(BACKENDS[backend].run, call)
+    if call.sinks is not None:
+        out = (out.astype(lse.dtype) * _share(lse, call.sinks)).astype(out.dtype)
+    return (out, lse) if with_lse else (out,)
+
+
+def _is_empty(call: Call) -> bool:
+    """Whether there are no pairs of a query and a key."""
+    B, T, S, N, *_ = call.sizes
+    return 0 in (B, T, S, N)
+
+
+def _learnable(call: Call) -> Call:
+    """The call as derivatives see it: parameters of scores in float32, none in the dropout rate."""
+    dropout = call.dropout
+    if dropout is not None:
+        rate, query = jax.lax.stop_gradient((dropout.rate, call.query))
+        dropout = replace(dropout, rate=rate, seed=_own_seed(query, dropout.seed))
+    return replace(call, dropout=dropout)
+
+
+@custom_vmap
+def _own_seed(query: Array, seed: Array) -> Array:
+    """The seed, unless `vmap` is about to use one for many queries."""
+    return seed
+
+
+@_own_seed.def_vmap
+def _own_seed_rule(size: int, batched: Any, query: Array, seed: Array) -> Any:
+    if batched[0] and not batched[1]:
+        raise ValueError(
+            f"dropout_seed: got one seed for all {size} elements of a vmapped axis, which would "
+            "drop the same weights in each; expected one for each: vmap over "
+            "jax.random.split(key, n) too, or over jnp.broadcast_to(seed, (n,)) if the same "
+            "weights are to drop"
+        )
+    return _own_seed(query, seed), batched[1]
+
+
+def _over_mesh(run: Any, call: Call) -> Any:
+    """`run(call)`; on a mesh of explicit axes, partitioned by batch and by head."""
+    sharding: Any = jax.typeof(call.query).sharding
+    b, t, n = (*sharding.spec, None, None, None)[:3]
+    return automatic(run, (call,), (P(b, t, n), P(b, t, n)))
+
+
+@jax.jit
+def _weights(call: Call) -> Array:
+    weights, lse = dense.weights(call)
+    return weights if call.sinks is None else weights * jnp.swapaxes(_share(lse, call.sinks), 1, 2)
+
+
+def _share(lse: Array, sinks: Array) -> Array:
+    """What sinks leave to the keys: `sigmoid(lse - sinks)`, `[B, T, N, 1]`."""
+    # The output of a row that sees nothing is 0 already; -inf would make its gradient NaN.
+    finite = jnp.where(lse == -jnp.inf, 0, lse)
+    return jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])[..., None]
+
+
+def check_backend(name: str, given: Any) -> str:
+    """The backend that an argument names, or "auto".
+
+    Raises:
+      ValueError: for another name, with what is meant by it, if that is known.
+    """
+    names = ["auto", *BACKENDS]
+    if isinstance(given, str) and given in names:
+        return given
+    if isinstance(given, str) and given in _RENAMED:
+        now = _RENAMED[given]
+        warnings.warn(
+            f"{name}={given!r}: it is two backends now; write {now!r} for what it ran, or 'mosaic'",
+            DeprecationWarning,
+            stacklevel=5,
+        )
+        return now
+    message = f"{name}: got {given!r}, expected one of {', '.join(map(repr, names))}"
+    meant = foreign_names.BACKENDS.get(given) if given is None or isinstance(given, str) else None
+    raise ValueError(f"{message}; here it is {meant}" if meant else message)
+
+
+class Choice(NamedTuple):
+    """A backend, why it was chosen, and why the others were not."""
+
+    backend: str
+    reason: str
+    others: dict[str, str]
+
+
+def choose(call: Call, backend: str) -> Choice:
+    """The backend that runs: the one asked for, or the fastest that can.
+
+    Chosen by structure, shapes, dtypes and platform alone, never by a traced value.
+
+    Raises:
+      ValueError: for an unknown name, and for a backend that refuses, with its reason.
+    """
+    backend = check_backend("backend", backend)
+    if _is_empty(call):
+        name = "dense" if backend == "auto" else backend
+        others = {each: "there are no pairs to compute" for each in BACKENDS if each != name}
+        return Choice(name, "there are no pairs to compute: nothing runs", others)
+    if backend != "auto":
+        reason = BACKENDS[backend].refuse(call)
+        if reason is not None:
+            raise ValueError(f"backend: {backend!r} can't compute this call: {reason}")
+        others = {name: "another was asked for" for name in BACKENDS if name != backend}
+        return Choice(backend, "asked for", others)
+    logits = call.sizes.B * call.sizes.N * call.sizes.T * call.sizes.S
+    platform = base.platform(call)
+    most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
+    held = call.key.size + call.value.size
+    others = {
+        "decode": decode.refuse(call) or "faster only from a KVCache, which asks for it",
+        "mosaic": mosaic.refuse(call) or _UNTIMED,
+    }
+    here = {name: BACKENDS[name].refuse(call) for name in _AUTOMATIC}
+    others |= {name: why or f"slower up to {most} logits" for name, why in here.items()}
+    refused = tiled.refuse(call)
+    if refused is not None:
+        return Choice("dense", f"nothing else can: {refused}", {"tiled": refused, **others})
+    if base.symbolic(logits):
+        return Choice(
+            "tiled",
+            "the batch is symbolic, and in O(T + S) memory any size will do",
+            {"dense": "O(T * S) memory for each row of the batch", **others},
+        )
+    wide = call.query.dtype.itemsize >= 4
+    if logits <= most and platform == "cpu" and wide and held > _SMALL_CACHE:
+        return Choice(
+            "tiled",
+            f"{logits} logits are few, but keys and values are many ({held} numbers)",
+            {"dense": f"slower above {_SMALL_CACHE} numbers in keys and values on cpu", **others},
+        )
+    if logits <= most:
+        why = f"{logits} logits are few: up to {most} dense is faster on {platform}"
+        return Choice("dense", why, {"tiled": "slower for so few logits", **others})
+    others["dense"] = f"O(T * S) memory, and slower above {most} logits on {platform}"
+    for name in _AUTOMATIC:
+        # Kernels that are interpreted, in tests, run where they are asked for.
+        if here[name] is None and platform != "cpu":
+            others["tiled"] = f"loops of plain XLA, slower on {platform}"
+            rest = {other: why for other, why in others.items() if other != name}
+            return Choice(name, BACKENDS[name].WHY, rest)
+    return Choice(
+        "tiled",
+        f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",
+        others,
+    )

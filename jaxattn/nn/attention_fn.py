@@ -1,0 +1,199 @@
+"""`attention_fn`: jaxattn inside Flax's own attention modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import masks, scores
+from ..arguments import request
+from ..attention import attention_weights
+from ..dispatch import dispatch
+from ..masks.mask import Mask, as_mask
+from ..masks.positions import Positions
+from ..scores import as_score
+from ..shapes import Array
+from .functional import both
+
+
+def attention_fn(
+    mask: Any = None, score: Any = None, *, backend: str = "auto", decode: bool | None = None
+) -> Callable[..., Array]:
+    """The `attention_fn` of Flax's `MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
+
+    Args:
+      mask: which query may see which key, in every call; with `&` the mask that the module is
+        given, which may be a `Mask`, or Flax's array: `[batch..., N|1, T|1, S|1]`, boolean or
+        float32 of 0 and 1.
+      score: what changes the logits, as in `jaxattn.attention`.
+      backend: of `jaxattn.attention`.
+      decode: whether the module decodes, one token at a time, from Flax's cache: then the query
+        stands where that cache ends, at the last key that its mask shows. Must be said where there
+        is a mask or score and one query for several keys, as Flax does not tell.
+
+    What Flax's own function does is done, but for these:
+
+    | | Flax | here |
+    |---|---|---|
+    | a query that sees no key | the mean of all values | output 0 |
+    | NaN or inf in keys and values that nobody sees | NaN everywhere | not felt |
+    | softmax of 16-bit inputs | in 16 bits, unless `force_fp32_for_softmax` | float32 |
+    | weights and output of 16 bits | float32 if `force_fp32_for_softmax` | the same |
+    | float32 products on GPU and TPU | the platform's default precision | true float32 |
+    | dropout | bits of `jax.random` | bits of a hash of positions; `broadcast_dropout` as there |
+    | `sow_weights` | after the softmax | the same, by the dense backend |
+    | einsums of the module's choice | used | refused |
+
+    Example:
+      >>> from flax import linen as nn
+      >>> import jaxattn as ja
+      >>> layer = nn.MultiHeadDotProductAttention(
+      ...     num_heads=8, attention_fn=ja.nn.attention_fn(mask=ja.masks.causal())
+      ... )
+    """
+    fixed = None if mask is None else as_mask(mask)
+    own_score = None if score is None else as_score(score)
+
+    def positions(flax_mask: Any, at: Any, B: int, T: int, S: int) -> Positions | None:
+        if at is not None and T != 1:
+            raise ValueError(
+                f"attention_fn(input_positions): got some for {T} queries, expected None: they are "
+                "for rotary embeddings; ja.nn.nnx.MultiHeadAttention(rope=ja.nn.RoPE()) has those"
+            )
+        if at is not None:
+            return Positions(q=jnp.broadcast_to(jnp.asarray(at, jnp.int32), (B, 1)))
+        if (fixed is None and own_score is None) or T != 1 or S == 1:
+            return None
+        if decode is None:
+            raise ValueError(
+                f"attention_fn(decode): got None with one query for {S} keys, expected True where "
+                "Flax's cache is decoded from, so that the query stands at its end, or False where "
+                "queries count from 0"
+            )
+        if not decode:
+            return None
+        if not hasattr(flax_mask, "shape"):
+            raise ValueError(
+                "attention_fn(decode): got True without the mask of Flax's cache, expected the "
+                "module to decode (decode=True there too), or positions as input_positions"
+            )
+        # Flax shows the keys up to its index: the query stands at the last of them.
+        shown = jnp.broadcast_to(flax_mask != 0, (*flax_mask.shape[:-1], S))
+        shown = shown.reshape(-1, shown.shape[-3], S).any(1)
+        last = S - 1 - jnp.argmax(shown[:, ::-1], axis=1)
+        return Positions(q=jnp.broadcast_to(last[:, None], (B, 1)))
+
+    # Every name is spelled out: linen drops the arguments that the signature does not name.
+    def attend(
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None = None,
+        mask: Any = None,
+        broadcast_dropout: bool = True,
+        dropout_rng: Any = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
+        dtype: Any = None,
+        precision: Any = None,
+        module: Any = None,
+        force_fp32_for_softmax: bool = False,
+        einsum_dot_general: Any = None,
+        qk_attn_weights_einsum: Any = None,
+        attn_weights_value_einsum: Any = None,
+        promote_dtype: Any = None,
+        is_causal: bool = False,
+        input_positions: Any = None,
+    ) -> Array:
+        for name, given in (
+            ("einsum_dot_general", einsum_dot_general),
+            ("qk_attn_weights_einsum", qk_attn_weights_einsum),
+            ("attn_weights_value_einsum", attn_weights_value_einsum),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"attention_fn({name}): got {given!r}, expected None: the products are "
+                    "jaxattn's own; use Flax's attention_fn for quantised ones"
+                )
+        query, key, value = (promote_dtype or _promoted)((query, key, value), dtype=dtype)
+        if force_fp32_for_softmax:
+            # Flax's weights are float32 then, and so is what they are multiplied with.
+            query, key, value = _promoted(
+                (query, key, value), jnp.promote_types(query.dtype, jnp.float32)
+            )
+        lead = query.shape[:-3]
+        query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+        B, T, N, _ = query.shape
+        S = key.shape[1]
+        given = _mask(mask, lead, N, T, S)
+        whole = both(fixed, given)
+        if is_causal:
+            whole = both(whole, masks.causal())
+        parts = [] if own_score is None else [own_score]
+        if bias is not None:
+            array = _rank_4("bias", bias, lead, N, T, S)
+            parts.insert(0, scores.bias(array))
+        options = {
+            "mask": whole,
+            "score": scores.chain(*parts) if parts else None,
+            "positions": positions(mask, input_positions, B, T, S),
+            "precision": precision,
+        }
+        off = deterministic or dropout_rate == 0
+        rate, seed = (0.0, None) if off else (dropout_rate, dropout_rng)
+        call = request(query, key, value, dropout_rate=rate, dropout_seed=seed, **options)
+        if call.dropout is not None:
+            dropout = dataclasses.replace(call.dropout, shared=broadcast_dropout)
+            call = dataclasses.replace(call, dropout=dropout)
+        if module is not None:
+            if backend not in ("auto", "dense"):
+                raise ValueError(
+                    f"attention_fn(backend): got {backend!r} with sow_weights, expected 'dense' or "
+                    "'auto': only the dense backend has weights to show"
+                )
+            weights = attention_weights(query, key, **options).astype(query.dtype)
+            _sow(module, weights.reshape(*lead, N, T, S))
+        (out,) = dispatch(call, "dense" if module is not None else backend, with_lse=False)
+        return out.reshape(*lead, *out.shape[1:])
+
+    return attend
+
+
+def _promoted(arrays: tuple[Array, ...], dtype: Any) -> tuple[Array, ...]:
+    common = jnp.result_type(*arrays) if dtype is None else dtype
+    return tuple(a.astype(common) for a in arrays)
+
+
+def _mask(given: Any, lead: tuple[int, ...], N: int, T: int, S: int) -> Mask | None:
+    if given is None or not hasattr(given, "shape"):
+        return None if given is None else as_mask(given)
+    return masks.from_array(_rank_4("mask", given, lead, N, T, S), "flax")
+
+
+def _rank_4(name: str, array: Any, lead: tuple[int, ...], N: int, T: int, S: int) -> Array:
+    """`[batch..., N|1, T|1, S|1]` as `[B|1, N|1, T|1, S|1]`."""
+    full = (*lead, N, T, S)
+    values = jnp.asarray(array)
+    shape = (1,) * (len(full) - values.ndim) + values.shape
+    fits = len(shape) == len(full) and all(n in (1, e) for n, e in zip(shape, full, strict=True))
+    if not fits:
+        raise ValueError(
+            f"{name}: got shape {list(values.shape)}, expected one that broadcasts to "
+            f"[batch..., N, T, S] = {list(full)}"
+        )
+    batch, rest = shape[:-3], shape[-3:]
+    if any(n != 1 for n in batch):
+        batch = lead
+    values = jnp.broadcast_to(values.reshape(shape), (*batch, *rest))
+    return values.reshape(math.prod(batch), *rest)
+
+
+def _sow(module: Any, weights: Array) -> None:
+    from .flax_packages import linen, nnx
+
+    where = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
+    module.sow(where, "attention_weights", weights)

@@ -1,0 +1,229 @@
+"""What attention modules do between their projections, whichever Flax they are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..attention import attention, attention_weights
+from ..caches.cache import Cache, over
+from ..caches.kv_cache import KVCache
+from ..masks.mask import Mask, as_mask
+from ..masks.positions import Positions
+from ..scores import Score
+from ..shapes import Array, Float, Int
+
+
+def sizes(
+    module: str, features: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None
+) -> tuple[int, int]:
+    """Key heads and head dimension, checked.
+
+    Raises:
+      ValueError: for head counts that do not divide.
+    """
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if head_dim is None and features % num_heads:
+        raise ValueError(
+            f"{module}(qkv_features): got {features}, expected a multiple of "
+            f"num_heads={num_heads}; or say head_dim"
+        )
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"{module}(num_kv_heads): got {kv_heads}, expected a divisor of num_heads={num_heads}"
+        )
+    return kv_heads, features // num_heads if head_dim is None else head_dim
+
+
+def made(module: str, name: str, attribute: Any) -> Any:
+    """A mask or score given as a module's attribute: itself, or what its factory makes.
+
+    Raises:
+      ValueError: for one with arrays: as part of a module they would be constants of the program.
+    """
+    if attribute is None:
+        return None
+    if isinstance(attribute, (Mask, Score)):
+        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(attribute)):
+            raise ValueError(
+                f"{module}({name}): got {attribute!r}, which holds arrays; expected one without, "
+                f"or a function that makes it; the call takes it as {name}=, where its arrays are "
+                "arguments of the program"
+            )
+        return attribute
+    return attribute()
+
+
+def check_norm(norm: str) -> None:
+    """Checks where a block has its norms."""
+    if norm not in ("pre", "post"):
+        raise ValueError(f"TransformerBlock(norm): got {norm!r}, expected 'pre' or 'post'")
+
+
+def check_inputs(name: str, given: Any, width: int | None) -> None:
+    """Checks what is projected: an array of so many features, where that is known.
+
+    Raises:
+      TypeError: for what is no array of numbers; a mask, which is given by name, is told so.
+      ValueError: for other features, and for other than one batch axis or none.
+    """
+    shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
+    if isinstance(given, Mask) or dtype == jnp.bool_ or (shape is None and callable(given)):
+        what = f"{given!r}" if shape is None else f"booleans {list(shape)}"
+        raise TypeError(
+            f"{name}: got {what}, which reads as a mask, expected an array [B, T, features]; a "
+            "mask is given by name, as layer(x, mask=...)"
+        )
+    if shape is None or dtype is None:
+        raise TypeError(
+            f"{name}: got {type(given).__name__}, expected an array [B, T, features] or "
+            "[T, features]"
+        )
+    features = "features" if width is None else width
+    if len(shape) not in (2, 3) or width not in (None, shape[-1]):
+        raise ValueError(
+            f"{name}: got shape {list(shape)}, expected [B, T, {features}] or [T, {features}], the "
+            "features that the module was made for"
+        )
+
+
+def _check_cache(name: str, cache: Cache, query: Array, key: Array | None) -> None:
+    """Checks that a cache is one of this module and of this batch."""
+    batch, (K, H) = cache.length.shape[0], cache.key[0].shape[1::2]
+    B, _, N, width = query.shape
+    fits = (batch, H, N % K) == (B, width, 0)
+    heads = f"a divisor of {N} as heads"
+    if key is not None:
+        fits, heads = fits and key.shape[2] == K, f"heads={key.shape[2]}"
+    if not fits:
+        raise ValueError(
+            f"{name}: got {cache!r}, expected batch={B}, head_dim={width} and {heads}, those of "
+            "the inputs and of this module; create it with these sizes, one for each layer"
+        )
+    if cache.dtype != query.dtype:
+        raise TypeError(
+            f"{name}: got {cache!r}, expected dtype={query.dtype}, that of the queries; create it "
+            f"with dtype=jnp.{query.dtype}, and stored= for what its memory holds, or give the "
+            f"module dtype=jnp.{cache.dtype}"
+        )
+
+
+def both(first: Any, second: Any) -> Any:
+    """The mask that both allow; `None` stands for everything."""
+    if first is None or second is None:
+        return second if first is None else first
+    return as_mask(first) & second
+
+
+def remembered(
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K Hv"],
+    rope: Callable[[Array, Array], Array] | None,
+) -> KVCache:
+    """Projected keys and values, to be read by any number of calls."""
+    if key.ndim != 4:
+        raise ValueError(
+            f"remember(inputs_kv): got keys of shape {list(key.shape)}, expected a batch: "
+            "inputs [B, S, features]"
+        )
+    B, S, K, H = key.shape
+    key = key if rope is None else rope(key, jnp.arange(S))
+    empty = KVCache.create(B, S, K, H, value_dim=value.shape[-1], dtype=key.dtype)
+    return empty.append(key, value)
+
+
+def attend(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"] | None,
+    value: Float[Array, "*B S K Hv"] | None,
+    *,
+    memory: Cache | None = None,
+    cache: Cache | None = None,
+    counts: Int[Array, "B"] | None = None,
+    rope: Callable[[Array, Array], Array] | None = None,
+    rope_positions: Int[Array, "*Bp T"] | None = None,
+    positions: Positions | None = None,
+    sow: Callable[[Array], Any] | None = None,
+    **options: Any,
+) -> tuple[Array, Cache | None]:
+    """Rotary embeddings, the cache, and attention, in that order.
+
+    Args:
+      query, key, value: projected; no key and value where there is a memory.
+      memory: what is attended to as it is.
+      cache: what key and value are appended to.
+      sow: is given the weights.
+      **options: those of `attention`.
+
+    Returns:
+      The output, and the cache after; `None` without one.
+    """
+    given = positions or Positions()
+    T = query.shape[-3]
+    if cache is not None and (memory is not None or positions is not None):
+        name = "inputs_kv" if memory is not None else "positions"
+        raise ValueError(f"{name}: got a {type(cache).__name__} too; a cache says where keys stand")
+    if counts is not None and cache is None:
+        raise ValueError(
+            "counts: got some without a cache, expected None: they say what a cache keeps; without "
+            "one, mask=masks.key_padding(lengths=counts) hides padding"
+        )
+    if memory is not None and (given.b, given.h, given.k) != (None, None, None):
+        raise ValueError(
+            "positions: got more than q with a memory, which says where its keys stand"
+        )
+    if (cache is not None or memory is not None) and query.ndim != 4:
+        raise ValueError(
+            f"inputs_q: got queries of shape {list(query.shape)} with a cache, expected a batch: "
+            "inputs [B, T, features]"
+        )
+    if cache is not None:
+        _check_cache("cache", cache, query, key)
+    if memory is not None:
+        _check_cache("inputs_kv", memory, query, None)
+    if key is not None and key.shape[:-3] != query.shape[:-3]:
+        raise ValueError(
+            f"inputs_kv: got a batch of {list(key.shape[:-3])}, expected "
+            f"{list(query.shape[:-3])}, that of inputs_q"
+        )
+    q_at = cache.upcoming(T) if cache is not None else _counted(given.q, T)
+    if rope is not None:
+        turn_q = q_at if rope_positions is None else jnp.asarray(rope_positions)
+        query = rope(query, turn_q)
+        if key is not None:
+            of_keys = q_at if cache is not None else _counted(given.k, key.shape[-3])
+            key = rope(key, of_keys if rope_positions is None else turn_q)
+    if cache is None and memory is None:
+        assert key is not None
+        assert value is not None
+        if sow is not None:
+            sow(attention_weights(query, key, positions=given, **_seen(options)))
+        return attention(query, key, value, positions=given, **options), None
+    # Without a backend the cache takes the one that is made for few queries.
+    asked = {n: o for n, o in options.items() if (n, o) != ("backend", "auto")}
+    q_at = jnp.broadcast_to(q_at, query.shape[:2])
+    if memory is not None:
+        out, source = over(memory, query, q_at, **asked), memory
+    else:
+        assert cache is not None
+        assert key is not None
+        assert value is not None
+        out, cache = cache.step(query, key, value, counts, **asked)
+        source = cache
+    if sow is not None:
+        seen = _seen(options) | {"mask": both(options["mask"], source.mask)}
+        at = Positions(q=q_at, k=source.positions)
+        sow(attention_weights(query, source.read()[0], positions=at, **seen))
+    return out, cache
+
+
+def _seen(options: dict[str, Any]) -> dict[str, Any]:
+    """What the weights depend on."""
+    return {name: options[name] for name in ("mask", "score", "sinks", "precision")}
+
+
+def _counted(positions: Any, length: int) -> Int[Array, "..."]:
+    return jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)

@@ -1,0 +1,28 @@
+"""A mask as an array: every pair of a query and a key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..masks.mask import Mask, check_tokens
+from ..masks.positions import Positions, over_grid
+from ..shapes import Array, Bool
+from ..tracing.out_of_range import within
+from ..tracing.split import split
+
+
+def dense(
+    mask: Mask, T: int, S: int, batch: int, heads: int, positions: Positions | None
+) -> Bool[Array, "batch heads T S"]:
+    """What `Mask.dense` returns; its docstring has the arguments."""
+    for name, size in {"T": T, "S": S, "batch": batch, "heads": heads}.items():
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
+            raise ValueError(f"Mask.dense({name}=): got {size!r}, expected an integer >= 0")
+    given: Any = positions or Positions()
+    check_tokens(mask, given, T, S)
+    parts = split(mask, given)
+    parts.check_extents(batch, heads, T, S)
+    found = within(parts.given, given, (batch, heads, T, S))
+    return over_grid(found, given.filled(batch, heads, T, S))

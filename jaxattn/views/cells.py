@@ -1,0 +1,207 @@
+"""What every picture of a mask is made of: cells, each a pair of positions or a tile of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..checks.integers import concrete
+from ..masks.mask import And, Mask, Not, Or, PerHead, Xor, tokens_of
+from ..masks.positions import Positions
+from ..shapes import Int
+from ..tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
+from ..tracing.captures import canonicalize
+from ..tracing.dependence import SplitPlan
+from ..tracing.hashing import Const
+from ..tracing.split import split
+
+# Of cells, in pictures that have colours: told apart without any, too, by how light they are.
+COLORS = {EMPTY: "#f4f1ec", PARTIAL: "#f0b429", FULL: "#1f7a8c"}
+
+_SIGNS = {And: "&", Or: "|", Xor: "^"}
+
+# Four windows, chunks or prefixes show what repeats and what ends; 16 tokens show a diagonal.
+_TIMES, _FEW = 4, 16
+# A number above is a way to say "no limit", and says nothing of a size.
+_MANY = 2**20
+
+
+class Cells(NamedTuple):
+    """The cells of a picture: queries go down, keys go across.
+
+    Attributes:
+      states: EMPTY, PARTIAL or FULL, of each cell.
+      tile: queries and keys of a cell; (1, 1) where every pair has its own.
+      T, S: numbers of queries and of keys.
+      b, h: the batch row and the query head.
+    """
+
+    states: Int[np.ndarray, "lines columns"]
+    tile: tuple[int, int]
+    T: int
+    S: int
+    b: int
+    h: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether every pair has a cell of its own."""
+        return self.tile == (1, 1)
+
+    def density(self) -> tuple[float, float]:
+        """The least and the largest share of pairs that may be allowed; equal where exact."""
+        extents = zip(self.tile, (self.T, self.S), self.states.shape, strict=True)
+        q, k = (np.minimum(size, n - size * np.arange(count)) for size, n, count in extents)
+        area = np.outer(q, k) / (self.T * self.S)
+        full, some = self.states == FULL, self.states != EMPTY
+        return float((area * full).sum()), float((area * some).sum())
+
+    def caption(self) -> str:
+        """Sizes, and how many pairs are allowed."""
+        where = f", row {self.b}, head {self.h}" if (self.b, self.h) != (0, 0) else ""
+        least, most = self.density()
+        if self.exact:
+            seen = int((self.states == FULL).sum())
+            pairs = f"{seen} of {self.T * self.S} pairs, {least:.1%}"
+        else:
+            pairs = f"{least:.1%} to {most:.1%} of the pairs; a cell is {self.tile[0]} by "
+            pairs += str(self.tile[1])
+        return f"{self.T} queries, {self.S} keys{where}: {pairs}"
+
+
+def cells(
+    mask: Mask,
+    T: int | None,
+    S: int | None,
+    b: int,
+    h: int,
+    *,
+    most: int,
+    grid: tuple[int, int],
+    name: str,
+) -> Cells:
+    """The cells of a picture.
+
+    Args:
+      mask: what is shown.
+      T, S: numbers of queries and of keys; None for what `sizes` finds in the mask.
+      b, h: batch row and query head.
+      most: up to so many queries and keys every pair is a cell.
+      grid: beyond, at most so many lines and columns of cells, whose states bounds decide: nothing
+        of T x S is built.
+      name: of the caller, for errors.
+
+    Raises:
+      TypeError: for a batch row or a head that is not an integer.
+      ValueError: for sizes below 1 or not those of the mask's arrays, and for a batch row or a head
+        that they do not have.
+    """
+    T, S = sizes(mask, T, S, name)
+    check_row_and_head(mask, b, h, name)
+    tile, at = tile_of(T, S, most, grid), Positions(b=jnp.array([b]), h=jnp.array([h]))
+    if tile == (1, 1):
+        dense = np.asarray(mask.dense(T, S, positions=at))[0, 0]
+        return Cells(np.where(dense, FULL, EMPTY), tile, T, S, b, h)
+    found = tile_map(mask, (1, T, 1, 1), (1, S, 1, 1), positions=at, tile=tile)
+    return Cells(np.asarray(found.states)[0, 0], tile, T, S, b, h)
+
+
+def tile_of(T: int, S: int, most: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Queries and keys of a cell; see `cells`."""
+    if max(T, S) <= most:
+        return 1, 1
+    return -(-T // grid[0]), -(-S // grid[1])
+
+
+def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int]:
+    """Numbers of queries and of keys.
+
+    Those that are not given are what the mask's arrays say. Where they say nothing, and neither is
+    given, the mask's numbers do: four times the largest (a window, a chunk, a prefix, a number that
+    is written in a function), or all that a table of blocks covers; at least 16.
+    """
+    if isinstance(mask, TileMap) and T is None and S is None:
+        T, S = mask.sizes[2:]
+    if T is None or S is None:
+        plan = _plan(mask)
+        extents = {extent.position: extent.extent for _, extent in plan.extents}
+        for tokens, _ in tokens_of(mask):
+            extents = {"q": tokens, "k": tokens} | extents
+        T = extents.get("q", extents.get("k", S)) if T is None else T
+        T = _telling(mask, plan) if T is None else T
+        S = extents.get("k", T) if S is None else S
+    for letter, size in (("T", T), ("S", S)):
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"{name}({letter}): got {size!r}, expected an integer >= 1")
+    return int(T), int(S)
+
+
+def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
+    """Checks that there is such a batch row, and such a head; raises as `cells` says."""
+    for letter, at in (("b", b), ("h", h)):
+        if isinstance(at, (bool, np.bool_)) or not isinstance(at, (int, np.integer)):
+            raise TypeError(f"{name}({letter}): got {at!r}, expected an integer")
+        if at < 0:
+            raise ValueError(f"{name}({letter}): got {at}, expected an integer >= 0")
+    if (b, h) == (0, 0):
+        return
+    asked = {"b": (b, "batch rows"), "h": (h, "heads")}
+    for label, extent in _plan(mask).extents:
+        at, what = asked.get(extent.position, (-1, ""))
+        if at >= extent.extent:
+            raise ValueError(
+                f"{name}({extent.position}): got {at}, expected less than {extent.extent}, the "
+                f"number of {what} of {label}"
+            )
+
+
+def _plan(mask: Mask) -> SplitPlan:
+    return split(canonicalize(mask), Positions()).plan
+
+
+def _telling(mask: Mask, plan: SplitPlan) -> int:
+    """How many tokens show the shape of a mask whose arrays do not say; see `sizes`."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(mask) if concrete(leaf) is not None]
+    numbers = [n for n in (*_numbers(leaves), *_written(plan)) if 0 < n <= _MANY]
+    largest = max(numbers, default=0)
+    blocks = [axis for leaf in leaves if leaf.dtype == np.bool_ for axis in leaf.shape[-2:]]
+    return max(_FEW, largest * max(_TIMES, *blocks, 0))
+
+
+def _numbers(leaves: list[np.ndarray]) -> Iterator[int]:
+    """The integers that a mask was made of, lists of them included."""
+    for leaf in leaves:
+        if leaf.dtype.kind in "iu" and leaf.ndim < 2:
+            yield from map(int, leaf.reshape(-1))
+
+
+def _written(plan: SplitPlan) -> Iterator[int]:
+    """The integers that are written in a mask's functions."""
+    for step in (*plan.free, *plan.residue.steps, *(s for f in plan.features for s in f.steps)):
+        for arg in step.args:
+            if isinstance(arg, Const) and np.ndim(arg.value) == 0:
+                value = np.asarray(arg.value)
+                if value.dtype.kind in "iu":
+                    yield int(value)
+
+
+def parts(mask: Mask, h: int) -> tuple[str, list[Mask]]:
+    """The parts that a mask is composed of, and the sign between them; nothing of a mask that is
+    one line of maths. Chains of one sign are one list; of `per_head` it is the head's own part."""
+    match mask:
+        case TileMap():
+            return parts(mask.mask, h)
+        case PerHead() if h < len(mask.parts):
+            return parts(mask.parts[h], h)
+        case Not():
+            return "~", [mask.part]
+        case And() | Or() | Xor():
+            kind, found = type(mask), list[Mask]()
+            for side in (mask.left, mask.right):
+                found += parts(side, h)[1] if isinstance(side, kind) else [side]
+            return _SIGNS[kind], found
+    return "", []

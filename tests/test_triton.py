@@ -1,0 +1,364 @@
+"""The kernels for NVIDIA GPUs: interpreted here, against the contract, and lowered for real ones.
+
+Tiles are 16 x 16 where kernels are interpreted, so that small shapes have lists of every kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_attention as contract
+import test_tiled as small
+from cases import MASKS
+
+import jaxattn as ja
+from jaxattn import masks, scores
+from jaxattn.arguments import request
+from jaxattn.backends import dense, formula, triton
+from jaxattn.backends.base import Call
+from jaxattn.backends.flash import tile_lists
+from jaxattn.backends.triton import tiles
+from jaxattn.dispatch import BACKENDS
+from jaxattn.tiles.tile_map import tile_map
+
+pytestmark = pytest.mark.no_cover
+NAME = "triton"
+
+
+@pytest.fixture
+def interpreted() -> Any:
+    with triton.interpreted():
+        yield
+
+
+# --- the contract, interpreted --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.deep] if n % 6 != 2 else [])
+        for n, name in enumerate(MASKS)
+    ],
+)
+def test_every_mask(name: str) -> None:
+    contract.test_every_mask(NAME, name)
+
+
+ROWS = [
+    ((23, 35), 8, (4, 2), "float32", "padding_left", "t5_both", "sinks"),
+    ((32, 48), 64, (2, 2), "bfloat16", None, "chain", "dropout"),
+    ((40, 17), 80, (3, 1), "float16", "window_per_head", None, "positions"),
+    ((17, 33), 96, (4, 2), "float32", "nobody_sees_some", "bias_full", "scale"),
+    ((1, 40), 31, (8, 2), "float32", "dense_full", "alibi", "dropout"),
+]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
+def test_features(row: Any) -> None:
+    names = ("lengths", "head_dim", "heads", "dtype", "mask", "score", "extra")
+    contract.run_row(NAME, dict(zip(names, row)))
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", ["by head"])
+def test_nan_in_what_nobody_sees(name: str) -> None:
+    contract.test_nan_in_what_nobody_sees(NAME, name, "all")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    "law",
+    [
+        partial(contract.test_a_query_that_sees_nothing, kind="score"),
+        contract.test_a_nan_cotangent_of_a_dead_row_goes_nowhere,
+        contract.test_pairs_that_may_not_meet_do_not,
+        partial(contract.test_large_logits_stay_finite, dtype="bfloat16"),
+        contract.test_float32_products_are_true_float32,
+        contract.test_a_score_never_meets_a_masked_logit,
+        contract.test_scores_cannot_unmask,
+    ],
+    ids=lambda law: getattr(law, "func", law).__name__.removeprefix("test_"),
+)
+def test_laws(law: Any) -> None:
+    law(NAME)
+
+
+# --- gradients of scores, vmap, shards, maps ------------------------------------------------------
+
+B, T, S, N = 2, 23, 35, 4
+make = partial(small.make, T=T, S=S)
+# One operand of each kind, of each extent: shared by rows, by heads, by all, or by none.
+LEARNED = {
+    "pairs, keys, a number": scores.chain(
+        scores.bias(small.normal(7, 1, N, T, S)),
+        scores.bias(small.normal(8, 1, N, 1, S)),
+        scores.soft_cap(jnp.float32(1.5)),
+    ),
+    "pairs, queries, distances": scores.chain(
+        scores.bias(small.normal(7, T, S)),
+        scores.bias(small.normal(8, B, 1, T, 1)),
+        scores.relative_bias(small.normal(9, N, 8), max_distance=12),
+    ),
+}
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("name", LEARNED)
+def test_scores_learn(name: str) -> None:
+    call = make(masks.causal(5), LEARNED[name], scale=jnp.float32(-0.3))
+    got = jax.jit(partial(small.everything, triton.run))(call)
+    small.close(got, small.dense_all(call))
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_vmap_is_a_loop() -> None:
+    ids = small.IDS[:, :T], small.IDS[:, :S]
+    table = scores.relative_bias(small.normal(9, N, 8), max_distance=12)
+    call = make(masks.segments(*ids), table)
+    two = jnp.stack([call.query, 2 * call.query])
+    scales = jnp.asarray([0.3, -0.4], jnp.float32)
+
+    def one(run: Any, query: Any, scale: Any) -> Any:
+        return small.everything(run, dataclasses.replace(call, query=query, scale=scale))
+
+    got = jax.jit(jax.vmap(partial(one, triton.run)))(two, scales)
+    alone = jax.jit(partial(one, dense.run))
+    each = [alone(q, c) for q, c in zip(two, scales)]
+    small.close(got, jax.tree.map(lambda *x: jnp.stack(x), *each), 5e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_sharded_inputs_stay_where_they_are() -> None:
+    contract.test_sharded_inputs_stay_where_they_are(NAME, "batch", "auto")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("tile", [16, 32, 40])
+def test_a_tile_map_is_reused(tile: int) -> None:
+    mask = masks.causal(5)
+    known = tile_map(mask, (B, T, N, small.H), (B, S, 2, small.H), tile=tile)
+    small.close(jax.jit(triton.run)(make(known)), jax.jit(dense.run)(make(mask)))
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [((16, 16), (32, 16)), ((64, 32), (16, 64)), ((16, 64), (16, 16))]
+)
+@pytest.mark.parametrize(("T", "S"), [(70, 50), (9, 200)])
+def test_states_of_other_tiles_are_sound(given: Any, wanted: Any, T: int, S: int) -> None:
+    seen = jnp.asarray(np.tril(np.ones((T, S), bool), 20) & (np.arange(S) % 50 != 7))
+    states = tile_map(seen, (1, T, 1, 8), (1, S, 1, 8), tile=given).states
+    found = np.asarray(tile_lists.states_of(states[:, :, None], given, wanted, T, S))[0, 0, 0]
+    assert found.shape == (-(-T // wanted[0]), -(-S // wanted[1]))
+    for i, j in np.ndindex(found.shape):
+        part = seen[i * wanted[0] :, j * wanted[1] :][: wanted[0], : wanted[1]]
+        if found[i, j] == tile_lists.EMPTY:
+            assert not part.any()
+        if found[i, j] == tile_lists.FULL:
+            assert part.all()
+            assert part.shape == wanted
+
+
+def test_lists_have_mixed_tiles_first() -> None:
+    states = jnp.asarray([[2, 0, 1, 2, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], jnp.int8)
+    tile, ends = tile_lists.rows(states[None, None, None])
+    np.testing.assert_array_equal(tile[0, 0, 0, 0, :4], [2, 4, 0, 3])
+    np.testing.assert_array_equal(ends[0, 0, 0], [[2, 4], [0, 0], [5, 5]])
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_it_runs_on_gpus_alone() -> None:
+    x = jnp.ones((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="runs on NVIDIA GPUs; inputs are on cpu"):
+        ja.attention(x, x, x, backend=NAME)
+    with pytest.raises(ValueError, match=r"expected one of .*'triton'"):
+        ja.attention(x, x, x, backend="pallas")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_what_no_kernel_can_is_refused() -> None:
+    table = jnp.ones((2, 3), bool)
+
+    def reason(call: Call) -> str:
+        return triton.refuse(call) or ""
+
+    assert not reason(make(masks.causal()))
+    blocks = make(masks.predicate(lambda b, h, q, k: table[jnp.minimum(q * k, 1), k % 3]))
+    assert "the mask can't be computed in a kernel" in reason(blocks)
+
+    def smooth(x: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return jax.lax.erf(x) * k.astype(x.dtype)
+
+    assert re.search("no kernel has .*erf", reason(make(None, scores.score(smooth))))
+    wide = jax.ShapeDtypeStruct((1, 4, 1, 257), jnp.float32)
+    given = {"query": wide, "key": wide, "value": wide}
+    assert "up to 256" in reason(dataclasses.replace(make(), **given))
+    none = jax.ShapeDtypeStruct((1, 0, 1, 8), jnp.float32)
+    given = {"query": none, "key": none, "value": none}
+    assert "nothing to compute" in reason(dataclasses.replace(make(), **given))
+    with jax.enable_x64(True):
+        assert "float64" in reason(make(dtype=np.float64))
+
+
+# --- real GPUs ------------------------------------------------------------------------------------
+
+# Pallas says so wherever it lowers for Triton, from JAX 0.11 on.
+lowering = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+
+
+def described(kind: str) -> Any:
+    """Inside, the GPU of that name is what JAX computes on."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="cuda")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+def structs(T: int, S: int, N: int, K: int, H: int, dtype: Any, B: int = 2) -> Any:
+    shapes = (B, T, N, H), (B, S, K, H), (B, S, K, H)
+    return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+
+def lowered(kind: str, arguments: Any, backend: str = NAME, **options: Any) -> str:
+    def loss(query: Any, key: Any, value: Any) -> Any:
+        out, lse = ja.attention(query, key, value, backend=backend, return_lse=True, **options)
+        return out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+
+    with described(kind):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+LENGTH = 640
+REAL = {
+    "causal": (64, (4, 4), jnp.bfloat16, lambda: {"mask": masks.causal()}),
+    "segments, grouped": (
+        80, (8, 2), jnp.bfloat16,
+        lambda: {"mask": masks.segments(jnp.zeros((2, LENGTH), jnp.int32)) & masks.causal()},
+    ),
+    "window of each head, a table of distances": (
+        96, (4, 2), jnp.float16,
+        lambda: {
+            "mask": masks.sliding_window(jnp.arange(4) + 100),
+            "score": scores.relative_bias(jnp.ones((4, 32))),
+        },
+    ),
+    "a dense array, dropout": (
+        128, (4, 2), jnp.bfloat16,
+        lambda: {
+            "mask": masks.dense(jnp.ones((LENGTH, LENGTH), bool)), "dropout_rate": 0.1,
+            "dropout_seed": 1,
+        },
+    ),
+    "not causal, alibi and a cap": (
+        256, (4, 2), jnp.bfloat16,
+        lambda: {
+            "mask": ~masks.causal(),
+            "score": scores.chain(scores.alibi(jnp.ones(4)), scores.soft_cap(5.0)),
+        },
+    ),
+    "float32": (128, (2, 2), jnp.float32, lambda: {"mask": masks.prefix_lm(30)}),
+}  # fmt: skip
+
+
+@lowering
+@pytest.mark.parametrize("kind", [H100, A100])
+@pytest.mark.parametrize("name", REAL)
+def test_it_lowers(name: str, kind: str, monkeypatch: Any) -> None:
+    # What is not finite is looked for some rows at a time.
+    monkeypatch.setattr(formula, "CELLS", LENGTH * 16)
+    H, (N, K), dtype, options = REAL[name]
+    text = lowered(kind, structs(LENGTH, LENGTH, N, K, H, dtype), **options())
+    assert text.count("__gpu$xla.gpu.triton") + text.count("triton_kernel_call") >= 3
+    if "dense" not in name:
+        assert f"{LENGTH}x{LENGTH}x" not in text
+
+
+@lowering
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic's kernels need JAX 0.11")
+def test_mosaic_runs_where_it_is_named() -> None:
+    half, single = (structs(704, 704, 2, 1, 64, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    assert lowered(H100, half, "mosaic", mask=masks.causal()).count("@mosaic_gpu") == 3
+    assert "mosaic" not in lowered(H100, half, "triton", mask=masks.causal())
+    with pytest.raises(ValueError, match=r"'mosaic' can't compute.*bfloat16 or float16"):
+        lowered(H100, single, "mosaic", mask=masks.causal())
+    with pytest.raises(ValueError, match=r"'mosaic' can't compute.*capability 9.0"):
+        lowered(A100, half, "mosaic", mask=masks.causal())
+
+
+@lowering
+def test_its_name_of_before_still_runs_it() -> None:
+    arguments = structs(768, 768, 2, 1, 64, jnp.bfloat16)
+    with pytest.warns(DeprecationWarning, match="write 'triton'"):
+        text = lowered(H100, arguments, "pallas_gpu", mask=masks.causal())
+    assert "triton" in text
+
+
+@lowering
+def test_a_tile_can_be_asked_for() -> None:
+    """All kernels take it, and the lists of active tiles are of that size."""
+    arguments = structs(LENGTH, LENGTH, 2, 1, 64, jnp.bfloat16)
+    for tile, counts in (((32, 64), "20x10xi32"), ((64, 128), "10x5xi32")):
+
+        def run(query: Any, key: Any, value: Any, tile: Any = tile) -> Any:
+            return triton.run(request(query, key, value, mask=masks.causal()), tile)[0]
+
+        with described(H100):
+            traced = jax.jit(run).trace(*arguments)
+            assert counts in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@lowering
+def test_ragged_lengths_lower() -> None:
+    lowered(H100, structs(333, 517, 2, 1, 64, jnp.bfloat16))
+
+
+@lowering
+@pytest.mark.parametrize(
+    ("T", "options", "expected"),
+    [
+        (128, {}, "dense"),
+        (4096, {}, NAME),
+        (4096, {"score": lambda x, b, h, q, k: jax.lax.erf(x)}, "tiled"),
+    ],
+)
+def test_auto_takes_kernels_where_they_can(T: int, options: Any, expected: str) -> None:
+    with described(H100):
+        arguments = structs(T, T, 4, 4, 64, jnp.bfloat16)
+        found = ja.explain(*arguments, mask=masks.causal(), **options)
+    assert found.backend == expected
+    assert {found.backend, *found.others} == set(BACKENDS)
+    assert ja.explain(*arguments, mask=masks.causal(), **options).backend != NAME
+
+
+@pytest.mark.parametrize(("H", "Hv"), [(1, 17), (64, 64), (96, 128), (256, 17)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_tiles_are_what_triton_takes(H: int, Hv: int, dtype: str) -> None:
+    for T, S in ((1, 1), (33, 7), (4096, 4096)):
+        blocks = tiles.blocks_of(tiles.How(), H, Hv, T, S, dtype)
+        for block in blocks:
+            for n in (block.tq, block.tk, block.warps):
+                assert n & (n - 1) == 0
+            assert min(block.tq, block.tk) >= tiles.LEAST
+        assert blocks.tables.tq == blocks.tables.tk
+        tq, tk = tiles.tile_of(tiles.How(), H, Hv, T, S, dtype)
+        assert all(block.tq % tq == 0 and block.tk % tk == 0 for block in blocks)
+
+
+def test_a_head_is_padded_to_a_power_of_two() -> None:
+    assert [tiles.width(n) for n in (1, 16, 17, 80, 128)] == [16, 16, 32, 128, 128]
