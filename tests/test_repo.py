@@ -180,6 +180,23 @@ def test_the_import_law_can_see() -> None:
     assert "views/why" in imports(ROOT / "jaxattn/masks/mask.py")
 
 
+def test_a_call_is_split_at_the_door() -> None:
+    """`arguments` splits the mask and the score of a call; what comes after is given the splits."""
+    splitting = {
+        str(path.relative_to(ROOT / "jaxattn").with_suffix(""))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").endswith("split")
+        and "split" in {alias.name for alias in node.names}
+    }
+    assert {name for name in splitting if not name.startswith("views/")} == {
+        "arguments",
+        "explain",  # a mask that is not there, which is full
+        "tiles/tile_map",
+    }
+
+
 def test_import_needs_jax_alone() -> None:
     code = """
     import sys
