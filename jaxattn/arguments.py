@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,24 @@ from .checks.integers import as_given, concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
 from .masks.positions import Positions
 from .scores import as_score
-from .shapes import Array
+from .shapes import Array, ArrayLike
 from .tiles.tile_map import TileMap
 from .tracing.out_of_range import within
 from .tracing.split import split
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `attention`, apart from `return_lse`, for type checkers."""
+
+    mask: Any
+    score: Any
+    scale: Any
+    sinks: ArrayLike | None
+    positions: Positions | None
+    dropout_rate: Any
+    dropout_seed: Any
+    precision: Any
+    backend: str
 
 
 def request(

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
-from .arguments import request, swapped
+from .arguments import Options, request, swapped
 from .backends.base import Call
 from .checks.foreign_names import answers
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N Hv"]: ...
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]: ...
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
 
 
 @answers()

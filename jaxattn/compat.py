@@ -154,7 +154,7 @@ definition |
         array = _at_least_4d(jnp.asarray(bias))
         array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
         score = scores.Scored(scores.add_array, (array,))
-    out = attention(
+    found = attention(
         query,
         key,
         value,
@@ -164,10 +164,10 @@ definition |
         backend="auto" if implementation in (None, "xla") else implementation,
         return_lse=return_residual,
     )
-    if return_residual:
-        out, lse = out
+    if isinstance(found, tuple):
+        out, lse = found
         return out.reshape(*shape[:-1], -1), lse.astype(key.dtype).reshape(shape[:-1])
-    return out.reshape(*shape[:-1], -1)
+    return found.reshape(*shape[:-1], -1)
 
 
 def _at_least_4d(array: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,27 @@ from ..masks.mask import Mask, as_mask
 from ..masks.positions import Positions
 from ..scores import Score
 from ..shapes import Array, Float, Int
+
+C = TypeVar("C", bound=Cache)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keyword arguments of `MultiHeadAttention`, apart from `cache`, for type checkers."""
+
+    mask: Any
+    score: Any
+    positions: Any
+    rope_positions: Array | None
+    counts: Array | None
+    deterministic: bool | None
+    sow_weights: bool
+
+
+class BlockOptions(AttentionOptions, total=False):
+    """Keyword arguments of `TransformerBlock`, apart from `cache`, for type checkers."""
+
+    memory: Array | Cache | None
+    memory_mask: Any
 
 
 def sizes(

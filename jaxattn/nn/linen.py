@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 
@@ -15,6 +15,7 @@ from ..shapes import Array, Float, Int
 from . import functional
 from .attention_fn import attention_fn
 from .flax_packages import linen as nn
+from .functional import C
 from .rope import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -78,6 +79,26 @@ class MultiHeadAttention(nn.Module):
     out_bias_init: Any = None
     sharding: tuple[str | None, str | None, str | None] | None = None
     backend: str = "auto"
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: None = None,
+        **options: Unpack[functional.AttentionOptions],
+    ) -> Float[Array, "*B T out_features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: C,
+        **options: Unpack[functional.AttentionOptions],
+    ) -> tuple[Float[Array, "*B T out_features"], C]: ...
 
     def __call__(
         self,
@@ -261,6 +282,24 @@ class TransformerBlock(nn.Module):
     deterministic: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: None = None,
+        **options: Unpack[functional.BlockOptions],
+    ) -> Float[Array, "*B T features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: C,
+        **options: Unpack[functional.BlockOptions],
+    ) -> tuple[Float[Array, "*B T features"], C]: ...
 
     def __call__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 
@@ -14,12 +14,17 @@ from ..shapes import Array, Float, Int
 from . import functional
 from .attention_fn import attention_fn
 from .flax_packages import nnx
+from .functional import C
 from .rope import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
+
+
+class _AttentionOptions(functional.AttentionOptions, total=False):
+    rngs: nnx.Rngs | None
 
 
 class MultiHeadAttention(nnx.Module):
@@ -145,6 +150,26 @@ class MultiHeadAttention(nnx.Module):
             self.sinks = nnx.Param(init(rngs.params(), (num_heads,), param_dtype))
         if dropout_rate > 0:
             self.rngs = rngs.dropout.fork()
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: None = None,
+        **options: Unpack[_AttentionOptions],
+    ) -> Float[Array, "*B T out_features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: C,
+        **options: Unpack[_AttentionOptions],
+    ) -> tuple[Float[Array, "*B T out_features"], C]: ...
 
     def __call__(
         self,
@@ -296,6 +321,24 @@ class TransformerBlock(nnx.Module):
         if dropout_rate > 0:
             # Only then, so that a module without dropout has no state but its parameters.
             self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: None = None,
+        **options: Unpack[functional.BlockOptions],
+    ) -> Float[Array, "*B T features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: C,
+        **options: Unpack[functional.BlockOptions],
+    ) -> tuple[Float[Array, "*B T features"], C]: ...
 
     def __call__(
         self,
