@@ -1,9 +1,9 @@
 """Caches of keys and values, for decoding token by token.
 
-In come the keys and values of the next tokens. Out comes a cache that holds them, with the position
-of each key (`positions`) and a mask of the places that hold one (`mask`). Attention knows nothing of
-caches: it is given positions and a mask, as in any other call. So the example of all rooms, two
-documents under a causal mask, is decoded with the mask of training:
+In come the keys and values of the next tokens. Out comes a cache that holds them, with the
+position of each key (`positions`) and a mask of the places that hold one (`mask`). Attention knows
+nothing of caches: it is given positions and a mask, as in any other call. So the example of all
+rooms, two documents under a causal mask, is decoded with the mask of training:
 
 >>> import jax, jax.numpy as jnp, jaxattn as ja
 >>> mask = ja.masks.segments(jnp.array([0, 0, 0, 1, 1, 1])) & ja.masks.causal()
