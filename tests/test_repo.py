@@ -89,8 +89,8 @@ ROOMS = {
     " | split out_of_range",
     "tiles": "elementwise_rules | array_rules | intervals | tile_map",
     "views": "array cells why | text plot html | diff",
-    "backends": "base operation | problem | formula"
-    " | dense decode cudnn flash | tiled triton mosaic",
+    "backends": "base operation | problem | formula | flash"
+    " | dense decode cudnn tiled triton mosaic",
     "backends/flash": "tile_lists nonfinite | transforms",
     "backends/tiled": "steps | loops | backend",
     "backends/triton": "tiles | kernels | backend",
