@@ -1,4 +1,4 @@
-# Every verb creates what it needs: an environment in .venv, made by PYTHON. ARGS are given to what
+# Every verb creates what it needs: an environment in VENV, made by PYTHON. ARGS are given to what
 # the verb runs: make experiment ARGS="--steps 100", make test ARGS="-k causal".
 PYTHON ?= python3
 ARGS ?=
@@ -21,8 +21,9 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
 	touch $@
 
+# Coverage doubles their time: ARGS=--cov asks for it.
 test: $(VENV)/ready  ## the tests, in parallel
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-deep: $(VENV)/ready  ## the full products, and 50 times the examples of Hypothesis
 	$(BIN)/python -m pytest -n auto -m "deep or not deep" --hypothesis-profile=deep $(ARGS)
@@ -77,4 +78,4 @@ compile-gpu: .venv-gpu/ready  ## the kernels for an H100, on a machine without o
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
