@@ -130,8 +130,8 @@ ROOMS = {
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula | flash"
     " | dense decode cudnn tiled triton mosaic",
-    "backends/flash": "tile_lists nonfinite | transforms",
-    "backends/tiled": "steps | loops | backend",
+    "backends/flash": "tile_sizes tile_lists nonfinite | operands transforms",
+    "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "tiles | parts | kernels | backend",
     "caches": "cache | kv_cache paged",
