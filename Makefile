@@ -1,4 +1,4 @@
-# Each verb makes the environment that it needs, .venv, with PYTHON. ARGS go to what the verb runs:
+# Each verb makes the environment that it needs, VENV, with PYTHON. ARGS go to what the verb runs:
 # make experiment ARGS="--steps 100", make test ARGS="-k causal".
 PYTHON ?= python3
 ARGS ?=
@@ -21,8 +21,9 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
 	touch $@
 
+# Coverage doubles the time of the tests: ARGS=--cov turns it on.
 test: $(VENV)/ready  ## run the tests, in parallel
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-deep: $(VENV)/ready  ## run the deep tests too, with 50 times the examples of Hypothesis
 	$(BIN)/python -m pytest -n auto -m "deep or not deep" --hypothesis-profile=deep $(ARGS)
@@ -77,4 +78,4 @@ compile-gpu: .venv-gpu/ready  ## compile the kernels for an H100, on a machine w
 	touch $@
 
 clean:  ## remove the environments and what was built
-	rm -rf $(VENV) .venv-peers .venv-gpu .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info

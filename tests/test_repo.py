@@ -128,10 +128,10 @@ ROOMS = {
     " | split out_of_range",
     "tiles": "elementwise_rules | array_rules | intervals | tile_map",
     "views": "array cells why | text plot html | diff",
-    "backends": "base operation | problem | formula"
-    " | dense decode cudnn flash | tiled triton mosaic",
-    "backends/flash": "tile_lists nonfinite | transforms",
-    "backends/tiled": "steps | loops | backend",
+    "backends": "base operation | problem | formula | flash"
+    " | dense decode cudnn tiled triton mosaic",
+    "backends/flash": "tile_sizes tile_lists nonfinite | operands transforms",
+    "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "tiles | parts | kernels | backend",
     "caches": "cache | kv_cache paged",
@@ -217,6 +217,23 @@ def test_the_import_law_can_see() -> None:
     assert {"arguments", "dispatch"} <= imports(ROOT / "jaxattn/attention.py")
     assert "backends/triton/kernels" in imports(ROOT / "jaxattn/backends/triton/backend.py")
     assert "views/why" in imports(ROOT / "jaxattn/masks/mask.py")
+
+
+def test_a_call_is_split_at_the_door() -> None:
+    """`arguments` splits the mask and the score of a call; what comes after is given the splits."""
+    splitting = {
+        str(path.relative_to(ROOT / "jaxattn").with_suffix(""))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").endswith("split")
+        and "split" in {alias.name for alias in node.names}
+    }
+    assert {name for name in splitting if not name.startswith("views/")} == {
+        "arguments",
+        "explain",  # a mask that is not there, which is full
+        "tiles/tile_map",
+    }
 
 
 def test_import_needs_jax_alone() -> None:

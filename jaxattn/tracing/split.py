@@ -35,6 +35,7 @@ __all__ = ["Kind", "Operand", "Split", "canonicalize", "pointwise", "split"]
 
 
 G = TypeVar("G", bound=Mask | Score)
+X = TypeVar("X")
 
 # --- the split ------------------------------------------------------------------------------------
 
@@ -61,29 +62,77 @@ class Operand(NamedTuple):
 
         Args:
           q, k: the first query and the first key, possibly traced; the tile lies within the array.
-          tile_q, tile_k: how many of each.
+          tile_q, tile_k: numbers of queries and keys of the tile.
           S: the number of keys.
         """
-        kind, array = self
-        if kind == "head":
-            return lax.expand_dims(array, (2, 3))
-        if kind == "diagonal":
-            n = tile_q + tile_k - 1
-            near = lax.dynamic_slice_in_dim(array, q - k - tile_k + S, n, 2)
-            return skewed(jnp.flip(near, 2), tile_q, tile_k)
-        if kind != "column":
-            array = lax.dynamic_slice_in_dim(array, q, tile_q, 2)
-        else:
-            array = lax.expand_dims(array, (2,))
-        if kind != "row":
-            return lax.dynamic_slice_in_dim(array, k, tile_k, 3)
-        return lax.expand_dims(array, (3,))
+        kind, part = self
+        starts, sizes = tile_slice(kind, q, k, tile_q, tile_k, S)
+        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 2):
+            part = lax.dynamic_slice_in_dim(part, start, size, axis)
+        return as_tile(kind, part, 2, tile_q, tile_k)
+
+
+def along(kind: Kind, of_queries: X, of_keys: X, of_distances: X) -> tuple[X, ...]:
+    """One entry for each axis of an operand after those of batch rows and heads.
+
+    The axis goes with queries, with keys, or with distances `q - k`; a head has none of them.
+    """
+    match kind:
+        case "row":
+            return (of_queries,)
+        case "column":
+            return (of_keys,)
+        case "grid":
+            return of_queries, of_keys
+        case "diagonal":
+            return (of_distances,)
+    return ()
+
+
+def tile_slice(
+    kind: Kind, q: Any, k: Any, tile_q: int, tile_k: int, S: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Where a tile's part of an operand starts, and its extents, along the axes of `along`.
+
+    Args:
+      kind: of the operand.
+      q, k: the first query and the first key, possibly traced.
+      tile_q, tile_k: numbers of queries and keys of the tile.
+      S: the number of keys that the operand is for, with padding where it is padded.
+    """
+    # The smallest distance of a tile is that of its first query and its last key. Computed only
+    # where it is needed: under a trace it would be three operations.
+    first = S - tile_k + q - k if kind == "diagonal" else None
+    return along(kind, q, k, first), along(kind, tile_q, tile_k, tile_q + tile_k - 1)
+
+
+def as_tile(
+    kind: Kind, part: Shaped[Array, "..."], axis: int, tile_q: int, tile_k: int
+) -> Shaped[Array, "..."]:
+    """A tile's part of an operand, as it broadcasts to a tile of queries and keys.
+
+    Args:
+      kind: of the operand.
+      part: what `tile_slice` selects.
+      axis: the number of axes of batch rows and heads; those of the tile follow.
+      tile_q, tile_k: numbers of queries and keys of the tile.
+    """
+    match kind:
+        case "row":
+            return lax.expand_dims(part, (axis + 1,))
+        case "column":
+            return lax.expand_dims(part, (axis,))
+        case "head":
+            return lax.expand_dims(part, (axis, axis + 1))
+        case "diagonal":
+            return skewed(jnp.flip(part, axis), tile_q, tile_k)
+    return part
 
 
 def skewed(
     line: Shaped[Array, "*lead distances"], rows: int, columns: int
 ) -> Shaped[Array, "*lead rows columns"]:
-    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather would cost ten times."""
+    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather is ten times slower."""
     lead = line.shape[:-1]
     period = rows + columns
     gap = jnp.zeros((*lead, 1), line.dtype)
