@@ -125,7 +125,7 @@ def _adjectives(text: str) -> tuple[Adjective, ...]:
     return tuple(out)
 
 
-# Said of people and animals with "ser".
+# Used of people and animals, with "ser".
 LIVING = _adjectives("""
     alto tall
     velho old
@@ -137,7 +137,7 @@ LIVING = _adjectives("""
     simpático friendly
     inteligente inteligentes clever
 """)
-# Said of things with "ser".
+# Used of things, with "ser".
 INERT = _adjectives("""
     grande grandes big
     pequeno small
