@@ -153,7 +153,7 @@ definition |
         # Not scores.bias(), which refuses -inf: here -inf is common, and the definition takes it.
         array = _at_least_4d(jnp.asarray(bias))
         array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
-        score = scores.Scored(scores.add_array, (array,))
+        score = scores.Bias(array)
     found = attention(
         query,
         key,

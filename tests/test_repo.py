@@ -123,7 +123,7 @@ RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 # do not know each other.
 ROOMS = {
     "checks": "foreign_names integers user_functions",
-    "masks": "door positions conventions | mask | constructors",
+    "masks": "door positions conventions | mask | by_position by_array by_function",
     "tracing": "hashing pointwise | program | recompilation array_reads | captures | dependence"
     " | split out_of_range",
     "tiles": "elementwise_rules | array_rules | intervals | tile_map",
@@ -142,7 +142,7 @@ ROOMS = {
 DOOR = {
     ("masks/mask", "views/html"),
     ("masks/mask", "views/why"),
-    ("masks/constructors", "views/diff"),
+    ("masks/by_function", "views/diff"),
 }
 
 
@@ -322,7 +322,6 @@ def test_every_module_says_what_it_is(name: str) -> None:
 def test_no_file_is_too_long() -> None:
     """Five hundred lines, or a reason."""
     reasons = {
-        "constructors.py": "one line of maths a constructor, and its docstring",
         "intervals.py": "one rule an operation",
         "split.py": "one trace, one plan",
     }

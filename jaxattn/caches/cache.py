@@ -31,9 +31,9 @@ import numpy as np
 from ..attention import attention
 from ..backends import decode
 from ..checks.integers import as_given, concrete, is_integer, narrowed
-from ..masks.mask import Mask, Predicate, as_mask, leaf_repr
+from ..masks.mask import BuiltInMask, Mask, as_mask, leaf_repr
 from ..masks.positions import Positions
-from ..pytrees import ByStructure
+from ..pytrees import ByStructure, pytree
 from ..shapes import Array, ArrayLike, Bool, Float, Int
 
 C = TypeVar("C", bound="Cache")
@@ -42,9 +42,15 @@ C = TypeVar("C", bound="Cache")
 _LARGEST = 127
 
 
-def _held(b: Any, h: Any, q: Any, k: Any, length: Any) -> Any:
-    # An unused place has position -1; a token that was taken back, the length or more.
-    return (k >= 0) & (k < length[b])
+@pytree
+class Held(BuiltInMask):
+    """The keys that a cache holds."""
+
+    length: Any
+
+    def formula(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        # An unused place has position -1; a token that was taken back, the length or more.
+        return (k >= 0) & (k < self.length[b])
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
@@ -196,7 +202,7 @@ class Cache(ByStructure, ABC):
     @property
     def mask(self) -> Mask:
         """Which places hold a key; every call that reads the cache uses it."""
-        return Predicate(_held, (self.length,))
+        return Held(self.length)
 
     def upcoming(self, T: int) -> Int[Array, "B T"]:
         """The positions of the next `T` tokens of each row; call it before they are appended."""

@@ -10,15 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checks.integers import concrete, integers
-from ..masks.mask import Mask, Predicate, as_mask
+from ..masks.mask import BuiltInMask, Mask, as_mask
 from ..masks.positions import Filled, over_grid
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayLike, Bool, Float, Int
 from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 
 
-def _recent(b: Any, h: Any, q: Any, k: Any, window: Any) -> Any:
-    return q - k <= window
+@pytree
+class Recent(BuiltInMask):
+    """The last `window` keys before the query, and those after it."""
+
+    window: Any
+
+    def formula(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q - k <= self.window
 
 
 @pytree
@@ -134,7 +140,7 @@ class KVCache(Cache):
     @property
     def mask(self) -> Mask:
         held = super().mask
-        return held if self.window is None else held & Predicate(_recent, (self.window,))
+        return held if self.window is None else held & Recent(self.window)
 
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         key, value = unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)

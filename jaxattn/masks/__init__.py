@@ -4,28 +4,28 @@ import sys
 import typing
 
 from ..checks.foreign_names import unknown_attribute
-from .constructors import (
-    block_diffusion,
+from .by_array import (
     block_sparse,
-    causal,
-    chunked,
-    diff,
-    dilated,
-    empty,
     from_array,
-    full,
     global_tokens,
     key_padding,
-    neighborhood,
-    per_head,
-    predicate,
-    prefix_lm,
     query_padding,
     random_blocks,
     segments,
     shared_prefix,
-    sliding_window,
     tree,
+)
+from .by_function import diff, per_head, predicate
+from .by_position import (
+    block_diffusion,
+    causal,
+    chunked,
+    dilated,
+    empty,
+    full,
+    neighborhood,
+    prefix_lm,
+    sliding_window,
 )
 from .mask import Mask, dense
 from .positions import Positions

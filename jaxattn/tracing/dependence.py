@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checks.user_functions import ours
-from ..masks.mask import Mask
+from ..checks.user_functions import parameters
+from ..masks.mask import BuiltInMask, Mask, Predicate, argument, constructor
 from ..masks.positions import Positions
-from ..scores import Score
+from ..scores import BuiltInScore, Score, Scored
 from .array_reads import Extent, Recogniser
 from .captures import arguments, struct
 from .hashing import RULED, Const, Ref, Type, has_body
@@ -387,49 +387,47 @@ def _is_scalar(code: Builder, step: Step) -> bool:
     return plain and not any(map(has_body, step.params.values()))
 
 
-def labels(given: Any, *, own: bool = False) -> list[str]:
-    """What to call the leaves of a mask or score, as its user wrote them: `causal(offset)`.
+def labels(given: Mask | Score, *, own: bool = False) -> list[str]:
+    """What to call the leaves of a mask or score: `causal(offset)`, `` `table` of predicate(f) ``.
 
-    With `own`, an argument alone, by the name that the function itself has for it.
+    With `own`, a leaf's name in the formula alone: `offset`, `table`.
     """
-    labels = []
-    for path, _ in jax.tree_util.tree_flatten_with_path(given)[0]:
-        at, part = given, ""
-        names: list[str] = []
-        index = None
-        for key in path:
-            if isinstance(key, jax.tree_util.GetAttrKey):
-                if (fn := getattr(at, "fn", None)) is not None:
-                    part, names = _spoken(at), _arguments(fn, key.name == "params", own)
-                at = getattr(at, key.name)
-                continue
-            index = getattr(key, "idx", None)
-            if part:
-                break
+    return [_label(given, path, own) for path, _ in jax.tree_util.tree_flatten_with_path(given)[0]]
+
+
+def _label(given: Any, path: Sequence[Any], own: bool) -> str:
+    """What to call the leaf at a path: a field of the innermost mask or score, or what it holds."""
+    at, owner, rest = given, given, path
+    for i, key in enumerate(path):
+        if isinstance(at, (Mask, Score)):
+            owner, rest = at, path[i:]
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            at = getattr(at, key.name)
+        elif isinstance(key, (jax.tree_util.SequenceKey, jax.tree_util.DictKey)):
             at = at[getattr(key, "idx", getattr(key, "key", None))]
-        name = names[index] if index is not None and index < len(names) else ""
-        if own:
-            labels.append(name.partition("`")[2].partition("`")[0] or name or "an array")
-        elif "`" in name:
-            labels.append(name)
         else:
-            whole = f"an array of {part}" if part else "an array"
-            labels.append(f"{part}({name})" if name and part else whole)
-    return labels
+            break  # a user's class that says no more
+    name = _argument(owner, rest, own)
+    if own:
+        return name or "an array"
+    if isinstance(owner, (Predicate, Scored)):
+        return f"`{name}` of {owner!r}" if name else f"an array of {owner!r}"
+    built_in = isinstance(owner, (BuiltInMask, BuiltInScore))
+    maker = constructor(type(owner)) if built_in else type(owner).__name__
+    return f"{maker}({name})" if name else f"an array of {maker}"
 
 
-def _spoken(part: Any) -> str:
-    """The name of a mask or score that is a function: the constructor's, or the user's own."""
-    if isinstance(part.fn, Program):
-        return part.fn.name
-    if ours(part.fn):
-        return repr(part).partition("(")[0]
-    return str(getattr(part.fn, "__name__", type(part.fn).__name__))
-
-
-def _arguments(fn: Any, score: bool, own: bool) -> list[str]:
-    """The names of a function's arguments after the positions (and the logit)."""
-    if isinstance(fn, Program):
-        return list(fn.labels)
-    said = list(getattr(fn, "arguments", ()))
-    return said if said and not own else list(inspect.signature(fn).parameters)[4 + score :]
+def _argument(owner: Any, path: Sequence[Any], own: bool) -> str:
+    """The argument that a leaf of a mask or score is a part of; "" where it has no name."""
+    if not isinstance(path[0], jax.tree_util.GetAttrKey):
+        return ""
+    if not isinstance(owner, (Predicate, Scored)):
+        named = {each.name: each for each in fields(owner)} if is_dataclass(owner) else {}
+        name = path[0].name
+        return argument(named[name]) if name in named and not own else name
+    if isinstance(owner.fn, Program):
+        names = list(owner.fn.labels)
+    else:
+        names = parameters(owner.fn, 4 + isinstance(owner, Score))
+    index = path[1].idx
+    return names[index] if index < len(names) else ""

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checks.integers import MOST
-from ..masks.mask import And, Mask, MaskLike, Not, Or, PerHead, Predicate, Xor, as_mask
+from ..masks.mask import (
+    And,
+    BuiltInMask,
+    Mask,
+    MaskLike,
+    Not,
+    Or,
+    PerHead,
+    Predicate,
+    Xor,
+    as_mask,
+)
 from ..masks.positions import Positions
 from ..shapes import Int
 from ..tiles.tile_map import TileMap
@@ -198,11 +209,13 @@ def _opposite(result: bool | None) -> bool | None:
 
 
 def _name(part: Mask) -> str:
-    fn = getattr(part, "fn", None)
-    if isinstance(part, Predicate) and fn is not None:
-        said, name = repr(part).partition("(")[0], getattr(fn, "__name__", "<")
-        return said if said != "predicate" else "the function" if name[0] == "<" else name
-    return type(part).__name__
+    if not isinstance(part, (BuiltInMask, Predicate)):
+        return type(part).__name__
+    constructor = repr(part).partition("(")[0]
+    if constructor != "predicate":
+        return constructor
+    name = str(getattr(getattr(part, "fn", None), "__name__", "<"))
+    return "the function" if name[0] == "<" else name
 
 
 class _Reader:
