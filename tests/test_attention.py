@@ -7,6 +7,7 @@ with its reason.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 import re
@@ -123,11 +124,11 @@ def check(got: Any, gold: Any, plain: Any, dtype: Any) -> None:
 
 
 # The definition evaluates a mask cell by cell, which test_masks.py checks for all of them. On the
-# other backends a third of the masks is seen here, and all by `make test-deep`.
+# other backends a fifth of the masks is seen here, and all by `make test-deep`.
 DENSE_HERE = ("causal", "padding_left", "segments_packed", "window_per_head", "nobody_sees_some")
 EVERY = [
     pytest.param(
-        b, name, marks=pytest.mark.deep if n % 3 and b != "dense" else (), id=f"{b}-{name}"
+        b, name, marks=pytest.mark.deep if n % 5 and b != "dense" else (), id=f"{b}-{name}"
     )
     for b in HERE
     for n, name in enumerate(MASKS)
@@ -177,10 +178,13 @@ PRODUCT = [
     in_turn(dict(zip(SHAPES, row)), n)
     for n, row in enumerate(itertools.product(*(FACTORS[name] for name in SHAPES)))
 ]
-# Lengths and head dims in turn, the two largest lengths once: the product has all their pairs.
-PAIRS = pairwise({name: values for name, values in FACTORS.items() if name not in SHAPES[:2]})
+# Lengths and head dims in turn, the two largest lengths once and where NumPy is fast: the product
+# has all their pairs.
+# Of 40 seeds, the one with the fewest rows.
+PAIRS = pairwise({name: FACTORS[name] for name in FACTORS if name not in SHAPES[:2]}, seed=18)
+FAST = [n for n, pair in enumerate(PAIRS) if pair["score"] is None][:2]
 for n, pair in enumerate(PAIRS):
-    lengths = FACTORS["lengths"][n % 8 if n > 1 else n - 2]
+    lengths = FACTORS["lengths"][FAST.index(n) - 2 if n in FAST else n % 8]
     pair |= {"lengths": lengths, "head_dim": FACTORS["head_dim"][n % 7]}
 
 
@@ -188,12 +192,15 @@ def named(row: dict[str, Any]) -> str:
     return "-".join(map(str, row.values()))
 
 
+# The backends of a row one after another: they share what NumPy computes for it.
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("row", PAIRS, ids=named)
 def test_every_pair_of_features(backend: str, row: dict[str, Any]) -> None:
     run_row(backend, row)
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("row", PRODUCT, ids=named)
 def test_every_product_of_shapes(backend: str, row: dict[str, Any]) -> None:
     run_row(backend, row)
@@ -201,51 +208,54 @@ def test_every_product_of_shapes(backend: str, row: dict[str, Any]) -> None:
 
 def run_row(backend: str, row: dict[str, Any]) -> None:
     """One combination of features, against NumPy."""
-    (T, S), (N, K), H, extra = row["lengths"], row["heads"], row["head_dim"], row["extra"]
-    B = 2 if T * S < 2**14 else 1
     with jax.enable_x64(row["dtype"] == "float64"):
-        dtype = jnp.dtype(row["dtype"])
-        wide = base.accumulator(dtype)
-        inputs = qkv(B, T, S, N, K, H, 5 if extra == "scale" else None, dtype)
-        options: dict[str, Any] = {"backend": backend}
-        by_hand: dict[str, Any] = {}
-        at: dict[str, Any] = {}
-        sinks = None
-        if extra == "sinks":
-            sinks = jnp.asarray(rng(5).normal(size=N), dtype)
-            by_hand["sinks"] = sinks
-        if extra == "scale":
-            options["scale"] = by_hand["scale"] = 0.7
-        if extra == "positions":
-            # Permutations: arrays in masks and scores are read within their extents.
-            at = {"q": rng(6).permutation(T), "k": rng(7).permutation(S)}
-            options["positions"] = ja.Positions(**{n: jnp.asarray(x) for n, x in at.items()})
-        if extra == "dropout":
-            options |= {"dropout_rate": 0.3, "dropout_seed": 17}
-            by_hand |= {"rate": 0.3, "keep": kept((17, 0), 0.3, *grid(B, N, T, S, **at))}
-        if row["mask"]:
-            case = MASKS[row["mask"]](B, N, T, S)
-            options["mask"] = case.mask
-            by_hand["seen"] = cells(case.cell, B, N, T, S, **at)
-        make, params = None, ()
-        if row["score"]:
-            score = SCORES[row["score"]](B, N, T, S)
-            params = tuple(jnp.asarray(p, wide) for p in score.params)
-            make = score.make
-            # The formula on the parameters as they were rounded.
-            by_hand["score"] = score._replace(
-                params=tuple(np.asarray(p, np.float64) for p in params)
-            )
-            if row["score"].startswith("t5") and at:
-                # That formula looks buckets up by index: positions are indices here too.
-                assert max(at["q"].max(), at["k"].max()) < max(T, S)
-        compute, d_out, d_lse = everything(*inputs, make, params, sinks, **options)
-        by_hand |= {"at": at, "d_out": d_out, "d_lse": d_lse}
-        gold = attend(*inputs, **by_hand)
-        plain = gold
-        if wide != jnp.float64:
-            plain = attend(*inputs, **by_hand, dtype=np.float32)
-        check(compute(*inputs), gold, plain, dtype)
+        inputs, given, gold, plain = by_numpy(tuple(row.items()))
+        compute, _, _ = everything(*inputs, **given, backend=backend)
+        check(compute(*inputs), gold, plain, inputs[0].dtype)
+
+
+@functools.lru_cache(maxsize=2)
+def by_numpy(row: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], Any, Any]:
+    """The inputs of a row, the other arguments of `everything`, and what they should give."""
+    names = dict(row)
+    (T, S), (N, K), H, extra = (names[n] for n in ("lengths", "heads", "head_dim", "extra"))
+    B = 2 if T * S < 2**14 else 1
+    dtype = jnp.dtype(names["dtype"])
+    wide = base.accumulator(dtype)
+    inputs = qkv(B, T, S, N, K, H, 5 if extra == "scale" else None, dtype)
+    given: dict[str, Any] = {}
+    by_hand: dict[str, Any] = {}
+    at: dict[str, Any] = {}
+    if extra == "sinks":
+        given["sinks"] = by_hand["sinks"] = jnp.asarray(rng(5).normal(size=N), dtype)
+    if extra == "scale":
+        given["scale"] = by_hand["scale"] = 0.7
+    if extra == "positions":
+        # Permutations: arrays in masks and scores are read within their extents.
+        at = {"q": rng(6).permutation(T), "k": rng(7).permutation(S)}
+        given["positions"] = ja.Positions(**{n: jnp.asarray(x) for n, x in at.items()})
+    if extra == "dropout":
+        given |= {"dropout_rate": 0.3, "dropout_seed": 17}
+        by_hand |= {"rate": 0.3, "keep": kept((17, 0), 0.3, *grid(B, N, T, S, **at))}
+    if names["mask"]:
+        case = MASKS[names["mask"]](B, N, T, S)
+        given["mask"] = case.mask
+        by_hand["seen"] = cells(case.cell, B, N, T, S, **at)
+    if names["score"]:
+        score = SCORES[names["score"]](B, N, T, S)
+        params = tuple(jnp.asarray(p, wide) for p in score.params)
+        given |= {"make": score.make, "params": params}
+        # The formula on the parameters as they were rounded.
+        by_hand["score"] = score._replace(params=tuple(np.asarray(p, np.float64) for p in params))
+        if names["score"].startswith("t5") and at:
+            # That formula looks buckets up by index: positions are indices here too.
+            assert max(at["q"].max(), at["k"].max()) < max(T, S)
+    _, d_out, d_lse = everything(*inputs)
+    by_hand |= {"at": at, "d_out": d_out, "d_lse": d_lse}
+    gold = plain = attend(*inputs, **by_hand)
+    if wide != jnp.float64:
+        plain = attend(*inputs, **by_hand, dtype=np.float32)
+    return inputs, given, gold, plain
 
 
 # --- queries that see nothing ---------------------------------------------------------------------
@@ -317,7 +327,13 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("features", [pytest.param("plain", marks=pytest.mark.deep), "all"])
-@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=() if n in ("by head", "dead rows") else pytest.mark.deep)
+        for n in SECRETS
+    ],
+)
 def test_nan_in_what_nobody_sees(backend: str, name: str, features: str) -> None:
     """NaN and infinities in unseen keys and dead queries change no bit of anything."""
     B, T, S, N, K = 2, 6, 7, 4, 2
@@ -896,6 +912,9 @@ def test_debug_infs_is_clean(backend: str) -> None:
 
 def test_no_tracer_leaks(backend: str) -> None:
     inputs = qkv(1, 4, 4, 2, 2, 8)
+    # After each trace all of memory is searched: what is older than this test need not be.
+    gc.collect()
+    gc.freeze()
     with jax.checking_leaks():
 
         @jax.jit
@@ -909,6 +928,7 @@ def test_no_tracer_leaks(backend: str) -> None:
             return jax.grad(loss, (0, 1))(query, slope)
 
         jax.block_until_ready(run(*inputs, 2, 0.5))
+    gc.unfreeze()
 
 
 def test_forward_mode_and_second_order_of_the_definition() -> None:
@@ -1021,8 +1041,15 @@ def test_a_fresh_lambda_is_compiled_once(backend: str, compilations: Any) -> Non
 # --- data parallelism -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-@pytest.mark.parametrize("axis", ["batch", "heads"])
+@pytest.mark.parametrize(
+    ("axis", "kind"),
+    [
+        ("batch", "auto"),
+        ("heads", "explicit"),
+        pytest.param("batch", "explicit", marks=pytest.mark.deep),
+        pytest.param("heads", "auto", marks=pytest.mark.deep),
+    ],
+)
 def test_sharded_inputs_stay_where_they_are(backend: str, axis: str, kind: str) -> None:
     types = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
     mesh = jax.make_mesh((4,), ("x",), axis_types=(types[kind],), devices=jax.devices()[:4])

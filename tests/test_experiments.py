@@ -7,12 +7,14 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -393,7 +395,7 @@ def test_enough_beams_find_the_best(tiny, search, penalty):
     source = jnp.array([[5, 6, 2, 0]])
     found = np.asarray(search(model, params, source, 2, 50, penalty))[0]
     targets = jnp.stack([jnp.full(50, data.BOS), jnp.arange(50)], 1)
-    logits = model.apply({"params": params}, jnp.repeat(source, 50, 0), targets)
+    logits = jax.jit(model.apply)({"params": params}, jnp.repeat(source, 50, 0), targets)
     gain = np.asarray(jax.nn.log_softmax(logits))
     best, words = -np.inf, None
     for first in range(50):
@@ -414,14 +416,19 @@ def test_norms_and_bfloat16(norm):
     tokens, target = jnp.array([[5, 6, 7, 2]]), jnp.array([[1, 8, 9, 10]])
     for dtype in (jnp.float32, jnp.bfloat16):
         model = transformer.Transformer(50, 16, 1, 2, 32, 0.0, 0.0, norm=norm, dtype=dtype)
-        params = model.init(jax.random.key(0), tokens, target)["params"]
-        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
-        logits[dtype] = model.apply({"params": params}, tokens, target)
+        init = partial(model.init, jax.random.key(0), tokens, target)
+        assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(jax.eval_shape(init)))
+        if not logits:
+            params = jax.jit(init)()["params"]
+        logits[dtype] = jax.jit(model.apply)({"params": params}, tokens, target)
         assert logits[dtype].dtype == jnp.float32
-        bound = model.bind({"params": params})
-        memories, caches = bound.begin(tokens, 1, 4)
+        begin, proceed = (
+            jax.jit(partial(model.apply, {"params": params}, method=method), static_argnums=static)
+            for method, static in (("begin", (1, 2)), ("proceed", ()))
+        )
+        memories, caches = begin(tokens, 1, 4)
         for i in range(4):
-            step, caches = bound.proceed(target[:, i : i + 1], tokens, memories, caches)
+            step, caches = proceed(target[:, i : i + 1], tokens, memories, caches)
             tolerance = 1e-5 if dtype == jnp.float32 else 0.1
             np.testing.assert_allclose(step, logits[dtype][:, i], atol=tolerance)
     np.testing.assert_allclose(logits[jnp.bfloat16], logits[jnp.float32], atol=0.2)
@@ -519,6 +526,20 @@ def test_help_names_the_verbs(script, capsys):
 
 
 @pytest.fixture
+def compiled_once(tmp_path_factory):
+    """Programs are kept on disk: runs that compile the same ones again find them there."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
 def small_corpus(monkeypatch):
     small = dict.fromkeys(corpus.CATEGORIES, 120)
     monkeypatch.setattr(corpus, "generate", lambda generate=corpus.generate: generate(0, small, 12))
@@ -529,6 +550,7 @@ def small_corpus(monkeypatch):
 
 
 @scripts
+@pytest.mark.usefixtures("compiled_once")
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys, small_corpus):
     """Ctrl-C saves, a kill loses one interval at most, and --resume goes on: the same bits, dropout
     and data order included."""

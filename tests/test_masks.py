@@ -35,7 +35,9 @@ def densified(shape: tuple[int, int, int, int]) -> dict[str, Any]:
     return jax.tree.map(np.asarray, dense(given))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SHAPES[:2], pytest.param(SHAPES[2], marks=pytest.mark.deep)], ids=str
+)
 @pytest.mark.parametrize("name", MASKS)
 def test_every_constructor_keeps_the_cells_of_its_formula(name: str, shape: Any) -> None:
     B, N, T, S = shape
