@@ -91,7 +91,7 @@ ROOMS = {
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula"
     " | dense decode cudnn flash | tiled triton mosaic",
-    "backends/flash": "tile_sizes tile_lists nonfinite | operands transforms",
+    "backends/flash": "tile_sizes tile_lists nonfinite | operands gpu transforms",
     "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "tiles | parts | kernels | backend",
