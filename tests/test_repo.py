@@ -94,7 +94,7 @@ ROOMS = {
     "backends/flash": "tile_sizes tile_lists nonfinite | operands gpu transforms",
     "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
-    "backends/mosaic": "tiles | parts | kernels | backend",
+    "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
     "nn": "flax_packages rope functional | attention_fn | linen nnx",
 }
