@@ -130,10 +130,10 @@ ROOMS = {
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula | flash"
     " | dense decode cudnn tiled triton mosaic",
-    "backends/flash": "tile_sizes tile_lists nonfinite | operands transforms",
+    "backends/flash": "tile_sizes tile_lists nonfinite | operands gpu transforms",
     "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
-    "backends/mosaic": "tiles | parts | kernels | backend",
+    "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
     "nn": "flax_packages rope functional | attention_fn | linen nnx",
 }
