@@ -9,13 +9,13 @@ import numpy as np
 
 from .arguments import request, swapped
 from .backends.base import Call
-from .checks.foreign_names import answers
+from .checks.foreign_names import with_remedies
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
 
 
-@answers()
+@with_remedies()
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -107,7 +107,7 @@ def attention(
     return results if return_lse else results[0]
 
 
-@answers()
+@with_remedies()
 def attention_weights(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
