@@ -16,7 +16,7 @@ from .masks.positions import Positions
 from .scores import as_score
 from .shapes import Array, ArrayLike
 from .tiles.tile_map import TileMap
-from .tracing.out_of_range import within
+from .tracing.out_of_range import guarded
 from .tracing.split import split
 
 
@@ -106,14 +106,14 @@ def request(
         visible = split(mask, at)
         visible.check_extents(B, N, T, S)
         if positions is not None and tiles is None:
-            visible = split(within(visible.given, positions, (B, N, T, S)), at)
+            visible = split(guarded(visible.given, positions, (B, N, T, S)), at)
     if score is not None:
         logit = base.accumulator(query.dtype)
         scored = split(as_score(score), at, logit=logit)
         scored.check_extents(B, N, T, S)
         if positions is not None:
             seen = None if visible is None else visible.given
-            inside = within(scored.given, positions, (B, N, T, S), mask=seen, logit=logit)
+            inside = guarded(scored.given, positions, (B, N, T, S), mask=seen, logit=logit)
             scored = split(inside, at, logit=logit)
     return Call(
         query=query,
@@ -140,7 +140,7 @@ def swapped(call: Call) -> str | None:
     if base.symbolic(T, S) or not (1 < T == S and N == K and N > T):
         return None
     for part in (call.mask, call.score):
-        if part is not None and any(extent.position in "qk" for _, extent in part.plan.extents):
+        if part is not None and any(extent.position in "qk" for _, extent in part.plan.axis_reads):
             return None
     return (
         f"query: got {T} tokens with {N} heads; axes are [batch, length, heads, head dimension]. "

@@ -9,7 +9,7 @@ import numpy as np
 
 from .arguments import Options, request, swapped
 from .backends.base import Call
-from .checks.foreign_names import answers
+from .checks.foreign_names import with_remedies
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
@@ -48,7 +48,7 @@ def attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-@answers()
+@with_remedies()
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -141,7 +141,7 @@ def attention(
     return results if return_lse else results[0]
 
 
-@answers()
+@with_remedies()
 def attention_weights(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],

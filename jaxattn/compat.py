@@ -11,7 +11,7 @@ import numpy as np
 
 from . import masks, scores
 from .attention import attention, attention_weights
-from .checks.foreign_names import answers
+from .checks.foreign_names import with_remedies
 from .checks.integers import integers
 from .dispatch import check_backend
 from .masks.mask import Mask, as_mask
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     return output, weights.reshape(*lead, T, S)
 
 
-@answers()
+@with_remedies()
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],

@@ -124,8 +124,8 @@ RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 ROOMS = {
     "checks": "foreign_names integers user_functions",
     "masks": "door positions conventions | mask | by_position by_array by_function",
-    "tracing": "hashing pointwise | program | recompilation array_reads | captures | dependence"
-    " | split out_of_range",
+    "tracing": "hashing pointwise | program | recompilation_warning array_reads labels | canonical"
+    " | dependence | split out_of_range",
     "tiles": "elementwise_rules | array_rules | intervals | tile_map",
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula | flash"

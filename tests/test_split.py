@@ -406,7 +406,7 @@ def test_sharded_arrays_stay_where_they_are(spec):
 
 def test_a_lookup_is_all_that_a_known_mask_costs():
     mask = masks.causal() & masks.segments(jnp.asarray(predicates.IDS_Q))
-    before = dependence.plan_of.cache_info()
+    before = dependence.split_plan.cache_info()
     split(mask)
     split(mask)
-    assert dependence.plan_of.cache_info().misses <= before.misses + 1
+    assert dependence.split_plan.cache_info().misses <= before.misses + 1

@@ -38,7 +38,7 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def code_of(fn: Any) -> CodeType | None:
+def code_object(fn: Any) -> CodeType | None:
     """The code that a user wrote: of a function, of a partial one, or of an object's call."""
     while isinstance(fn, partial):
         fn = fn.func
@@ -83,7 +83,7 @@ def parameters(fn: Any, first: int) -> list[str]:
 
 def place(fn: Any, error: BaseException | None = None) -> str:
     """`file:line` of a function, or of where in it an error came from; "" for built-in ones."""
-    code = code_of(fn)
+    code = code_object(fn)
     if code is None:
         return ""
     line, trace = code.co_firstlineno, None if error is None else error.__traceback__

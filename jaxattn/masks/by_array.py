@@ -18,7 +18,7 @@ import numpy as np
 from ..checks.integers import as_given, concrete, identifiers, integers, is_integer, plain
 from ..pytrees import pytree
 from ..shapes import Array, ArrayLike, Bool, Int, Shaped
-from .conventions import Convention, kept
+from .conventions import Convention, kept_pairs
 from .mask import BuiltInMask, Mask, Scalar, constructor, dense, entry
 
 
@@ -397,7 +397,7 @@ inside |
         `jaxattn.scores.bias`), for an unknown convention, and for a rank without a meaning. Values
         are checked where they are known, that is, outside `jit`.
     """
-    keep = kept(array, convention)
+    keep = kept_pairs(array, convention)
     if keep.ndim == 4:
         return dense(keep)
     if keep.ndim == 3:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..checks.integers import check_exact
 from .door import views
 from .mask import Mask, MaskLike, PerHead, Predicate, as_mask, check_is_predicate
@@ -46,7 +46,7 @@ def predicate(fn: Callable[..., Any], *args: Any) -> Mask:
     return Predicate(fn, args)
 
 
-@answers(VIEWS, "diff")
+@with_remedies(VIEWS, "diff")
 def diff(
     first: MaskLike,
     second: MaskLike,

@@ -25,8 +25,8 @@ from ..masks.positions import Positions
 from ..pytrees import pytree, static
 from ..scores import Score
 from ..shapes import Array, Shaped
-from .captures import canonicalize, constant
-from .dependence import Feature, Kind, SplitPlan, plan_of, signature_of
+from .canonical import canonicalize, constant
+from .dependence import Kind, OperandRecipe, SplitPlan, signature_of, split_plan
 from .hashing import Const, Ref
 from .pointwise import pointwise
 from .program import Program, run
@@ -161,7 +161,7 @@ class Split(Generic[G]):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of the operands, in order."""
-        return tuple(feature.kind for feature in self.plan.features)
+        return tuple(recipe.kind for recipe in self.plan.recipes)
 
     @property
     def program(self) -> Program:
@@ -209,8 +209,8 @@ class Split(Generic[G]):
         for ref, (array, layout) in plan.views.items():
             sources[ref] = _view(_value(values, array), layout, sizes)
         return tuple(
-            Operand(feature.kind, _operand(plan, feature, values, sources, T, S))
-            for feature in plan.features
+            Operand(recipe.kind, _operand(plan, recipe, values, sources, T, S))
+            for recipe in plan.recipes
         )
 
     def check_extents(self, B: int, N: int, T: int, S: int) -> None:
@@ -222,7 +222,7 @@ class Split(Generic[G]):
         sizes = {"b": B, "h": N, "q": T, "k": S}
         letters = {"b": "B", "h": "N", "q": "T", "k": "S"}
         counted = dict(zip("bhqk", self.plan.counted, strict=True))
-        for label, (_, axis, extent, at) in self.plan.extents:
+        for label, (_, axis, extent, at) in self.plan.axis_reads:
             if not counted[at] or extent == sizes[at]:
                 continue
             if extent == 1:
@@ -266,7 +266,7 @@ def split(given: G, positions: Positions | None = None, *, logit: Any = False) -
     """
     given = canonicalize(given, np.float32 if isinstance(logit, bool) else logit)
     signature = signature_of(given, positions or Positions(), logit)
-    return Split(plan_of(signature), given)
+    return Split(split_plan(signature), given)
 
 
 def _counted(positions: Positions) -> tuple[bool, ...]:
@@ -329,30 +329,30 @@ def _view(array: Any, layout: tuple[int | str, ...], sizes: dict[str, int]) -> A
 
 def _operand(
     plan: SplitPlan,
-    feature: Feature,
+    recipe: OperandRecipe,
     values: dict[int, Any],
     sources: dict[int, Any],
     T: int,
     S: int,
 ) -> Any:
     """The array of one operand."""
-    if not feature.sources:
-        return lax.expand_dims(jnp.asarray(_value(values, feature.ref)), (0, 1))
-    if feature.kind == "diagonal":
+    if not recipe.sources:
+        return lax.expand_dims(jnp.asarray(_value(values, recipe.ref)), (0, 1))
+    if recipe.kind == "diagonal":
         distance = jnp.arange(1 - S, T, dtype=jnp.int32)[None, None]
         at = {"q": distance, "k": jnp.zeros((1, 1, 1), jnp.int32)}
         sources = sources | {
             ref: at[letter] for ref, letter in plan.positions.items() if letter in at
         }
-    arrays = [sources[ref] for ref in feature.sources]
-    if feature.sources == (feature.ref,):
+    arrays = [sources[ref] for ref in recipe.sources]
+    if recipe.sources == (recipe.ref,):
         array = arrays[0]
     else:
 
         def element(*elements: Any) -> Any:
-            start = values | dict(zip(feature.sources, elements, strict=True))
-            return _value(run(feature.steps, start), feature.ref)
+            start = values | dict(zip(recipe.sources, elements, strict=True))
+            return _value(run(recipe.steps, start), recipe.ref)
 
-        ranks = [len(plan.types[ref].shape) for ref in feature.sources]
+        ranks = [len(plan.types[ref].shape) for ref in recipe.sources]
         array = pointwise(element, arrays, ranks)
-    return lax.squeeze(array, (2,)) if feature.kind == "head" else array
+    return lax.squeeze(array, (2,)) if recipe.kind == "head" else array

@@ -14,7 +14,7 @@ from ..masks.mask import And, Mask, Not, Or, PerHead, Xor, tokens_of
 from ..masks.positions import Positions
 from ..shapes import Int
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
-from ..tracing.captures import canonicalize
+from ..tracing.canonical import canonicalize
 from ..tracing.dependence import SplitPlan
 from ..tracing.hashing import Const
 from ..tracing.split import split
@@ -128,7 +128,7 @@ def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int
         T, S = mask.sizes[2:]
     if T is None or S is None:
         plan = _plan(mask)
-        extents = {extent.position: extent.extent for _, extent in plan.extents}
+        extents = {extent.position: extent.extent for _, extent in plan.axis_reads}
         for tokens, _ in tokens_of(mask):
             extents = {"q": tokens, "k": tokens} | extents
         T = extents.get("q", extents.get("k", S)) if T is None else T
@@ -150,7 +150,7 @@ def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
     if (b, h) == (0, 0):
         return
     asked = {"b": (b, "batch rows"), "h": (h, "heads")}
-    for label, extent in _plan(mask).extents:
+    for label, extent in _plan(mask).axis_reads:
         at, what = asked.get(extent.position, (-1, ""))
         if at >= extent.extent:
             raise ValueError(
@@ -181,7 +181,7 @@ def _numbers(leaves: list[np.ndarray]) -> Iterator[int]:
 
 def _literals(plan: SplitPlan) -> Iterator[int]:
     """The integers that are literals in the mask's functions."""
-    for step in (*plan.free, *plan.residue.steps, *(s for f in plan.features for s in f.steps)):
+    for step in (*plan.free, *plan.residue.steps, *(s for r in plan.recipes for s in r.steps)):
         for arg in step.args:
             if isinstance(arg, Const) and np.ndim(arg.value) == 0:
                 value = np.asarray(arg.value)

@@ -8,7 +8,7 @@ from html import escape
 import jax
 import numpy as np
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
 from .cells import COLORS, Cells, cells, parts
@@ -31,7 +31,7 @@ class Html(str):
         return str(self)
 
 
-@answers(VIEWS, "html")
+@with_remedies(VIEWS, "html")
 def html(
     mask: MaskLike,
     /,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..shapes import Array, Float
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
@@ -22,7 +22,7 @@ _NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 _PANEL = 3.6
 
 
-@answers(VIEWS, "plot")
+@with_remedies(VIEWS, "plot")
 def plot(
     mask: MaskLike,
     /,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import MaskLike, as_mask
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
 from .cells import cells
@@ -28,7 +28,7 @@ _COLORS = {
 }
 
 
-@answers(VIEWS, "show")
+@with_remedies(VIEWS, "show")
 def text(
     mask: MaskLike,
     /,

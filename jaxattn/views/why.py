@@ -31,10 +31,11 @@ from ..masks.positions import Positions
 from ..shapes import Int
 from ..tiles.tile_map import TileMap
 from ..tracing import out_of_range
-from ..tracing.array_reads import Extent
-from ..tracing.captures import canonicalize
-from ..tracing.dependence import Code, code_of, labels, signature_of
+from ..tracing.array_reads import AxisRead
+from ..tracing.canonical import canonicalize
+from ..tracing.dependence import TracedSteps, signature_of, trace_signature
 from ..tracing.hashing import Const, Ref
+from ..tracing.labels import labels
 from ..tracing.program import run
 
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -157,7 +158,7 @@ class Asked:
         if (missing := reader.missing(at)) is not None:
             cell = {"b": self.b, "h": self.h, "q": int(self.q[at[0]]), "k": int(self.k[at[1]])}
             label, extent = next(m for m in missing if not 0 <= cell[m[1].position] < m[1].extent)
-            self._missing = out_of_range.missing(label, extent, cell)
+            self._missing = out_of_range.missing_entry(label, extent, cell)
             lines.append(f"{indent}{_name(part)} has no entry for it")
             return None
         allowed, reasons = reader.read(at)
@@ -169,14 +170,13 @@ class Asked:
     def _run(self, part: Mask) -> _Reader:
         """Runs a part that is a function for all pairs."""
         if jax.tree_util.all_leaves([part]):
-            part = canonicalize(
-                part
-            )  # otherwise the arrays that a user's class holds are no leaves
+            # Otherwise the arrays that a user's class holds are no leaves.
+            part = canonicalize(part)
         leaves = jax.tree.leaves(part)
         arrays = [jnp.asarray(leaf) for leaf in leaves]
-        traced = code_of(signature_of(part, Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)))
-        code = traced.steps
-        flag = out_of_range.Flags(code).of(traced.out)
+        traced = trace_signature(signature_of(part, Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)))
+        code = traced.builder
+        flag = out_of_range.MissingEntries(code).of(traced.out)
         # Arrays are printed by name only, so that their values are not needed.
         said = [ref for ref, type in enumerate(code.types) if type.shape == ()]
         row, head = jnp.int32(self.b), jnp.int32(self.h)
@@ -222,14 +222,18 @@ class _Reader:
     """Reads from a program that has run what decided its result, pair by pair."""
 
     def __init__(
-        self, traced: Code, flag: Ref | None, values: dict[int, np.ndarray], names: dict[int, str]
+        self,
+        traced: TracedSteps,
+        flag: Ref | None,
+        values: dict[int, np.ndarray],
+        names: dict[int, str],
     ) -> None:
-        self.code, self.out, self.flag = traced.steps, traced.out, flag
-        self.extents = [(traced.label(e.array), e) for e in traced.steps.extents]
+        self.code, self.out, self.flag = traced.builder, traced.out, flag
+        self.extents = [(traced.label(e.array), e) for e in traced.builder.axis_reads]
         self.values, self.names = values, names
         self.at = (0, 0)
 
-    def missing(self, at: tuple[int, int]) -> list[tuple[str, Extent]] | None:
+    def missing(self, at: tuple[int, int]) -> list[tuple[str, AxisRead]] | None:
         """The axes that are read, if the answer depends on an entry that one of them lacks."""
         self.at = at
         return self.extents if self.flag is not None and bool(self.value(self.flag)) else None

@@ -23,7 +23,7 @@ from ..masks.mask import Mask, Predicate
 from ..pytrees import is_registered
 from ..scores import Score, Scored
 from .program import Program, trace
-from .recompilation import watch
+from .recompilation_warning import watch
 
 M = TypeVar("M", bound=Mask | Score)
 
