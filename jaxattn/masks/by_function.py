@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from ..checks.foreign_names import VIEWS, with_remedies
 from ..checks.integers import check_exact
 from .door import views
 from .mask import Mask, MaskLike, PerHead, Predicate, as_mask, check_is_predicate
-
-if TYPE_CHECKING:
-    # The result of a view behind the door; a type alone, never imported when the code runs.
-    from ..views.diff import Diff
+from .results import Diff
 
 
 def per_head(parts: Sequence[Any]) -> Mask:
@@ -84,4 +81,4 @@ def diff(
       ██ - ·
       ████ -
     """
-    return cast("Diff", views().diff(first, second, T, S, b=b, h=h, color=color))
+    return views().diff(first, second, T, S, b=b, h=h, color=color)

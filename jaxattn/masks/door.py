@@ -12,18 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..shapes import Array
+from .results import Diff, Html, Why
+
 
 @dataclass(frozen=True)
 class Views:
     """The functions behind the methods of `Mask`; each takes the mask first."""
 
-    dense: Callable[..., Any]
+    dense: Callable[..., Array]
     text: Callable[..., str]
     plot: Callable[..., Any]
-    html: Callable[..., Any]
+    html: Callable[..., Html]
     notebook: Callable[..., str | None]
-    why: Callable[..., Any]
-    diff: Callable[..., Any]
+    why: Callable[..., Why]
+    diff: Callable[..., Diff]
 
 
 _attached: list[Views] = []

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,7 @@ from ..pytrees import ByStructure, pytree, static
 from ..shapes import Array, ArrayLike, Bool
 from .door import views
 from .positions import Positions
-
-if TYPE_CHECKING:
-    # The results of the views behind the door; types alone, never imported when the code runs.
-    from ..views.html import Html
-    from ..views.why import Why
+from .results import Html, Why
 
 Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
@@ -111,25 +107,25 @@ class Mask(ByStructure):
         Returns:
           Booleans `[batch, heads, T, S]`, True where the query may see the key.
         """
-        return cast(Array, views().dense(self, T, S, batch, heads, positions))
+        return views().dense(self, T, S, batch, heads, positions)
 
     def why(self, q: int, k: int, b: int = 0, h: int = 0) -> Why:
-        """Why the query at position `q` may see the key at `k`, or may not; see `jaxattn.why`."""
-        return cast("Why", views().why(self, q, k, b, h))
+        """Why the query at `q` may see the key at `k`, or may not; see `jaxattn.views.why`."""
+        return views().why(self, q, k, b, h)
 
     def show(self, T: int | None = None, S: int | None = None, **options: Any) -> None:
-        """Prints a picture of the mask; `jaxattn.show.text` has the options."""
+        """Prints a picture of the mask; `jaxattn.views.text.text` has the options."""
         print(views().text(self, T, S, **options))
 
     def plot(
         self, ax: Any = None, T: int | None = None, S: int | None = None, **options: Any
     ) -> Any:
-        """Draws the mask by matplotlib, and returns the axes; see `jaxattn.plot.plot`."""
+        """Draws the mask by matplotlib, and returns the axes; see `jaxattn.views.plot`."""
         return views().plot(self, ax, T, S, **options)
 
     def html(self, T: int | None = None, S: int | None = None, **options: Any) -> Html:
-        """The mask as a page whose cells say why; see `jaxattn.html.html`."""
-        return cast("Html", views().html(self, T, S, **options))
+        """The mask as a page whose cells say why; see `jaxattn.views.html`."""
+        return views().html(self, T, S, **options)
 
     def _repr_html_(self) -> str | None:
         return views().notebook(self)

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import jax.numpy as jnp
 import numpy as np
 
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..masks.positions import Positions
+from ..masks.results import Diff
 from ..tiles.tile_map import EMPTY, tile_map
 from .cells import check_row_and_head, sizes, tile_of
 from .text import CELLS, GRID, grid_of
 
 # Masks of at most this many pairs are compared pair by pair; larger ones by bounds first.
 _COMPARED = 2**22
-
-
-@dataclass(frozen=True)
-class Diff:
-    """Where two masks differ, to be printed.
-
-    Attributes:
-      same: whether the same pairs are visible in both.
-      first: the first pair `(q, k)`, by query, that is visible in only one; None without any.
-      text: what is printed.
-    """
-
-    same: bool
-    first: tuple[int, int] | None
-    text: str
-
-    def __bool__(self) -> bool:
-        return not self.same
-
-    def __str__(self) -> str:
-        return self.text
-
-    __repr__ = __str__
 
 
 def diff(

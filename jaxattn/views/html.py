@@ -10,6 +10,7 @@ import numpy as np
 
 from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
+from ..masks.results import Html
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
 from .cells import COLORS, Cells, cells, parts
 from .why import Asked
@@ -20,15 +21,6 @@ _CELLS, _GRID = 64, (64, 64)
 _SIDE, _CELL = 320, 24
 
 _NAMES = {EMPTY: "none may be seen", PARTIAL: "some may be seen", FULL: "all may be seen"}
-
-
-class Html(str):
-    """HTML that notebooks render, and that is a string everywhere else."""
-
-    __slots__ = ()
-
-    def _repr_html_(self) -> str:
-        return str(self)
 
 
 @with_remedies(VIEWS, "html")

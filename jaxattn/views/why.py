@@ -7,7 +7,6 @@ its comparisons are read from the trace.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from ..masks.mask import (
     as_mask,
 )
 from ..masks.positions import Positions
+from ..masks.results import Why
 from ..shapes import Int
 from ..tiles.tile_map import TileMap
 from ..tracing import out_of_range
@@ -45,27 +45,6 @@ _SAME = ("convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "stop
 _HERE = np.zeros((), np.int32)
 # A longer expression is harder to read than its value.
 _LONGEST = 40
-
-
-@dataclass(frozen=True)
-class Why:
-    """The answer of `Mask.why`, to be printed.
-
-    Attributes:
-      allowed: whether the query may see the key.
-      lines: the answer of each part, indented by its depth.
-    """
-
-    allowed: bool
-    lines: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return self.allowed
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-    __repr__ = __str__
 
 
 def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
