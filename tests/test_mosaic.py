@@ -142,7 +142,8 @@ def test_is_the_definition(name: str) -> None:
     call = make(case and as_mask(case.mask), sizes=sizes, dropout=dropout, **more)
     params = () if score is None else tuple(jnp.asarray(p, jnp.float32) for p in score.params)
     compute = everything(tile, score and score.make)
-    assert mosaic.obstacle(dataclasses.replace(call, score=score and score.make(*params))) is None
+    parts = score and split(score.make(*params), logit=jnp.float32)
+    assert mosaic.obstacle(dataclasses.replace(call, score=parts)) is None
     (dq, dk, dv, slopes), (out, lse) = alone(compute)(call, params)
 
     place = [np.arange(n).reshape(-1, *[1] * (3 - i)) for i, n in enumerate((B, N, T, S))]
