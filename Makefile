@@ -1,13 +1,13 @@
-# Every verb creates what it needs: an environment in VENV, made by PYTHON. ARGS are given to what
-# the verb runs: make experiment ARGS="--steps 100", make test ARGS="-k causal".
+# Each verb makes the environment that it needs, VENV, with PYTHON. ARGS go to what the verb runs:
+# make experiment ARGS="--steps 100", make test ARGS="-k causal".
 PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# What users import; the rest is how it is done.
+# The modules whose reference `make docs` builds: what users import.
 REFERENCE := jaxattn
 
-# Verbs that run nothing which takes any.
+# Verbs that take no ARGS.
 WITHOUT_ARGS := check format peers compile-gpu clean
 ifneq ($(ARGS),)
 $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
@@ -21,11 +21,11 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --progress-bar on --editable ".[dev]"
 	touch $@
 
-# Coverage doubles their time: ARGS=--cov asks for it.
-test: $(VENV)/ready  ## the tests, in parallel
+# Coverage doubles the time of the tests: ARGS=--cov turns it on.
+test: $(VENV)/ready  ## run the tests, in parallel
 	$(BIN)/python -m pytest -n auto $(ARGS)
 
-test-deep: $(VENV)/ready  ## the full products, and 50 times the examples of Hypothesis
+test-deep: $(VENV)/ready  ## run the deep tests too, with 50 times the examples of Hypothesis
 	$(BIN)/python -m pytest -n auto -m "deep or not deep" --hypothesis-profile=deep $(ARGS)
 
 check: $(VENV)/ready  ## lint, format, types
@@ -33,7 +33,7 @@ check: $(VENV)/ready  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/ready
+format: $(VENV)/ready  ## format the code, and fix what lint can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -43,31 +43,31 @@ experiment: $(VENV)/ready  ## train a Transformer that translates, and use it
 language-model: $(VENV)/ready  ## train a language model on packed documents, and sample
 	$(BIN)/python experiments/language_model.py $(ARGS)
 
-explain: $(VENV)/ready  ## how the mask works, and why -1e9 makes a key vanish, in numbers
+explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers
 	$(BIN)/python experiments/how_masking_works.py $(ARGS)
 
-gallery: $(VENV)/ready  ## a picture of every mask
+gallery: $(VENV)/ready  ## draw a picture of every mask
 	$(BIN)/python experiments/gallery.py $(ARGS)
 
-docs: $(VENV)/ready  ## the reference, from the docstrings: build/docs/index.html
+docs: $(VENV)/ready  ## build the reference from the docstrings: build/docs/index.html
 	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(REFERENCE) $(ARGS)
 
-faults: $(VENV)/ready  ## train small models with wrong masks, and see what shows it
+faults: $(VENV)/ready  ## train small models with wrong masks, and see which measure shows it
 	$(BIN)/python experiments/mask_faults.py $(ARGS)
 
-benchmark: $(VENV)/ready  ## against jax.nn and, after `make peers`, PyTorch
+benchmark: $(VENV)/ready  ## compare speed with jax.nn and, after `make peers`, PyTorch
 	$(BIN)/python experiments/benchmark.py $(ARGS)
 
-benchmark-gpu: $(VENV)/ready  ## kernels on one GPU: checked first, then against the same peers
+benchmark-gpu: $(VENV)/ready  ## check the kernels on one GPU, then time them beside the same peers
 	$(BIN)/python experiments/benchmark.py --suite gpu $(ARGS)
 
-peers: .venv-peers/ready  ## PyTorch, in an environment of its own
+peers: .venv-peers/ready  ## install PyTorch, in an environment of its own
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --progress-bar on torch==2.13.0 numpy
 	touch $@
 
-compile-gpu: .venv-gpu/ready  ## the kernels for an H100, on a machine without one
+compile-gpu: .venv-gpu/ready  ## compile the kernels for an H100, on a machine without one
 	.venv-gpu/bin/python -W "ignore:The Pallas Triton backend" experiments/compile_gpu.py
 .venv-gpu/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-gpu
@@ -77,5 +77,5 @@ compile-gpu: .venv-gpu/ready  ## the kernels for an H100, on a machine without o
 		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
 	touch $@
 
-clean:
+clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info

@@ -4,10 +4,10 @@
     python experiments/benchmark.py --masks causal window --lengths 4096 --repeats 9
     python experiments/benchmark.py --suite gpu           # kernels on a GPU: benchmark_gpu.py
 
-Every contestant lives in a process of its own and they take turns, a call to warm up and a timed
-one: a ratio is taken between neighbours in time, and what is reported is the median of the ratios,
-so that a busy machine slows both. PyTorch is looked for in `.venv-peers` (made by `make peers`);
-without it the table has fewer columns.
+Every contestant runs in a process of its own. They take turns: one call to warm up, then a timed
+one. Each ratio compares two calls that ran one after the other, so that a busy machine slows both;
+the median of the ratios is reported. PyTorch is expected in `.venv-peers` (`make peers` makes it).
+Without it the table has fewer columns.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Config:
     """What to measure."""
 
     suite: Literal["cpu", "gpu"] = "cpu"
-    gpu: GpuConfig = field(default_factory=GpuConfig)  # of `--suite gpu`, which reads no other
+    gpu: GpuConfig = field(default_factory=GpuConfig)  # for `--suite gpu`, which reads only this
     masks: tuple[Mask, ...] = (
         "full", "causal", "window", "documents", "prefix", "padding", "dilated", "neighbourhood",
         "decode",
@@ -71,20 +71,20 @@ class Config:
     heads: int = 8
     head_dim: int = 64
     repeats: int = 5  # turns taken by each pair; the median of 5 ignores two disturbances
-    growth: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)  # lengths of the window's growth
-    memory: int = 32768  # length at which peak memory of causal attention is taken; 0: not
-    maps: int = 131072  # length at which tile maps are built; 0: not
+    growth: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)  # lengths for a window's growth
+    memory: int = 32768  # length at which peak memory of causal attention is measured; 0: none
+    maps: int = 131072  # length at which tile maps are built; 0: none
     output: Path = HERE / "results" / f"benchmark-{platform.machine()}-{os.cpu_count()}cpu.json"
 
 
 def contestant(name: str) -> Contestant:
-    """The process of that name."""
+    """The process of a contestant."""
     python = PEERS_PYTHON if PEERS.get(name) else sys.executable
     return Contestant(name, HERE / "benchmark_worker.py", python=python)
 
 
 def compare(case: dict[str, Any], names: list[str], repeats: int) -> dict[str, Any]:
-    """One case, every contestant: median seconds, and median ratio to ours, turn by turn."""
+    """One case, every contestant: median seconds, and the median of the ratios turn by turn."""
     contestants = {name: contestant(name) for name in names}
     prepared = {name: each.ask(prepare=case) for name, each in contestants.items()}
     errors = {name: answer["error"] for name, answer in prepared.items() if "error" in answer}
@@ -110,7 +110,7 @@ def compare(case: dict[str, Any], names: list[str], repeats: int) -> dict[str, A
 
 
 def alone(case: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """One case of ours in a fresh process: median seconds, and peak memory."""
+    """One case of jaxattn in a fresh process: median seconds, and peak memory."""
     ours = contestant(OURS)
     prepared = ours.ask(prepare=case)
     runs = [ours.ask(run=True) for _ in range(repeats)]
@@ -189,7 +189,7 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine on which the numbers were measured."""
     import jax
 
     torch_version = None
@@ -277,7 +277,7 @@ def main(config: Config) -> None:
         return
     console, started = Console(), time.monotonic()
     if not PEERS_PYTHON.exists():
-        console.print("no .venv-peers: without PyTorch (`make peers` brings it)")
+        console.print("no .venv-peers: PyTorch is left out (`make peers` installs it)")
     report = measure(config, console)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
@@ -289,11 +289,11 @@ def main(config: Config) -> None:
         peak, base = report["memory"]["peak_bytes"], report["memory"]["process_bytes"]
         console.print(
             f"causal forward+backward at T={config.memory}: peak {peak / 2**20:.0f} MiB, of which "
-            f"the process before {base / 2**20:.0f} MiB"
+            f"{base / 2**20:.0f} MiB were in use before"
         )
     for mask, seconds in report["maps"].items():
         console.print(f"tile map of {mask} at T={config.maps}: {seconds} s")
-    console.print(f"everything in {(time.monotonic() - started) / 60:.0f} minutes")
+    console.print(f"done in {(time.monotonic() - started) / 60:.0f} minutes")
     for suffix in (".json", ".md", ".png"):
         console.print(str(config.output.with_suffix(suffix)))
 

@@ -1,20 +1,21 @@
-"""Masked attention on one GPU: first whether every kernel is right, then how fast it is.
+"""Masked attention on one GPU: checks that every kernel is right, then measures its speed.
 
     python experiments/benchmark.py --suite gpu               # everything, in 8 minutes
     python experiments/benchmark_gpu.py --lengths 8192 --masks causal window --minutes 3
     python experiments/benchmark_gpu.py --device cpu --lengths 128 --matmul 256 ...   # a rehearsal
 
-Cases are ordered by what they tell, and the budget ends the run between two of them: what was
-measured by then is written as JSON, Markdown and a plot after every group. Every contestant lives
-in a process of its own, which compiles a group of cases beside the others and is then timed alone.
-A request that takes too long is killed, and so is, after a few, its contestant.
+The most important cases come first. When the time budget is spent, the run ends between two groups
+of cases. Results are written as JSON, Markdown and a plot after every group. Every contestant runs
+in a process of its own. All contestants compile a group of cases at the same time; then each is
+timed alone. A request that takes too long is killed. A contestant is left out after three kills.
 
-TFLOP/s are of the pairs that the mask allows: `4 * H` a pair and head forward (two products, a
-multiplication and an addition each), 3.5 times that forward+backward (five more products). For
-causal attention the share of what a matrix product reaches in the same run is said too.
+TFLOP/s count the pairs that the mask allows: `4 * H` operations for each pair and head forward (two
+products, with a multiplication and an addition each), 3.5 times as many forward+backward (five more
+products). For causal attention the report also gives the share of the speed that a matrix product
+reaches in the same run.
 
-PyTorch is looked for beside JAX, then in `.venv-peers`. A backend whose `run` takes `tile=` is
-swept by `--tune`.
+PyTorch is expected beside JAX, or in `.venv-peers`. `--tune` tries different tiles for each backend
+whose `run` takes `tile=`.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ Passes = Literal["forward", "forward+backward"]
 # Norm of the error over the norm of the reference. Rounding inputs, weights and results to
 # bfloat16 gives 0.003 to 0.006; a tile left out or a mask off by one in a window of 1024, above.
 TOLERANCE = {"out": 0.01, "query": 0.02, "key": 0.02, "value": 0.02}
-# Bytes of logits, weights and their gradients in float32 that plain XLA may hold: half a GPU.
+# Bytes of logits, weights and their gradients in float32 that plain XLA may hold: half of a GPU.
 MOST_DENSE = 40e9
 # The shares of the time that checks may take, and that compiling a group of cases may.
 CHECKING, COMPILING = 0.3, 0.12
-# A contestant that had to be killed so often is left out: its time is the others'.
+# A contestant that was killed this many times is left out: its time goes to the others.
 STRIKES = 3
 
 
@@ -71,11 +72,11 @@ class GpuConfig:
     heads: int = 16
     head_dim: int = 128
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    check: int = 2048  # length at which results are compared with the reference; 0: not
-    matmul: int = 8192  # extent of the matrix product that is measured; 0: not
+    check: int = 2048  # length at which results are compared with the reference; 0: none
+    matmul: int = 8192  # extent of the matrix product that is measured; 0: none
     repeats: int = 5  # samples of 50 ms or a call; the median ignores two disturbances
-    minutes: float = 8.0  # all in all
-    timeout: float = 75.0  # seconds for a compilation, two minutes with torch.compile's autotuning
+    minutes: float = 8.0  # for the whole run
+    timeout: float = 75.0  # seconds for a compilation; torch.compile's autotuning takes two minutes
     group: int = 3  # masks that are compiled at once; the budget ends the run between groups
     tune: bool = False  # sweep the tiles of our kernels instead of comparing with peers
     tiles: tuple[int, ...] = (32, 64, 128, 256)
@@ -84,23 +85,23 @@ class GpuConfig:
 
 
 class Crew:
-    """The contestants: started when asked, killed when late, left out when killed too often."""
+    """The contestants: started when asked, killed when too slow, left out when killed too often."""
 
     def __init__(self, config: GpuConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        # The last seconds are the report's.
+        # The last seconds are for the report.
         self.deadline = time.monotonic() + 60 * config.minutes - 8
         self.running: dict[str, Contestant] = {}
         self.strikes: dict[str, int] = {}
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Seconds that are left of the budget."""
         return self.deadline - time.monotonic()
 
     def ask(self, name: str, timeout: float | None = None, **request: Any) -> dict[str, Any]:
         """An answer, or `{"error": ...}`."""
         if self.strikes.get(name, 0) >= STRIKES:
-            return {"error": f"left out: killed or dead {STRIKES} times"}
+            return {"error": f"left out: killed or died {STRIKES} times"}
         if self.left() <= 0:
             return {"error": "out of time"}
         if name not in self.running or not self.running[name].alive:
@@ -116,7 +117,7 @@ class Crew:
         environment = {
             # Several processes share the GPU.
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            # The library as it is here, installed or not.
+            # The library of this checkout, installed or not.
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
         if self.config.device == "cpu":
@@ -134,7 +135,7 @@ class Crew:
 
     def _last_words(self, name: str) -> str:
         lines = self._log(name).read_text(errors="replace").strip().splitlines()
-        return f"; it said: {lines[-1][:200]}" if lines else ""
+        return f"; its last line: {lines[-1][:200]}" if lines else ""
 
     def close(self) -> None:
         """End all processes."""
@@ -143,13 +144,13 @@ class Crew:
 
 
 def python_of(name: str) -> str | Path:
-    """The interpreter that has what a contestant needs."""
+    """The Python interpreter that has the packages of a contestant."""
     beside = importlib.util.find_spec("torch") is not None
     return PEERS_PYTHON if name.startswith("torch") and not beside else sys.executable
 
 
 def case_of(config: GpuConfig, mask: str, passes: str, T: int, **more: Any) -> dict[str, Any]:
-    """A case, as workers know it."""
+    """A case in the form that workers read."""
     size = {"B": config.batch, "N": config.heads, "H": config.head_dim, "dtype": config.dtype}
     return {"mask": mask, "passes": passes, "T": T, **size, **more}
 
@@ -161,7 +162,7 @@ def work(case: dict[str, Any]) -> float:
 
 
 def unfit(name: str, case: dict[str, Any]) -> str | None:
-    """Why a contestant is not even asked."""
+    """Why a contestant is not asked to run a case, or None."""
     logits = 4 * case["B"] * case["N"] * case["T"] ** 2
     # Logits and weights, and their gradients.
     held = logits * (2 if case["passes"] == "forward" else 4)
@@ -169,16 +170,16 @@ def unfit(name: str, case: dict[str, Any]) -> str | None:
         return f"would hold {held / 1e9:.0f} GB"
     given = {"torch-sdpa": ("alibi",), "jax.nn-cudnn": ("alibi",)}.get(name, ())
     if case["mask"] in given and logits / 2 > MOST_DENSE / 4:
-        return f"would be given a bias of {logits / 2 / case['B'] / 1e9:.0f} GB"
+        return f"would need a bias of {logits / 2 / case['B'] / 1e9:.0f} GB"
     # PyTorch makes the array of a mask operation by operation, in int64.
     made = 32 * case["T"] ** 2
     if name == "torch-sdpa" and case["mask"] not in ("full", "causal") and made > MOST_DENSE / 2:
-        return f"would be given a mask that {made / 1e9:.0f} GB make"
+        return f"would need {made / 1e9:.0f} GB to make its mask"
     return None
 
 
 def contestants(crew: Crew, said: dict[str, Any]) -> list[str]:
-    """Who is there: backends that this version has, and peers."""
+    """The contestants on this machine: backends of this version, and peers."""
     found = []
     ours = said.get("backends", [])
     for name in crew.config.contestants:
@@ -195,7 +196,7 @@ def contestants(crew: Crew, said: dict[str, Any]) -> list[str]:
 
 
 def check(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
-    """Output and gradients of every contestant against the definition in float32."""
+    """Compares output and gradients of every contestant with the definition in float32."""
     config = crew.config
     cases = [
         case_of(config, mask, passes, config.check)
@@ -254,7 +255,7 @@ def say_check(row: dict[str, Any]) -> None:
 
 
 def groups(config: GpuConfig) -> list[list[dict[str, Any]]]:
-    """Cases in the order of their importance, so many masks at once."""
+    """Groups of cases, the most important first."""
     masks = [config.masks[i : i + config.group] for i in range(0, len(config.masks), config.group)]
     return [
         [case_of(config, mask, passes, T) for mask in some for passes in config.passes]
@@ -264,7 +265,7 @@ def groups(config: GpuConfig) -> list[list[dict[str, Any]]]:
 
 
 def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """All compile beside each other; then each is timed alone."""
+    """All contestants compile at the same time; then each is timed alone."""
 
     until = time.monotonic() + COMPILING * 60 * crew.config.minutes
 
@@ -301,14 +302,14 @@ def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> list[d
         head = f"{case['mask']:>14} {case['passes']:<17} T={case['T']:<6}"
         print(f"{head} TFLOP/s: {speeds or '-'}  ({row['backend']})", flush=True)
     for name in names:
-        # What was compiled for the checks is timed later.
+        # Cases compiled for the checks are timed later.
         if cases[0]["T"] != crew.config.check:
             crew.ask(name, forget=cases[0]["T"])
     return rows
 
 
 def tune(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
-    """Time of every tile of our kernels, on the masks that tell most."""
+    """Times our kernels with every tile, on the masks that show most."""
     config = crew.config
     for T in config.lengths:
         for mask in config.masks:
@@ -338,7 +339,7 @@ def tune(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """What was found, as Markdown."""
+    """The report as Markdown."""
     lines = [f"{report['machine']['device']}, JAX {report['machine'].get('jax')}, PyTorch "
              f"{report['machine'].get('torch')}, {report['machine']['date']}.", ""]  # fmt: skip
     bound = report.get("matmul_tflops")
@@ -354,7 +355,7 @@ def table(report: dict[str, Any]) -> str:
     for T, passes in keys:
         cases = [c for c in report["cases"] if (c["T"], c["passes"]) == (T, passes)]
         names = [n for n in report["contestants"] if any(n in c["tflops"] for c in cases)]
-        header = ["mask", *names, "auto is"]
+        header = ["mask", *names, "auto runs"]
         lines += ["", f"**{passes}, T={T}, TFLOP/s**", "", "| " + " | ".join(header) + " |"]
         lines += ["|---" * len(header) + "|"]
         for case in cases:
@@ -401,14 +402,14 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """JSON and Markdown of what is known so far."""
+    """Writes JSON and Markdown of the results so far."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, default=str) + "\n")
     path.with_suffix(".md").write_text(table(report))
 
 
 def main(config: GpuConfig) -> dict[str, Any]:
-    """Check, measure, write; the report."""
+    """Checks, measures, writes; returns the report."""
     with tempfile.TemporaryDirectory() as folder:
         crew = Crew(config, Path(folder))
         try:
@@ -418,15 +419,15 @@ def main(config: GpuConfig) -> dict[str, Any]:
 
 
 def suite(crew: Crew) -> dict[str, Any]:
-    """Everything the configuration asks for, as long as there is time."""
+    """Everything in the configuration, as long as there is time."""
     config = crew.config
     said = crew.ask("auto", hello=True)
     if "error" in said:
         raise SystemExit(f"jaxattn does not start: {said['error']}")
     if config.device == "gpu" and said["platform"] != "gpu":
         raise SystemExit(
-            f"no GPU: JAX computes on {said['platform']}; for a rehearsal say --gpu.device cpu, or "
-            "--device cpu to benchmark_gpu.py"
+            f"no GPU: JAX computes on {said['platform']}; for a rehearsal on CPU give "
+            "--gpu.device cpu, or --device cpu to benchmark_gpu.py"
         )
     names = contestants(crew, said)
     torch = next((n for n in names if n.startswith("torch")), None)
@@ -472,7 +473,7 @@ def suite(crew: Crew) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    # Machines with GPUs may have little else: without tyro there are the defaults.
+    # A machine with a GPU may lack tyro: then the defaults are used.
     if importlib.util.find_spec("tyro") is None:
         main(GpuConfig())
     else:

@@ -1,16 +1,18 @@
 """One contestant of the GPU suite, in a process of its own; started by `benchmark_gpu.py`.
 
-Speaks JSON lines. A case is `{"mask", "passes", "T", "B", "N", "H", "dtype"}`:
+It reads requests as JSON lines, and answers each with one line. A case is
+`{"mask", "passes", "T", "B", "N", "H", "dtype"}`:
 
-- `{"hello": true}` answers what it runs on;
-- `{"prepare": case}` compiles and warms up; answers the seconds it took;
-- `{"measure": case, "repeats": n}` answers the median seconds of a call;
-- `{"save": case, "path": file}` writes output and gradients, to be compared;
-- `{"forget": T}` frees the cases of a length;
-- `{"matmul": n, "dtype": d}` answers the seconds of an n x n x n product.
+- `{"hello": true}` answers with the device and the versions;
+- `{"prepare": case}` compiles and warms up, and answers with the seconds that took;
+- `{"measure": case, "repeats": n}` answers with the median seconds of a call;
+- `{"save": case, "path": file}` writes output and gradients to a file, for comparison;
+- `{"forget": T}` frees the cases of one length;
+- `{"matmul": n, "dtype": d}` answers with the seconds of an n x n x n product.
 
-The name says whose kernels: `auto` or a backend of ours (`tiled`, `cudnn`, ...), `reference` (ours,
-dense, in float32), `jax.nn`, `jax.nn-cudnn`, `torch-sdpa`, `torch-flex`.
+The name of the contestant chooses the kernels: `auto` or a backend of jaxattn (`tiled`, `cudnn`,
+...), `reference` (jaxattn's `dense` in float32), `jax.nn`, `jax.nn-cudnn`, `torch-sdpa` or
+`torch-flex`.
 """
 
 from __future__ import annotations
@@ -36,13 +38,13 @@ DOCUMENT = 1024
 GRID_WIDTH = 64
 NEIGHBOURS = 8
 CAP = 50.0
-# Up to this length the numbers are the same for all contestants, so that results can be compared.
+# Up to this length all contestants get the same numbers, so that results can be compared.
 SHARED = 4096
 SEED = 20240229
 
 
 class Ready(NamedTuple):
-    """A compiled call: `launch` starts it, `wait` waits for what it gave."""
+    """A compiled call: `launch` starts it, `wait` waits for its results."""
 
     launch: Callable[[], Any]
     wait: Callable[[Any], Any]
@@ -57,12 +59,12 @@ def real_length(T: int) -> int:
 
 
 def slopes(N: int) -> np.ndarray:
-    """ALiBi's, of a number of heads that is a power of 2."""
+    """The slopes of ALiBi, for a number of heads that is a power of 2."""
     return np.asarray([2.0 ** (-8 * (h + 1) / N) for h in range(N)], np.float32)
 
 
 def visible(name: str, T: int) -> int:
-    """Query-key pairs that a mask allows, of T x T."""
+    """The number of query-key pairs that a mask allows, out of T x T."""
     q = np.arange(T, dtype=np.int64)
     return {
         "full": lambda: T * T,
@@ -104,7 +106,7 @@ def jax_inputs(shape: tuple[int, int, int, int], rounded: str, dtype: str) -> li
 def jax_ready(attend: Callable[..., Any], case: dict[str, Any], arrays: Any, dtype: str) -> Ready:
     """`attend(q, k, v, arrays)`, or its output and gradients, compiled.
 
-    Arrays of masks are arguments: closed over, the compiler would compute their tile maps.
+    Arrays of masks are arguments. Otherwise the compiler would compute their tile maps.
     """
     import jax
 
@@ -122,7 +124,7 @@ def jax_ready(attend: Callable[..., Any], case: dict[str, Any], arrays: Any, dty
 
 
 def our_options(name: str, case: dict[str, Any]) -> tuple[dict[str, Any], Callable[..., Any]]:
-    """Arrays of the mask and the score, and what makes `attention`'s options of them."""
+    """The arrays of mask and score, and a function that turns them into options of `attention`."""
     import jax.numpy as jnp
 
     from jaxattn import masks, scores
@@ -181,7 +183,7 @@ def jax_nn(case: dict[str, Any], implementation: str) -> Ready:
     native: dict[str, dict[str, Any]] = {
         "full": {},
         "causal": {"is_causal": True},
-        # Without is_causal cuDNN would see the future.
+        # Without is_causal cuDNN would attend to the future.
         "window": {"local_window_size": (WINDOW, 0), "is_causal": True},
         "padding": {},
         "alibi": {"is_causal": True},
@@ -300,7 +302,7 @@ def torch_flex(case: dict[str, Any]) -> Ready:
     if case["passes"] != "forward" and device == "cpu":
         raise ValueError("FlexAttention has no backward pass on CPU")
     mask_mod = torch_mask(name, T)
-    # Compiled, or it would hold all T x T pairs.
+    # Compiled; otherwise it would hold all T x T pairs.
     make = torch.compile(create_block_mask) if device == "cuda" else create_block_mask
     block = None if mask_mod is None else make(mask_mod, None, None, T, T, device=device)
     steep = torch.from_numpy(slopes(case["N"])).to(device)
@@ -308,7 +310,7 @@ def torch_flex(case: dict[str, Any]) -> Ready:
         "alibi": lambda logit, b, h, q, k: logit - steep[h] * (q - k).abs(),
         "soft-cap": lambda logit, b, h, q, k: CAP * torch.tanh(logit / CAP),
     }.get(name)
-    # A program for every case: beyond the limit it would run eagerly, and hold all pairs.
+    # One program for each case: beyond the limit it would run eagerly, and hold all pairs.
     for limit in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit"):
         if hasattr(torch._dynamo.config, limit):
             setattr(torch._dynamo.config, limit, 1000)
@@ -328,7 +330,7 @@ PEERS: dict[str, Callable[[dict[str, Any]], Ready]] = {
 
 
 def timed(ready: Ready, repeats: int) -> float:
-    """Median seconds of a call, calls queued so that starting one does not count."""
+    """Median seconds of a call. Calls are queued, so that the time to start one does not count."""
 
     def once(calls: int) -> float:
         start = time.perf_counter()
@@ -370,7 +372,7 @@ def matmul(n: int, dtype: str) -> float:
 
 
 def hello(name: str) -> dict[str, Any]:
-    """What it runs on, and what of ours there is."""
+    """The device, the versions, and the backends of jaxattn that exist."""
     if name.startswith("torch"):
         import torch
 
@@ -392,7 +394,7 @@ def hello(name: str) -> dict[str, Any]:
 
 
 def chosen(name: str, case: dict[str, Any]) -> str:
-    """The backend that computes a case of ours."""
+    """The backend of jaxattn that computes a case."""
     import jax
 
     import jaxattn as ja
@@ -413,7 +415,7 @@ class Worker:
         self.ready: dict[str, Ready] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What one request asks for."""
+        """The answer to one request."""
         if "hello" in request:
             return hello(self.name)
         if "matmul" in request:

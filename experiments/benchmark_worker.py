@@ -1,8 +1,8 @@
-"""One contestant of the benchmark, in a process of its own: reads cases, answers times.
+"""One contestant of the benchmark, in a process of its own; started by `benchmark.py`.
 
-Speaks JSON lines: `{"prepare": case}` compiles and answers the seconds it took, `{"run": true}`
-runs twice and answers the seconds of the second, `{"map": case}` times a tile map. Started by
-`benchmark.py`.
+It reads requests as JSON lines, and answers each with one line. `{"prepare": case}` compiles, and
+answers with the seconds that took. `{"run": true}` runs twice, and answers with the seconds of the
+second run. `{"map": case}` times a tile map.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contestant import serve
 
 Run = Callable[[], Any]
 
-# The case's tensors: [B, T, N, H], K = N heads of keys, drawn once a shape.
+# The tensors of a case: [B, T, N, H], with K = N heads of keys, drawn once for each shape.
 GRID_WIDTH = 64
 NEIGHBOURS = 8
 DOCUMENT = 512
@@ -54,7 +54,7 @@ def our_mask(name: str, T: int) -> Any:
 
 
 def lengths(case: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Of query, key, value, and the output's cotangent: in decoding one query sees all keys."""
+    """Lengths of query, key, value and the output's cotangent; decoding has one query."""
     T = case["T"]
     return (1, T, T, 1) if case["mask"] == "decode" else (T, T, T, T)
 
@@ -232,7 +232,7 @@ def time_map(case: dict[str, Any]) -> float:
     import jaxattn as ja
 
     shape = (1, case["T"], 1, 64)
-    # The mask is an argument: closed over, its map would be computed by the compiler.
+    # The mask is an argument. Otherwise the compiler would compute its map.
     build = jax.jit(lambda mask: ja.tile_map(mask, shape, shape).states)
     mask = our_mask(case["mask"], case["T"])
     build(mask).block_until_ready()
@@ -245,13 +245,13 @@ def time_map(case: dict[str, Any]) -> float:
 
 
 def answer(request: dict[str, Any], state: dict[str, Run], name: str) -> dict[str, Any]:
-    """What one request asks for."""
+    """The answer to one request."""
     if "map" in request:
         return {"seconds": time_map(request["map"])}
     if "prepare" in request:
         state["run"] = CONTESTANTS[name](request["prepare"])
     else:
-        # As in a training loop: the neighbours have left caches and sleeping threads behind.
+        # As in a training loop: other processes have just used the caches, and threads sleep.
         state["run"]()
     start = time.perf_counter()
     state["run"]()

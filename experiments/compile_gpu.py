@@ -1,10 +1,10 @@
-"""Compiles the kernels for an H100 on a machine without a GPU: what lowering alone can't find.
+"""Compiles the kernels for an H100 on a machine without a GPU, to find what lowering cannot find.
 
     make compile-gpu
 
-Prints the seconds of each case, forward and backward together, and ends with status 1 where one
-does not compile: shared memory that is not there, registers that spill. What a kernel of Triton's
-spills is named on stderr by the assembler; what Mosaic's spill stands beside the case.
+Prints the seconds of each case, forward and backward together. The exit status is 1 if a case does
+not compile because it needs too much shared memory, or too many registers. The assembler reports on
+stderr what Triton's kernels spill; what Mosaic's kernels spill is printed beside the case.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before JAX is imported. There is no GPU to look for, and no cuDNN to check; the assembler runs as
-# a program of its own, which says what it spills where the one in the library does not.
+# Set before JAX is imported. There is no GPU to look for, and no cuDNN to check. The assembler runs
+# as a program of its own, which reports what it spills; the one in the library does not.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "0")
@@ -32,7 +32,7 @@ for found in ASSEMBLER:
         f"--xla_gpu_cuda_data_dir={found}"
     )
 
-# Mosaic compiles its kernels itself: what it makes of them is looked at here.
+# Mosaic compiles its kernels itself, and writes the results into this folder.
 DUMP = tempfile.TemporaryDirectory()
 os.environ["MOSAIC_GPU_DUMP_TO"] = DUMP.name
 
@@ -44,7 +44,7 @@ import jaxattn as ja  # noqa: E402
 from jaxattn import masks, scores  # noqa: E402
 
 KIND = "NVIDIA H100 80GB HBM3"
-# What NVIDIA and CUDA say of an H100; the compiler asks nothing else of a device.
+# The properties of an H100 as NVIDIA and CUDA give them; the compiler needs no others.
 H100 = f"""
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -72,12 +72,12 @@ runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{KIND}"
 """
 
-# Lengths and heads say nothing to the assembler, as long as no tile is cut short.
+# Lengths and heads do not matter to the assembler, as long as every tile is whole.
 B, T, N, K = 2, 1024, 4, 2
 
 
 class Case(NamedTuple):
-    """A call to compile, and whether its kernels have to do with the registers there are."""
+    """A call to compile, and whether its kernels must fit into the registers."""
 
     name: str
     H: int
@@ -88,7 +88,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every size of head that has tiles of its own; then all that a kernel can be asked at once."""
+    """Every head dimension that has its own tiles; then a kernel with every feature at once."""
     wide = [(H, dtype) for dtype in (jnp.bfloat16, jnp.float32) for H in (64, 128, 256)]
     for H, dtype in wide:
         # True float32 products of many columns: their factors fill the registers. The compiler of
@@ -108,10 +108,10 @@ def cases() -> Iterator[Case]:
         "dropout_seed": 1,
     }
     for H, dtype in wide:
-        # Hundreds of bytes are spilled: slower by little, and rare.
+        # Hundreds of bytes are spilled: a little slower, and rare.
         yield Case("everything", H, dtype, everything, fits=False)
     for H in (64, 128):
-        # With grouped heads, keys' kernels of 128 columns lack a dozen registers.
+        # With grouped heads, the keys' kernels of 128 columns lack a dozen registers.
         yield Case("causal", H, jnp.bfloat16, {"mask": masks.causal()}, H == 64, "mosaic")
         window_score = {"mask": window, "score": scores.soft_cap(5.0)}
         yield Case("windows, a cap", H, jnp.bfloat16, window_score, False, "mosaic")
@@ -120,7 +120,7 @@ def cases() -> Iterator[Case]:
 
 
 def gradients(case: Case) -> Callable[..., Any]:
-    """Everything a call has to compute: output, LSE, and gradients, those of scores too."""
+    """Everything that a call computes: output, LSE, and gradients, also of scores."""
 
     def loss(query: Any, key: Any, value: Any, score: Any) -> Any:
         options = case.options | ({} if score is None else {"score": score})
@@ -131,7 +131,7 @@ def gradients(case: Case) -> Callable[..., Any]:
 
 
 def compile_for(device: Any, case: Case) -> None:
-    """Raises what the compiler raises."""
+    """Compiles a case; raises the compiler's errors."""
     where = jax.sharding.SingleDeviceSharding(device)
     shapes = [(B, T, heads, case.H) for heads in (N, K, K)]
     arguments = [jax.ShapeDtypeStruct(s, case.dtype, sharding=where) for s in shapes]
@@ -144,7 +144,7 @@ def compile_for(device: Any, case: Case) -> None:
 
 
 def spilled() -> int:
-    """Bytes for which Mosaic's kernels had no registers, since this was last asked."""
+    """Bytes that Mosaic's kernels spilled since the last call."""
     total = 0
     for code in Path(DUMP.name).glob("*.ptx"):
         asked = ["ptxas", "-v", "-arch=sm_90a", str(code), "-o", os.devnull]
@@ -156,13 +156,13 @@ def spilled() -> int:
 
 
 def main() -> int:
-    """The number of cases that failed."""
+    """Compiles every case; returns the number of cases that failed."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     failed = 0
     for case in cases():
         name = f"{case.backend}: {case.name}, {jnp.dtype(case.dtype).name}, head dimension {case.H}"
         if case.backend == "mosaic" and jax.__version_info__ < (0, 11):
-            print(f"{name:66} left out: needs JAX 0.11, and this is {jax.__version__}")
+            print(f"{name:66} left out: needs JAX 0.11 or later, this is {jax.__version__}")
             continue
         start = time.perf_counter()
         try:

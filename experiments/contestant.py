@@ -1,7 +1,7 @@
-"""A contestant of a benchmark: a process of its own that is asked in JSON lines.
+"""A contestant of a benchmark: a process of its own that answers requests in JSON lines.
 
-Both ends are here: `Contestant` asks, `serve` answers. Needs the standard library alone, as
-contestants live in environments of their own.
+Both ends are here: `Contestant` asks, `serve` answers. Only the standard library is needed, because
+contestants run in environments of their own.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class Contestant:
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process runs."""
         return self.process.poll() is None
 
     def ask(self, timeout: float | None = None, **request: Any) -> dict[str, Any]:
-        """The answer to one request; `{"error": ...}` where it has none.
+        """The answer to one request, or `{"error": ...}`.
 
-        After `timeout` seconds the process is killed: a kernel that hangs is not waited for.
+        After `timeout` seconds the process is killed: it may hang in a kernel.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            # One line an answer: nothing is left in the buffer that select does not see.
+            # Each answer is one line: nothing stays in the buffer, where select would not find it.
             if timeout is not None:
                 ready, _, _ = select.select([self.process.stdout], [], [], max(timeout, 0))
                 if not ready:
@@ -72,9 +72,9 @@ class Contestant:
         return dict(json.loads(line))
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """End the process at once."""
         self.process.kill()
-        # Where the driver holds it, it goes when the driver lets it.
+        # A process inside the driver ends when the driver releases it.
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
         for pipe in (self.process.stdin, self.process.stdout):
@@ -93,7 +93,7 @@ class Contestant:
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Answers requests until standard input ends; what goes wrong is an answer too."""
+    """Answers requests until standard input ends; an exception is an answer too."""
     # Libraries print to standard output: answers get a channel of their own.
     channel = sys.stdout
     sys.stdout = sys.stderr

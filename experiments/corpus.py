@@ -1,4 +1,4 @@
-"""A Portuguese to English corpus made on the spot, with one exact answer a question.
+"""A generated corpus, Portuguese to English, in which each text has one exact translation.
 
     >>> portuguese(1202), portuguese(1200), portuguese(2002, feminine=True)
     ('mil duzentos e dois', 'mil e duzentos', 'duas mil e duas')
@@ -8,7 +8,7 @@
 Five categories: cardinals in words (0 to 999,999), dates, clock times, prices, and short
 sentences with gender and number agreement. Every text is written from a *value* (a number, a
 date, an amount, a sentence's meaning), and a hash of that value says whether it is trained on or
-held out, so no value is ever on both sides, however it is worded. Portuguese is Brazilian.
+held out, so no value is ever on both sides, whatever the words. The Portuguese is Brazilian.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sentences import sentence
 # Held out: one value in ten. Clock times have only 1440 values, so less would test too few.
 HELD_OUT_ONE_IN = 10
 # Pairs to train on, about one pass in the default run. Sentences have the most words to learn, and
-# cardinals teach the place values that prices and dates reuse; there are few more distinct times.
+# cardinals teach the place values that prices and dates reuse; there are few distinct times.
 TRAIN_PAIRS = {
     "number": 20_000,
     "price": 18_000,

@@ -25,7 +25,7 @@ Tokens = Int[np.ndarray, "length"]
 
 
 class DataError(Exception):
-    """A corpus that cannot be read; the message is one line and says what to do."""
+    """A corpus that cannot be read; the message is one line and gives the remedy."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _usable(pairs: list[Pair], origin: str) -> list[Pair]:
 
 
 def read_aligned(source: Path, target: Path, category: str = "all") -> list[Pair]:
-    """Pairs from two files, line by line; a line empty on either side is passed over."""
+    """Pairs from two files, line by line; a line that is empty on either side is skipped."""
     sources, targets = read_lines(source), read_lines(target)
     if len(sources) != len(targets):
         raise DataError(
@@ -127,7 +127,7 @@ def split(pairs: Sequence[Pair], one_in: int = 20, most: int = 1000) -> Corpus:
 
 
 def without(train: Sequence[Pair], test: Sequence[Pair]) -> Corpus:
-    """A corpus whose test set came apart, less the training pairs that share a text with it."""
+    """A corpus with a test set of its own, without training pairs that share a text with it."""
     held = {pair.source.lower() for pair in test}, {pair.target.lower() for pair in test}
     kept = [p for p in train if p.source.lower() not in held[0] and p.target.lower() not in held[1]]
     if not kept:
@@ -150,7 +150,7 @@ def train_tokenizer(pairs: Sequence[Pair], vocabulary: int) -> Tokenizer:
 def byte_pairs(
     texts: Sequence[str], vocabulary: int, special: Sequence[str], *, sentences: bool
 ) -> Tokenizer:
-    """A byte-pair encoding learnt from texts; of sentences, the first word is like any other."""
+    """A byte-pair encoding learnt from texts; the first word of a sentence is like any other."""
     tokenizer = Tokenizer(models.BPE())
     if sentences:
         tokenizer.normalizer = normalizers.NFC()
@@ -167,7 +167,7 @@ def byte_pairs(
 
 
 def encode_source(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
-    """Source tokens, then EOS; lower-cased: case says little, and users type as they do."""
+    """Source tokens, then EOS; lower-cased, because case says little and users mix it."""
     encoded = tokenizer.encode_batch([text.lower() for text in texts])
     return [np.array([*row.ids, EOS], np.int32) for row in encoded]
 
@@ -179,7 +179,7 @@ def encode_target(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
 
 
 def decode_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """Text from target tokens: what stands before the first EOS, without special tokens."""
+    """Text from the target tokens before the first EOS, without special tokens."""
     ids = list(ids)
     if EOS in ids:
         ids = ids[: ids.index(EOS)]
@@ -188,7 +188,7 @@ def decode_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """One printable label a token, for the axes of a picture; "_" marks the start of a word."""
+    """A printable label for each token, for the axes of a picture; "_" starts a word."""
     names = dict(enumerate(SPECIAL))
     return [names.get(i) or tokenizer.decode([i]).replace(" ", "_") for i in ids]
 
@@ -198,7 +198,7 @@ def labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded token ids; a row of padding only is an empty example that nothing is learnt from."""
+    """Padded token ids; a row of padding only is an empty example, without any loss."""
 
     source: Int[np.ndarray, "B S"]
     target: Int[np.ndarray, "B T"]  # BOS ... EOS: inputs are [:, :-1], labels [:, 1:]
@@ -209,7 +209,7 @@ def bucket_widths(lengths: Sequence[int], longest: int) -> tuple[int, ...]:
     """At most three widths, multiples of 4, that the examples are padded to.
 
     Each width is one compiled program (some seconds of compilation on a CPU), so there are only
-    three, at the quantiles where the padding that they save is about largest.
+    three, at the quantiles that save about the most padding.
     """
     kept = [length for length in lengths if length <= longest]
     quantiles = np.quantile(kept, (0.45, 0.85, 1.0)) if kept else [longest]

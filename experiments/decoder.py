@@ -17,8 +17,8 @@ from jaxattn.shapes import Array, Float, Int
 class Decoder(nnx.Module):
     """Token ids to logits of the next one.
 
-    Every `full_every`-th layer sees all that came before, the others `window` tokens. Which tokens
-    are of one document is the call's business, so a row may hold many.
+    Every `full_every`-th layer attends to all earlier tokens, the others to `window` of them. The
+    call says which tokens belong to one document, so a row may hold many.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], ids: Any = None, places: Any = None
     ) -> Float[Array, "B T V"]:
-        """Logits of what follows each token, in its document.
+        """Logits of the token that follows each token in its document.
 
         Args:
           tokens: rows of documents.
-          ids: which document each token is of; by default each row is one.
-          places: where each token stands in its document, for the rotary embeddings.
+          ids: the document of each token; by default each row is one document.
+          places: the position of each token in its document, for the rotary embeddings.
         """
         mask = None if ids is None else ja.masks.segments(ids)
         x = self.embedding(tokens)
@@ -67,9 +67,9 @@ class Decoder(nnx.Module):
         return self.embedding.attend(self.norm(x))
 
     def caches(self, rows: int, length: int, chunk: int) -> tuple[ja.KVCache, ...]:
-        """An empty cache a layer, for `length` tokens in chunks of at most `chunk`.
+        """An empty cache for each layer, for `length` tokens in chunks of at most `chunk`.
 
-        Layers with a window hold that much and no more.
+        Layers with a window hold only as many tokens as the window.
         """
         size = {"heads": self.kv_heads, "head_dim": self.head_dim}
         return tuple(
@@ -82,7 +82,7 @@ class Decoder(nnx.Module):
     def proceed(
         self, tokens: Int[Array, "B T"], caches: tuple[ja.KVCache, ...]
     ) -> tuple[Float[Array, "B T V"], tuple[ja.KVCache, ...]]:
-        """Logits of what follows some more tokens, and the caches with them."""
+        """Logits of the tokens that follow some more tokens, and the caches with them."""
         x, after = self.embedding(tokens), []
         for block, cache in zip(self.blocks, caches, strict=True):
             x, cache = block(x, cache=cache)
@@ -97,7 +97,7 @@ def sample(
     temperature: float,
     key: Array,
 ) -> Int[Array, "B length"]:
-    """What follows the prompt, a token at a time, from `softmax(logits / temperature)`."""
+    """Continues the prompt, one token at a time, from `softmax(logits / temperature)`."""
     rows, given = prompt.shape
     logits, caches = model.proceed(prompt, model.caches(rows, given + length, given))
 
@@ -120,8 +120,8 @@ def sample(
 def loss_of(
     model: Decoder, tokens: Int[Array, "B T"], ids: Int[Array, "B T"], places: Int[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross entropy in nats of each token given those before it in its document, and their
-    number: the first of a document is given, and never predicted from the one before it."""
+    """The summed cross entropy in nats of each token given those before it in its document, and the
+    number of tokens. The first token of a document is given, not predicted."""
     logits = model(tokens[:, :-1], ids[:, :-1], places[:, :-1])
     same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]

@@ -20,19 +20,19 @@ def search(
     beams: int = 1,
     penalty: float = 0.6,
 ) -> Int[Array, "B length"]:
-    """The best translation that so many beams find, by `log p / ((5 + n) / 6) ** penalty`.
+    """The best translation that beam search finds, by `log p / ((5 + n) / 6) ** penalty`.
 
-    One beam takes the likeliest next token again and again. Every step computes one token of each
-    beam; what came before is in the caches, which follow the beams that survive.
+    One beam is greedy search: it takes the likeliest next token at each step. Every step computes
+    one token of each beam. Earlier tokens are in the caches, which follow the beams that survive.
 
     Args:
       source: padded token ids; a row of padding only is not translated.
-      length: how many target tokens there may be, the end among them.
-      beams: how many prefixes of each row are kept.
+      length: the largest number of target tokens, with the end.
+      beams: the number of prefixes of each row that are kept.
       penalty: of length, as in Wu et al. 2016, arXiv 1609.08144; n counts the tokens.
 
     Returns:
-      Target tokens without the start; after its end a row holds padding.
+      Target tokens without the start; after the end a row holds padding.
     """
     B = len(source)
     bound = model.bind({"params": params})
@@ -51,7 +51,7 @@ def search(
         last = jax.lax.dynamic_slice_in_dim(target, i, 1, axis=2).reshape(B * beams, 1)
         logits, caches = bound.proceed(last, repeated, memories, caches)
         gain = jax.nn.log_softmax(logits).reshape(B, beams, -1)
-        # An ended beam goes on with padding, which costs nothing.
+        # A beam that has ended continues with padding, at no cost.
         nothing = jnp.where(jnp.arange(gain.shape[-1]) == PAD, 0.0, -jnp.inf)
         gain = jnp.where(ended[..., None], nothing, gain)
         total, counts = score[..., None] + gain, count + ~ended
@@ -70,7 +70,7 @@ def search(
         return target, score, ended, follow(counts), i + 1, caches
 
     target = jnp.full((B, beams, length + 1), PAD, jnp.int32).at[:, :, 0].set(BOS)
-    # The first step takes all beams from the first: they start alike.
+    # In the first step all beams are equal, so all are taken from the first.
     score = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf) + jnp.zeros((B, 1))
     ended = jnp.broadcast_to((lengths(source) == 0)[:, None], (B, beams))
     carry = target, score, ended, jnp.zeros((B, beams), jnp.int32), jnp.array(0), caches
@@ -82,9 +82,9 @@ def search(
 def recomputed(
     model: Transformer, params: Params, source: Int[Array, "B S"], length: int
 ) -> Int[Array, "B length"]:
-    """What `search` finds with one beam, all of the prefix computed anew for each token.
+    """The result of `search` with one beam, without caches: each token computes the prefix anew.
 
-    What caches save is measured against it.
+    The gain from caches is measured against it.
     """
     bound = model.bind({"params": params})
     memory = bound.encode(source)

@@ -2,7 +2,8 @@
 
     python experiments/gallery.py
 
-Leaves a grid of pictures, which README shows, and a page, where a cell that is pointed at says why.
+Writes a grid of pictures, which README shows, and a page on which every cell says why it is visible
+or masked.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def draw(tokens: int) -> matplotlib.figure.Figure:
 
 
 def page(tokens: int) -> str:
-    """All masks as one page without anything from elsewhere."""
+    """All masks on one page that needs no other file."""
     cards = []
     for name, entry in GALLERY.items():
         mask = entry.make(tokens)
@@ -198,19 +199,19 @@ def page(tokens: int) -> str:
 class Config:
     """The gallery of masks."""
 
-    picture: Path = HERE / "gallery.png"  # where the grid goes
-    page: Path = HERE / "results" / "gallery.html"  # and the page
+    picture: Path = HERE / "gallery.png"  # the grid
+    page: Path = HERE / "results" / "gallery.html"  # the page
     tokens: int = 48  # queries and keys of the pictures
-    page_tokens: int = 16  # and of those on the page, where every cell has words of its own
+    page_tokens: int = 16  # and of those on the page, where every cell has a text
 
 
 def main(config: Config) -> None:
-    """Both files."""
+    """Writes both files."""
     console = Console()
     for path in (config.picture, config.page):
         path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(config.tokens)
-    # Without the version of who drew it: the file changes only when the picture does.
+    # Without matplotlib's version: the file changes only when the picture does.
     metadata = {"Software": None}
     figure.savefig(config.picture, dpi=70, metadata=metadata, pil_kwargs={"optimize": True})
     plt.close(figure)

@@ -2,9 +2,9 @@
 
     python experiments/how_masking_works.py
 
-Answers step by step, in numbers that are computed as you read them: on the matrices of the tutorial
-"Transformer model for language understanding", in every float type, for every way to mask. A figure
-for each question is left under `--out`.
+Answers step by step, in numbers that the script computes: on the matrices of the tutorial
+"Transformer model for language understanding", in every float type, for every way to mask. Writes a
+figure for each question under `--out`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 
 OUT = Path(__file__).parent / "results" / "how_masking_works"
 
-# The tutorial's example: four keys, of which the last two are alike, and a query that matches both.
+# The tutorial's example: four keys, the last two of them equal, and a query that matches both.
 KEY = jnp.array([[10, 0, 0], [0, 10, 0], [0, 0, 10], [0, 0, 10]], jnp.float32)
 VALUE = jnp.array([[1, 0], [10, 0], [100, 5], [1000, 6]], jnp.float32)
 QUERY = jnp.array([[0, 0, 10]], jnp.float32)
@@ -73,7 +73,7 @@ def infinity_added(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) ->
 
 
 def replaced(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
-    """softmax(where(seen, logits, finfo.min)): what Flax and jax.nn do, more or less."""
+    """softmax(where(seen, logits, finfo.min)): roughly what Flax and jax.nn do."""
     return softmax(jnp.where(seen, logits, jnp.finfo(logits.dtype).min))
 
 
@@ -83,7 +83,7 @@ def infinite(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
 
 
 def ours(logits: Float[Array, "... S"], seen: Bool[Array, "... S"]) -> Any:
-    """`jaxattn`: these logits as one feature, in the dtype of the logits."""
+    """`jaxattn`, with these logits as the products of queries and keys, in their dtype."""
     S = logits.shape[-1]
     rows = logits.reshape(-1, S)
     # A query of S features and keys that are unit vectors have these logits.
@@ -118,7 +118,7 @@ class Steps:
 
 
 def step_by_step(constant: float = -1e9) -> Steps:
-    """The tutorial's `scaled_dot_product_attention`, with what it has in hand at every step."""
+    """The tutorial's `scaled_dot_product_attention`, with the result of every step."""
     logits = QUERY @ KEY.T / jnp.sqrt(jnp.float32(KEY.shape[-1]))
     masked = logits + IGNORED * constant
     exponentials = jnp.exp(masked - masked.max(-1, keepdims=True))
@@ -129,22 +129,22 @@ def step_by_step(constant: float = -1e9) -> Steps:
 
 
 def thresholds() -> dict[str, tuple[float, float]]:
-    """For each type: where `exp` is exactly 0, and where a sum with 1 no longer feels it.
+    """For each type: where `exp` is exactly 0, and where adding it to 1 no longer changes the sum.
 
-    Distances below the largest logit, in steps of 1/64.
+    Both are distances below the largest logit, in steps of 1/64.
     """
     distances = np.arange(0, 256, 1 / 64)
     found = {}
     for dtype in TYPES:
         e = jnp.exp(jnp.asarray(-distances, dtype))
-        felt = (jnp.ones((), dtype) + e) != 1
-        first = [distances[np.argmin(np.asarray(still))] for still in (e != 0, felt)]
+        counts = (jnp.ones((), dtype) + e) != 1
+        first = [distances[np.argmin(np.asarray(still))] for still in (e != 0, counts)]
         found[jnp.dtype(dtype).name] = float(first[0]), float(first[1])
     return found
 
 
 def rows_without_keys() -> dict[str, dict[str, np.ndarray]]:
-    """The weights of a row that sees nothing, for small and for large logits, by each way."""
+    """The weights of an empty row, for small and for large logits, by each way."""
     small = jnp.array([[1.0, 2.0, 3.0]])
     rows = {"logits 1, 2, 3": small, "logits 100, 200, 300": 100 * small}
     nothing = jnp.zeros((1, 3), bool)
@@ -155,7 +155,7 @@ def rows_without_keys() -> dict[str, dict[str, np.ndarray]]:
 
 
 def in_half_precision() -> dict[str, dict[str, np.ndarray]]:
-    """The weights of logits 1, 2, 3, of which the last is masked, by each way and type."""
+    """The weights of logits 1, 2, 3, the last one masked, by each way and type."""
     seen = jnp.array([[True, True, False]])
     return {
         jnp.dtype(dtype).name: {
@@ -167,10 +167,10 @@ def in_half_precision() -> dict[str, dict[str, np.ndarray]]:
 
 
 def gradients() -> dict[str, dict[str, np.ndarray]]:
-    """By each way: what reaches logits and values from a loss that leaves out a blind query.
+    """By each way: the gradients of logits and values, where the loss leaves out an empty row.
 
-    Two queries, of which the first sees keys 0 and 1 and the second nothing; the loss is the first
-    one's output.
+    There are two queries. The first sees keys 0 and 1, the second sees none. The loss is the output
+    of the first.
     """
     seen = jnp.array([[True, True, False], [False, False, False]])
     logits, values = jnp.array([[1.0, 2.0, 3.0]] * 2), jnp.array([1.0, 2.0, 3.0])
@@ -188,7 +188,7 @@ def gradients() -> dict[str, dict[str, np.ndarray]]:
 
 @dataclass(frozen=True)
 class Spelled:
-    """How a library spells the same mask: a query sees itself and what came before."""
+    """How a library spells the same mask: a query sees itself and the keys before it."""
 
     library: str
     array: np.ndarray
@@ -219,12 +219,12 @@ def conventions() -> list[Spelled]:
 
 
 def numbers(array: Any) -> str:
-    """An array as a reader wants it: short, and exact where it is 0 or 1."""
+    """An array in short numbers, exact where it is 0 or 1."""
     return ", ".join(f"{x:.4g}" for x in np.asarray(array, np.float64).reshape(-1))
 
 
 def written(array: np.ndarray) -> str:
-    """An array as one would write it."""
+    """An array as it is written in code."""
     return ", ".join(f"{x}" if array.dtype == bool else f"{x:.4g}" for x in array)
 
 
@@ -241,8 +241,8 @@ def answer(console: Console) -> None:
     say("[bold]1. What the mask does[/bold]\n")
     steps, unmasked = step_by_step(), step_by_step(0.0)
     say(
-        "Attention gives each key a weight: how much of its value the query takes. The query below "
-        f"is {numbers(QUERY)}; it matches keys 2 and 3 alike, and the mask says: ignore key 3.\n"
+        "Attention gives each key a weight: the share of its value in the output. The query below "
+        f"is {numbers(QUERY)}. It matches keys 2 and 3 equally. The mask says: ignore key 3.\n"
     )
     rows = [
         ("logits = q . k / sqrt(d)", unmasked.logits, steps.logits),
@@ -259,35 +259,35 @@ def answer(console: Console) -> None:
     )
     say(
         f"\nThe weight of key 3 went from {numbers(unmasked.weights[0, 3])} to "
-        f"{numbers(steps.weights[0, 3])}, and its share went to the others: the weights still sum "
-        f"to {numbers(steps.weights.sum())}. The output is as if key 3 had never been there. "
-        f"(jaxattn's: {numbers(library)}.)\n"
+        f"{numbers(steps.weights[0, 3])}, and the other keys share it: the weights still sum to "
+        f"{numbers(steps.weights.sum())}. The output is what it would be without key 3. "
+        f"(jaxattn gives {numbers(library)}.)\n"
     )
 
     say("[bold]2. Why exactly 0, and not just something small[/bold]\n")
     found = thresholds()
     gap = float(steps.masked[0].max() - steps.masked[0, 3])
     say(
-        f"The masked logit lies {gap:.4g} below the largest. exp(-{gap:.4g}) is not 0 in "
-        "mathematics, but no float can hold it: it underflows, to 0 exactly. How far below is "
-        "enough depends on the type:\n"
+        f"The masked logit is {gap:.4g} below the largest. exp(-{gap:.4g}) is not 0 in "
+        "mathematics, but it is too small for any float: it underflows to exactly 0. The distance "
+        "at which this happens depends on the type:\n"
     )
     say(
         table(
             "",
-            ("type", "exp is 0 from a distance of", "the sum no longer feels it from"),
-            [(name, f"{zero:.4g}", f"{unfelt:.4g}") for name, (zero, unfelt) in found.items()],
+            ("type", "exp is 0 from a distance of", "1 + exp is 1 from a distance of"),
+            [(name, f"{zero:.4g}", f"{lost:.4g}") for name, (zero, lost) in found.items()],
         )
     )
     distances = np.arange(0, 256, 1 / 64).astype(np.float32)
     subnormal = float(distances[np.argmin(np.exp(-distances) != 0)])
     say(
-        f"\n(NumPy in float32 goes on to {subnormal:.4g}: it keeps numbers too small for a full "
-        "mantissa, which XLA rounds to 0.)\n"
+        f"\n(NumPy in float32 reaches 0 at {subnormal:.4g}: it keeps subnormal numbers, too small "
+        "for a full mantissa, which XLA rounds to 0.)\n"
     )
     say(
-        "So the number need not be a billion. It must beat the spread of your logits by the "
-        "distances above, and fit into the type: that is all -1e9 is for.\n"
+        "So the number need not be a billion. It has to exceed the spread of the logits by one of "
+        "the distances above, and it has to fit into the type. -1e9 has no other purpose.\n"
     )
 
     say("[bold]3. Where the trick breaks: half precision[/bold]\n")
@@ -298,8 +298,8 @@ def answer(console: Console) -> None:
     with np.errstate(invalid="ignore"):
         nan = np.float16(0) * overflowed
     say(
-        f"float16 ends at {half:.6g}, so -1e9 is {overflowed} there, and 0 times that, at every "
-        f"cell that is allowed, is {nan}. Weights of logits 1, 2, 3, the last one masked:\n"
+        f"The lowest float16 is {half:.6g}, so -1e9 is {overflowed} there. At visible pairs it is "
+        f"multiplied by 0, which gives {nan}. Weights of logits 1, 2, 3, the last one masked:\n"
     )
     halves = in_half_precision()
     say(
@@ -311,15 +311,14 @@ def answer(console: Console) -> None:
     )
 
     say(
-        f"\nAdding the lowest number is no way out: {half:.6g} + -40 is {beyond} again, and so is "
+        f"\nAdding the lowest number does not help: {half:.6g} + -40 is {beyond} again, and so is "
         "the sum of two such masks.\n"
     )
-    say("[bold]4. A query that may see nothing[/bold]\n")
+    say("[bold]4. A query without any visible key[/bold]\n")
     ulp = float(np.spacing(np.float32(1e9)))
     say(
-        "Left padding with a causal mask makes such rows. All logits get the same -1e9; floats "
-        f"near it are {ulp:.4g} apart, so that small logits are rounded away and large ones are "
-        "not:\n"
+        "Left padding with a causal mask makes such rows. All logits get the same -1e9. Floats "
+        f"near -1e9 are {ulp:.4g} apart: small logits are lost in rounding, large ones are not:\n"
     )
     blind = rows_without_keys()
     say(
@@ -330,24 +329,24 @@ def answer(console: Console) -> None:
         )
     )
     say(
-        "\nUniform, one-hot, NaN: all of them look at what they may not see. Zeros do not: nothing "
-        "is seen, nothing comes out.\n"
+        "\nUniform and one-hot weights use masked values, and NaN spoils everything after it. Only "
+        "zeros are right: no visible key, no output.\n"
     )
 
     say("[bold]5. Gradients[/bold]\n")
     slopes = gradients()
     say(
         table(
-            "Query 0 sees keys 0 and 1, query 1 sees nothing, and the loss leaves it out",
+            "Query 0 sees keys 0 and 1, query 1 sees none, and the loss leaves query 1 out",
             ("way", *(f"d loss / d {name}" for name in slopes)),
             [(way, *(numbers(slopes[name][way]) for name in slopes)) for way in WAYS],
         )
     )
     say(
-        "\nA masked cell gets no gradient, whichever way: its weight is a constant 0. But the "
-        "NaN of a query that sees nothing comes back though its output is not in the loss, as 0 "
-        "times NaN is NaN: into the values, which all queries share, and with an added -inf into "
-        "the logits, and so into every weight of the model below.\n"
+        "\nA masked pair gets no gradient, whichever way: its weight is a constant 0. But the NaN "
+        "of an empty row comes back although its output is not in the loss, because 0 times NaN "
+        "is NaN. It reaches the values, which all queries share. With an added -inf it reaches "
+        "the logits too, and so every parameter below.\n"
     )
 
     say("[bold]6. The same mask, as libraries spell it[/bold]\n")
@@ -368,7 +367,7 @@ def answer(console: Console) -> None:
         )
     )
     alike = all(np.array_equal(e.read.dense(3, 3)[0, 0], np.tri(3, dtype=bool)) for e in spelled)
-    say(f"\nAll of them are masks.causal(): {alike}. In jaxattn True means: may attend.")
+    say(f"\nAll of them are masks.causal(): {alike}. In jaxattn True means 'may attend'.")
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -424,7 +423,7 @@ def draw_underflow() -> Any:
 
 
 def draw_ways(found: dict[str, dict[str, np.ndarray]], label: str) -> Any:
-    """What each way makes of the same logits; a cross is NaN."""
+    """The results of each way for the same logits; a cross is NaN."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.2 * len(found), 3.2), layout="constrained", sharey=True
     )
@@ -440,7 +439,7 @@ def draw_ways(found: dict[str, dict[str, np.ndarray]], label: str) -> Any:
 
 
 def draw_conventions() -> Any:
-    """The arrays of the libraries, and the one mask they all mean."""
+    """The arrays of the libraries, and the mask that all of them mean."""
     spelled = conventions()
     figure, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained")
     for axis, each in zip(np.ravel(axes), spelled, strict=False):

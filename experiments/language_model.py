@@ -1,4 +1,4 @@
-"""Train a language model on packed documents, with every attention from jaxattn; then use it.
+"""Trains a language model on packed documents, with every attention from jaxattn, and uses it.
 
     python experiments/language_model.py                          # Python's standard library
     python experiments/language_model.py --text a.txt b.txt
@@ -7,11 +7,11 @@
     python experiments/language_model.py packing                  # against one document a row
     python experiments/language_model.py context                  # up to 32,768 tokens a row
 
-Without a verb it trains; `sample`, `packing` and `context` each have a `--help` of their own.
-`--config FILE` takes the settings that a run saved; options come on top of them.
+Without a verb it trains. `sample`, `packing` and `context` each have a `--help` of their own.
+`--config FILE` takes the settings that a run saved; options override them.
 
-It leaves under `--out`: config.json, checkpoints/, metrics.csv, loss.png, and model/. Ctrl-C saves.
-README.md has the measured results.
+It writes under `--out`: config.json, checkpoints/, metrics.csv, loss.png, and model/. Ctrl-C saves
+a checkpoint and stops. README.md has the measured results.
 """
 
 from __future__ import annotations
@@ -61,24 +61,24 @@ class Train:
 
     vocabulary: int = 1024  # sub-words; on two cores their logits are a third of a step
     length: int = 512  # tokens a row; longer documents are cut
-    rows: int = 4  # in a batch: in so few minutes many small steps learn more than few large ones
+    rows: int = 4  # in a batch: in a few minutes, many small steps learn more than few large ones
 
     d_model: int = 128
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2  # keys and values are shared by two query heads
     d_ff: int = 384
-    window: int = 128  # of the layers that have one
-    full_every: int = 2  # every second layer sees everything
+    window: int = 128  # in the layers that have one
+    full_every: int = 2  # every second layer attends to everything
 
     steps: int = 900
-    minutes: float | None = 4.0  # stop training after so many, whatever --steps says
+    minutes: float | None = 4.0  # training stops after this time, whatever --steps says
     warmup: int = 50
     rate: float = 3e-3  # at its peak; a cosine of the steps takes it to a tenth
     decay: float = 0.1  # of weights
     seed: int = 0  # of weights and batch order
-    save_every: int = 100  # steps between checkpoints: what a killed run loses at most
-    resume: bool = False  # go on from the last checkpoint under --out
+    save_every: int = 100  # steps between checkpoints: a killed run loses at most these
+    resume: bool = False  # continue from the last checkpoint under --out
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Sample:
     prompts: Annotated[tuple[str, ...], tyro.conf.Positional]
     model: Path = OUT / "model"
     tokens: int = 128
-    temperature: float = 0.7  # 0 takes the likeliest
+    temperature: float = 0.7  # 0 takes the likeliest token
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Train twice on the same documents: packed, and one a row; compare loss and speed."""
+    """Train twice on the same documents: packed, and one per row; compare loss and speed."""
 
     steps: int = 60
     length: int = 512
@@ -104,7 +104,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Context:
-    """Time and memory of forward and backward as rows grow, with windows in all layers but one."""
+    """Time and memory of forward and backward as rows grow; all layers but one have windows."""
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dense: tuple[int, ...] = (2048, 4096)  # lengths for attention by the definition too
@@ -125,7 +125,7 @@ Arrays = Any  # of weights, or of the optimizer
 
 
 def optimizer(config: Train) -> optax.GradientTransformation:
-    """AdamW but for the learning rate, which is an argument of the step."""
+    """AdamW without the learning rate, which is an argument of the step."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b2=0.95),
@@ -247,7 +247,7 @@ def learning_rate(config: Train, step: int) -> float:
 
 
 def run_train(config: Train, console: Console) -> float:
-    """The whole experiment; returns bits per byte of what was held out."""
+    """Run the experiment; returns bits per byte of the held-out text."""
     started = time.monotonic()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     documents = packing.read(config.text or packing.standard_library())
@@ -265,7 +265,7 @@ def run_train(config: Train, console: Console) -> float:
     checkpoints = Checkpoints(config.out / "checkpoints", config.resume)
     model, rows, interrupted = train(config, tokenizer, documents, checkpoints, console)
     if interrupted:
-        say(f"stopped after {int(rows[-1]['step'])} steps, and saved; to go on:")
+        say(f"stopped after {int(rows[-1]['step'])} steps, and saved; to continue:")
         say(f"  python experiments/language_model.py --config {config.out}/config.json --resume")
         raise KeyboardInterrupt
     folder = config.out / "model"
@@ -285,7 +285,7 @@ def run_train(config: Train, console: Console) -> float:
     say(
         f"{int(end['step'])} steps in {end['seconds']:.0f} s; "
         f"{end['bits_per_byte']:.3f} bits per byte held out, loss {end['held_out_loss']:.3f} "
-        f"nats a token; everything in {time.monotonic() - started:.0f} s"
+        f"nats a token; the whole run took {time.monotonic() - started:.0f} s"
     )
     for name in ("loss.png", "metrics.csv", "model"):
         say(str(config.out / name))
@@ -305,7 +305,7 @@ def continued(
     temperature: float,
     seed: int,
 ) -> list[str]:
-    """Each prompt and what the model makes of it, up to the end of the document."""
+    """Each prompt with its continuation by the model, up to the end of the document."""
     draw = nnx.jit(sample, static_argnums=(2, 3))
     texts = []
     for i, prompt in enumerate(prompts):
@@ -319,7 +319,7 @@ def continued(
 
 
 def load_config(path: Path) -> Train:
-    """The configuration of a run, from what it saved."""
+    """The configuration that a run saved."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -353,14 +353,14 @@ def run_sample(config: Sample) -> None:
 
 
 def _like(shape: Any, named: Any) -> Any:
-    """What `_by_name` made, with the keys it was made from."""
+    """The inverse of `_by_name`: the tree with the keys of `shape`."""
     if not isinstance(shape, dict):
         return named
     return {k: _like(v, named[str(k)]) for k, v in shape.items()}
 
 
 def run_packing(config: Packing, console: Console) -> None:
-    """The same batches of documents, packed and one a row, from the same weights."""
+    """Train on the same batches of documents, packed and one per row, from the same weights."""
     base = Train(length=config.length, rows=config.rows, steps=config.steps)
     documents = packing.read(packing.standard_library())
     tokenizer = data.byte_pairs(documents.train, base.vocabulary, packing.SPECIAL, sentences=False)
@@ -399,7 +399,7 @@ def run_packing(config: Packing, console: Console) -> None:
 
 
 def run_context(config: Context, console: Console) -> None:
-    """Every length in a process of its own, so that its peak of memory is its own."""
+    """Run each length in a process of its own, to measure its peak memory alone."""
     rows = []
     for backend, lengths in (("auto", config.lengths), ("dense", config.dense)):
         for length in lengths:
@@ -447,7 +447,7 @@ def measure(length: int, window: int, backend: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn what cannot be used into one line and exit status 2."""
+    """Parse, run, and turn unusable input into one line and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     name = "language_model.py"

@@ -1,13 +1,14 @@
-"""What a wrong mask does to a model that trains well, and what finds it.
+"""Trains small models with wrong masks, and shows which measure finds each fault.
 
     python experiments/mask_faults.py
 
-Six masks (a right one and five faults) by four tasks: a small Transformer is trained on each, with
-the fault in training and in evaluation, as a bug would be. Padding holds random valid tokens,
-neighbours in a row contradict each other, and nothing but the mask says what belongs together, so
-no model can learn its way around a wrong mask. `ja.testing.assert_respects_mask` looks for each
-fault in the same models before they are trained. Leaves faults.png, tables.md
-(those of README.md) and faults.json (every seed's values) under `--out`.
+Six masks (a right one and five faults) and four tasks: a small Transformer is trained on each
+combination, with the fault in training and in evaluation, as with a real bug. Padding holds random
+valid tokens, documents in a row contradict each other, and only the mask says what belongs
+together, so no model can learn to avoid the effect of a wrong mask.
+`ja.testing.assert_respects_mask` looks for each fault in the same models before they are trained.
+Writes faults.png, tables.md (the tables of README.md) and faults.json (the values of every seed)
+under `--out`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Config:
-    """Train every task with every mask, and say what each fault did."""
+    """Train every task with every mask, and report the effect of each fault."""
 
     out: Path = Path(__file__).parent / "results" / "mask_faults"
 
@@ -58,19 +59,19 @@ class Config:
     layers: int = 2  # recall needs two: a key to its value, then a question to its key
     heads: int = 2
     learning_rate: float = 5e-3  # at its peak; the schedule ends at 0
-    rows: int = 4  # in which leaks are looked for, all of them at each position
+    rows: int = 4  # in which leaks are searched, all of them at each position
 
 
 # --------------------------------------------------------------------------------------- the tasks
 
 
 class Batch(NamedTuple):
-    """Rows of tokens, what should be said where, and what only the mask tells the model."""
+    """Rows of tokens, their labels, and what the model can know only from the mask."""
 
     tokens: Int[Array, "B T"]
     labels: Int[Array, "B T"]
     asked: Bool[Array, "B T"]  # which labels count
-    ids: Int[Array, "B T"]  # documents; padding carries the id of one, as in a packed row it does
+    ids: Int[Array, "B T"]  # documents; padding has the id of one, as in a packed row
     valid: Bool[Array, "B T"]  # False at padding
 
 
@@ -86,7 +87,7 @@ class Task:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """The faults that can be made here; without an order or documents, some can't."""
+        """The faults that are possible in this task; some need an order or documents."""
         wants = {"leaky look-ahead": self.causal, "off-by-one causal": self.causal}
         wants["no segment mask"] = self.packed
         return tuple(name for name in FAULTS if wants.get(name, True))
@@ -98,7 +99,7 @@ V = 24  # different tokens
 
 
 def draw_random(key: Array, rows: int) -> Batch:
-    """Two documents of uniformly random tokens: the next one can't be known, the loss is ln V."""
+    """Two documents of uniformly random tokens: nothing predicts the next, the loss is ln V."""
     keys = jax.random.split(key, 3)
     tokens = jax.random.randint(keys[0], (rows, T), 0, V)
     cut = jax.random.randint(keys[1], (rows, 1), 6, 12)
@@ -111,7 +112,7 @@ def draw_random(key: Array, rows: int) -> Batch:
 
 
 def draw_reverse(key: Array, rows: int) -> Batch:
-    """A row to be said backwards, as long as the mask says: the padding looks just like it."""
+    """A row to repeat backwards. Only the mask gives its length: padding looks like the row."""
     keys = jax.random.split(key, 2)
     tokens = jax.random.randint(keys[0], (rows, T), 0, V)
     # Four lengths: the best guess without the mask is right 2 times in 5 (late places tell).
@@ -233,7 +234,7 @@ def mask_of(task: Task, fault: str, batch: Batch) -> ja.Mask:
 
 @partial(jax.jit, static_argnames=("task", "fault"))
 def dense(task: Task, fault: str, batch: Batch) -> Bool[Array, "B 1 T T"]:
-    """That mask as data, so that one compiled program trains with all of them."""
+    """The mask as an array, so that one compiled program trains with all of them."""
     return mask_of(task, fault, batch).dense(T, T, batch=len(batch.tokens))
 
 
@@ -241,7 +242,7 @@ def dense(task: Task, fault: str, batch: Batch) -> Bool[Array, "B 1 T T"]:
 
 
 class Model(nn.Module):
-    """Tokens to logits: pre-norm, learned positions; the order of things is the mask's alone."""
+    """Tokens to logits: pre-norm, learned positions, and any mask."""
 
     vocabulary: int
     d_model: int
@@ -325,7 +326,8 @@ def evaluate(
     mask: Bool[Array, "seeds B 1 T T"],
     next_token: bool,
 ) -> dict[str, Float[Array, "seeds"]]:
-    """Of all seeds, on fresh rows: loss minus ln V, accuracy, and what running freely takes off."""
+    """For all seeds, on fresh rows: loss minus ln V, accuracy, and the loss of accuracy when the
+    model reads its own answers."""
     model = model_of(config)
 
     def one(params: Params, batch: Batch, mask: Array) -> dict[str, Array]:
@@ -341,8 +343,8 @@ def evaluate(
 def free_running(
     model: Model, params: Params, batch: Batch, mask: Bool[Array, "B 1 T T"]
 ) -> Float[Array, ""]:
-    """Accuracy where the model reads what it said before, in a buffer of zeros, not the truth."""
-    # What follows a question is its answer; it is not there yet.
+    """Accuracy where the model reads its own answers, in a buffer of zeros, not the truth."""
+    # The token after a question is its answer, which is not known yet.
     answers = jnp.pad(batch.asked[:, :-1], ((0, 0), (1, 0)))
 
     def step(t: Array, tokens: Array) -> Array:
@@ -355,7 +357,7 @@ def free_running(
 
 
 def leak(config: Config, task: Task, fault: str, seed: Array) -> str | None:
-    """What `assert_respects_mask` says of the untrained model that has this fault."""
+    """The message of `assert_respects_mask` for the untrained model with this fault."""
     params, batch = start(config, seed), drawn(task, seed, config.rows)
     wrong, right = (dense(task, name, batch) for name in (fault, "correct"))
 
@@ -406,9 +408,9 @@ def spread(values: Sequence[float]) -> str:
 
 
 def verdict(cell: Cell, correct: Cell) -> str:
-    """What the training loss says, against that of the right mask, seed by seed."""
+    """The training loss compared with that of the right mask, seed by seed."""
     change = np.subtract(cell["training_loss"], correct["training_loss"])
-    # Ten times what runs differ by that should be equal, and enough to be seen in a curve.
+    # Ten times the difference between equal runs, and large enough to be visible in a curve.
     if change.min() > 0.05:
         return "higher"
     return "lower" if change.max() < -0.05 else "the same" if abs(change).max() < 0.05 else "mixed"
@@ -549,7 +551,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (config.out / "faults.json").write_text(json.dumps({"cells": cells, "leaks": leaks}, indent=1))
     draw(config.out / "faults.png", cells, found)
     console.print(
-        f"leaks searched in {searched:.0f} s, everything in {time.monotonic() - started:.0f} s",
+        f"the search for leaks took {searched:.0f} s, "
+        f"the whole run {time.monotonic() - started:.0f} s",
         highlight=False,
     )
     for name in ("faults.png", "tables.md", "faults.json"):

@@ -1,4 +1,4 @@
-"""Documents of Python's standard library, or of any files, packed into rows of one length."""
+"""Documents from Python's standard library, or from any files, packed into rows of one length."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Texts:
 
 
 def standard_library() -> list[Path]:
-    """The modules that every Python has, tests and generated tables left out."""
+    """The modules of every Python installation, without tests and generated tables."""
     folder = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idlelib", "site-packages", "encodings", "lib2to3", "__pycache__"}
     found = sorted(p for p in folder.rglob("*.py") if p.stat().st_size > 0)
@@ -36,7 +36,7 @@ def standard_library() -> list[Path]:
 
 
 def read(files: Sequence[Path]) -> Texts:
-    """One document a definition: files are cut where a line at the margin begins a new one.
+    """One document for each definition: files are cut at lines that begin a new one at the margin.
 
     One file in twenty, by a hash of its name, is held out.
     """
@@ -51,7 +51,7 @@ def read(files: Sequence[Path]) -> Texts:
         whole = texts.train + texts.test
         texts = Texts([d for i, d in enumerate(whole) if i % 20], whole[::20])
     if not texts.train or not texts.test:
-        raise DataError("too little text to train on some and hold out other; give more files")
+        raise DataError("too little text to train and to hold some out; give more files")
     return texts
 
 
@@ -66,12 +66,12 @@ def encode(tokenizer: Tokenizer, documents: Sequence[str], longest: int) -> list
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of documents, one after the other; what is left of a row belongs to no document.
+    """Rows of documents, one after the other; the rest of a row belongs to no document.
 
     Attributes:
       tokens: the documents' tokens, 0 where there is none.
-      ids: which document of its row a token is of, from 0; -1 where there is none.
-      places: where a token stands in its document.
+      ids: the document of each token within its row, from 0; -1 where there is none.
+      places: the position of each token in its document.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -96,7 +96,7 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int) -> Packed:
 def filled(
     documents: Sequence[Tokens], rows: int, length: int, rng: np.random.Generator | None = None
 ) -> Iterator[list[list[Tokens]]]:
-    """Batches of so many rows, each filled with the next documents until one does not fit.
+    """Batches of rows, each filled with the next documents until one does not fit.
 
     Args:
       documents: no longer than `length`.

@@ -16,7 +16,7 @@ from jaxattn.shapes import Float
 
 
 def draw_curve(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Loss and token accuracy over steps, in training and held out."""
+    """Loss and token accuracy over steps, in training and on held-out data."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     held = [row for row in rows if "held_out_loss" in row]
     for axis, name, title in zip(
@@ -39,11 +39,11 @@ def draw_attention(
     source: Sequence[str],
     target: Sequence[str],
 ) -> None:
-    """A line of panels a layer, one a head: rows are target tokens, columns source tokens.
+    """A panel for each layer and head: rows are target tokens, columns source tokens.
 
     Args:
       maps: attention weights; each row of each head sums to 1.
-      source, target: a label a token; the target's are what each row predicts.
+      source, target: a label for each token; that of a target row is the token it predicts.
     """
     layers, heads = maps.shape[:2]
     size = (heads * (1.5 + 0.35 * len(source)), layers * (1.5 + 0.3 * len(target)))
@@ -62,7 +62,7 @@ def draw_attention(
 
 
 def draw_losses(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """Training loss, and bits per byte of what is held out, over steps."""
+    """Training loss, and bits per byte of held-out text, over steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     held = [row for row in rows if "held_out_loss" in row]
     left.plot([r["step"] for r in rows], [r["loss"] for r in rows], label="training")

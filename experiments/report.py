@@ -1,4 +1,4 @@
-"""What a training run says while it runs, and the table it leaves."""
+"""The progress of a training run on the terminal, and its metrics as a table."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-# Rows whose paces an estimate is the median of: of three, one that compiled is outvoted; five are
-# few enough to follow a machine that gets busy.
+# The estimate is the median pace of the last rows: of three, so that one row that compiled does not
+# count; of five at most, so that the estimate follows a machine that becomes busy.
 _FEWEST, _LATEST = 3, 5
 
 
 class Report:
-    """Training progress: a bar on a terminal, a plain line now and then elsewhere."""
+    """Training progress: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
     def __init__(self, console: Console, steps: int, minutes: float | None) -> None:
         self.console, self.steps, self.minutes = console, steps, minutes
@@ -36,9 +36,9 @@ class Report:
         self.task = self.progress.add_task("", total=steps, said="")
 
     def left(self, row: dict[str, float]) -> float | None:
-        """Seconds that are left after a row, each row given once; None until that can be said.
+        """Seconds that are left after a row; None until enough rows are known. Call it once a row.
 
-        The first row, whose step was compiled, says nothing of the others.
+        The first row does not count, because its step was compiled.
         """
         step, seconds = int(row["step"]), row["seconds"]
         if self.before is not None:
@@ -57,7 +57,7 @@ class Report:
         ends = [] if left is None else [f"{left:.0f} s left"]
         said = "  ".join([f"loss {row['loss']:.3f}", *more, speed, *ends])
         self.progress.update(self.task, completed=step, said=said, refresh=True)
-        # Every ten seconds: often enough to see it live, seldom enough for a log file.
+        # Every ten seconds: often enough to watch, rarely enough for a log file.
         due = time.monotonic() - self.printed > 10 or step in (1, self.steps)
         if self.progress.disable and due:
             self.printed = time.monotonic()
@@ -66,7 +66,7 @@ class Report:
 
 
 def write_metrics(path: Path, rows: Sequence[dict[str, float]]) -> None:
-    """The rows as CSV; the last one names the columns."""
+    """Writes the rows as CSV; the keys of the last one are the columns."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="")
         writer.writeheader()

@@ -1,11 +1,11 @@
-"""Short Portuguese sentences that agree in gender and number, with their English.
+"""Short Portuguese sentences that agree in gender and number, with their English translations.
 
     >>> sentence(random.Random(4))  # doctest: +SKIP
     ('as meninas não compraram estas flores amarelas', 'the girls did not buy these yellow flowers')
 
 Articles, demonstratives, possessives and adjectives agree with their noun, verbs with their
-subject, and prepositions contract with the word that follows ("em" + "a" is "na"). Portuguese may
-say one English sentence in several ways ("é", "está"), never the other way round.
+subject, and prepositions contract with the word that follows ("em" + "a" is "na"). One English
+sentence may have several Portuguese sentences ("é", "está"), never the other way round.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _adjectives(text: str) -> tuple[Adjective, ...]:
     return tuple(out)
 
 
-# Said of people and animals with "ser".
+# Used of people and animals, with "ser".
 LIVING = _adjectives("""
     alto tall
     velho old
@@ -137,7 +137,7 @@ LIVING = _adjectives("""
     simpático friendly
     inteligente inteligentes clever
 """)
-# Said of things with "ser".
+# Used of things, with "ser".
 INERT = _adjectives("""
     grande grandes big
     pequeno small

@@ -1,8 +1,8 @@
-"""Training that can stop and go on: steps, what is held out, checkpoints.
+"""Training that can stop and continue: steps, evaluation on held-out data, checkpoints.
 
-A checkpoint holds weights, their average, Adam's moments, the step, and the place in the data; data
-order and dropout follow from the seed, the epoch and the step. So a run that was stopped ends with
-the same bits as one that was not.
+A checkpoint holds weights, their average, Adam's moments, the step, and the place in the data. The
+order of data and dropout depend only on the seed, the epoch and the step. So a run that was stopped
+ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Rows = list[dict[str, float]]
 
 
 class State(TrainState):
-    """Flax's training state, and a moving average of its weights, which is what is evaluated."""
+    """Flax's training state, and a moving average of its weights, which evaluation uses."""
 
     average: Params
 
@@ -119,7 +119,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, arrays: Any, rows: Rows, done: float) -> None:
-        """What there is after so many steps, which took so many seconds."""
+        """Saves the state after a step, and the seconds until then."""
         if step != self.manager.latest_step():
             parts = {
                 "state": ocp.args.StandardSave(arrays),
@@ -128,7 +128,7 @@ class Checkpoints:
             self.manager.save(step, args=ocp.args.Composite(**parts))
 
     def latest(self, arrays: Any) -> tuple[Any, Rows, float]:
-        """The last arrays saved, or those given if there are none."""
+        """The arrays that were saved last, or those given if there are none."""
         step = self.manager.latest_step()
         if step is None:
             return arrays, [], 0.0
@@ -143,7 +143,7 @@ def _arrays(state: State) -> dict[str, Any]:
 
 @contextmanager
 def interruptions() -> Iterator[list[bool]]:
-    """A list that is no longer empty after Ctrl-C, which raises nothing meanwhile."""
+    """A list that is no longer empty after Ctrl-C, which raises no exception inside."""
     found: list[bool] = []
     kept = signal.signal(signal.SIGINT, lambda *_: found.append(True))
     try:
@@ -153,9 +153,9 @@ def interruptions() -> Iterator[list[bool]]:
 
 
 def everywhere() -> tuple[Callable[[Any], Any], Callable[[Batch], Any], int]:
-    """How weights and batches are put on all devices, and how many there are.
+    """How weights and batches are placed on the devices, and the number of devices.
 
-    Weights are on each, rows of a batch are shared out; the compiler adds up the gradients.
+    Each device has all weights and a part of the rows; the compiler adds up the gradients.
     """
     devices = jax.devices()
     if len(devices) == 1:
@@ -169,7 +169,7 @@ def everywhere() -> tuple[Callable[[Any], Any], Callable[[Batch], Any], int]:
 
 
 class Pace(NamedTuple):
-    """How long a run goes on, and how often it saves."""
+    """How long a run lasts, and how often it saves."""
 
     steps: int
     minutes: float | None

@@ -1,8 +1,8 @@
 """The encoder-decoder Transformer of "Attention Is All You Need" (1706.03762), in Flax linen.
 
-Sinusoidal positions and one embedding for both languages and the output, as in the
-paper. Every attention is `jaxattn`'s, and who may see whom is said once, in `source_mask` and
-`target_mask`; the cross mask is the source's.
+Sinusoidal positions and one embedding for both languages and the output, as in the paper. Every
+attention is `jaxattn`'s. All masks are made in two functions, `source_mask` and `target_mask`;
+cross-attention uses the mask of the source.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Params = dict[str, Any]
 
 
 def lengths(tokens: Int[Array, "B T"]) -> Int[Array, "B"]:
-    """How many tokens of each row are not padding."""
+    """The number of tokens of each row that are not padding."""
     return jnp.sum(tokens != PAD, axis=1)
 
 
@@ -35,7 +35,7 @@ def source_mask(source: Int[Array, "B S"]) -> ja.Mask:
 
 
 def target_mask(target: Int[Array, "B T"]) -> ja.Mask:
-    """A target token sees itself and what stands before it, and no padding."""
+    """A target token sees itself and the tokens before it, and no padding."""
     return ja.masks.causal() & ja.masks.key_padding(lengths=lengths(target))
 
 
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
         self.encoder = [layer(name=f"encoder_{i}") for i in range(self.layers)]
         self.decoder = [layer(name=f"decoder_{i}") for i in range(self.layers)]
         if self.norm == "pre":
-            # The sum of all layers, which no norm has seen yet.
+            # The sum of all layers has not been normalised yet.
             self.encoder_norm = nn.LayerNorm(dtype=self.dtype)
             self.decoder_norm = nn.LayerNorm(dtype=self.dtype)
 
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
         train: bool = False,
         sow_weights: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits of what follows each target token."""
+        """Logits of the token that follows each target token."""
         x = self.embed(target, train)
         for layer in self.decoder:
             x = layer(
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
     def begin(
         self, source: Int[Array, "B S"], beams: int, length: int
     ) -> tuple[tuple[ja.KVCache, ...], tuple[ja.KVCache, ...]]:
-        """What decoding starts from: what each layer remembers of the source, and empty caches.
+        """The start of decoding: keys and values of the source in each layer, and empty caches.
 
         Each source has as many rows as beams, next to each other; a row can hold `length` tokens.
         """
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         memories: tuple[ja.KVCache, ...],
         caches: tuple[ja.KVCache, ...],
     ) -> tuple[Float[Array, "B V"], tuple[ja.KVCache, ...]]:
-        """Logits of what follows one more token of each row, and the caches with it."""
+        """Logits of the token that follows one more token of each row, and the caches with it."""
         x = self.embed(token, first=caches[0].length[0])
         after = []
         for layer, memory, cache in zip(self.decoder, memories, caches, strict=True):
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
 def masked_loss_and_accuracy(
     logits: Float[Array, "B T V"], labels: Int[Array, "B T"], smoothing: float
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Mean label-smoothed cross entropy and mean token accuracy over what is not padding.
+    """Mean label-smoothed cross entropy and mean token accuracy, without padding.
 
     loss = -sum_v p_v log softmax(logits)_v with p = (1 - smoothing) onehot + smoothing / V.
     """
@@ -201,7 +201,7 @@ def inverse_sqrt(d_model: int, warmup: int, factor: float) -> Callable[[Any], Ar
 def attention_maps(
     model: Transformer, params: Params, source: Int[Array, "B S"], target: Int[Array, "B T"]
 ) -> Float[Array, "B layers N T S"]:
-    """How much each target token looks at each source token, in every decoder layer and head."""
+    """The weight of each source token for each target token, in every decoder layer and head."""
     bound = model.bind({"params": params}, mutable=["intermediates"])
     bound.decode(target, source, bound.encode(source), sow_weights=True)
     found = bound.variables["intermediates"]

@@ -1,17 +1,18 @@
-"""Train a Transformer to translate, with every attention from jaxattn; then use it.
+"""Trains a Transformer that translates, with every attention from jaxattn, and uses it.
 
     python experiments/translate.py                                    # the built-in corpus
     python experiments/translate.py --source train.fr.gz --target train.en.gz
     python experiments/translate.py --pairs por.txt --columns 2 1      # Anki: English stands first
-    python experiments/translate.py --config RUN/config.json --resume  # go on where it stopped
+    python experiments/translate.py --config RUN/config.json --resume  # continue a stopped run
     python experiments/translate.py translate "trezentos e vinte e um"
 
-Without a verb it trains; `translate` translates sentences with what was trained, and has a `--help`
-of its own. `--config FILE` takes the settings that a run saved; options come on top of them.
+Without a verb it trains. `translate` translates sentences with a trained model, and has a `--help`
+of its own. `--config FILE` takes the settings that a run saved; options override them.
 
-It trains, decodes what was held out, and leaves under `--out`: config.json, checkpoints/,
-metrics.csv, loss.png, attention.png, and model/, which `translate` reads. Ctrl-C saves. A corpus
-that cannot be used gets one line on stderr and exit status 2. README.md has the measured results.
+It trains, translates the held-out pairs, and writes under `--out`: config.json, checkpoints/,
+metrics.csv, loss.png, attention.png, and model/, which `translate` reads. Ctrl-C saves a checkpoint
+and stops. If a corpus cannot be used, the script prints one line on stderr and exits with status 2.
+README.md has the measured results.
 """
 
 from __future__ import annotations
@@ -69,23 +70,23 @@ class Train:
     layers: int = 2  # in the encoder, and again in the decoder
     heads: int = 4
     d_ff: int = 256  # half the paper's ratio: a quarter fewer operations a step, and enough here
-    dropout: float = 0.1  # of embeddings, and of what layers add
-    attention_dropout: float = 0.1  # of attention weights; the paper has none
+    dropout: float = 0.1  # of embeddings, and of the output of each sub-layer
+    attention_dropout: float = 0.1  # of attention weights; the paper uses none
     norm: Literal["pre", "post"] = "post"  # as in the paper; "pre" trains deep stacks better
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; weights are float32
 
     steps: int = 700  # about one pass over the built-in corpus
-    minutes: float | None = None  # stop training after so many, whatever --steps says
-    batch_tokens: int = 2048  # padded tokens a batch and side
+    minutes: float | None = None  # training stops after this time, whatever --steps says
+    batch_tokens: int = 2048  # padded tokens in a batch, on each side
     warmup: int = 200  # the paper's 4000 are for 100,000 steps
     factor: float = 0.5  # of the paper's schedule; the peak is factor / sqrt(d_model * warmup)
     smoothing: float = 0.1
     averaging: float = 0.99  # over about 100 steps; the paper averages its last checkpoints
-    beams: int = 1  # in the translation at the end; the paper has 4
+    beams: int = 1  # in the translation at the end; the paper uses 4
     penalty: float = 0.6  # of length, with beams
     seed: int = 0  # of weights, dropout and batch order; the corpus does not depend on it
-    save_every: int = 100  # steps between checkpoints: what a killed run loses at most
-    resume: bool = False  # go on from the last checkpoint under --out
+    save_every: int = 100  # steps between checkpoints: a killed run loses at most these
+    resume: bool = False  # continue from the last checkpoint under --out
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Translate:
     """Translate sentences with a saved model."""
 
     texts: Annotated[tuple[str, ...], tyro.conf.Positional]
-    model: Path = OUT / "model"  # what a training run saved
+    model: Path = OUT / "model"  # saved by a training run
     beams: int = 4
     penalty: float = 0.6  # of length, with beams
     cache: bool = True  # --no-cache computes every prefix anew, with one beam: for measuring
@@ -103,9 +104,9 @@ class Translate:
 
 
 def load(config: Train) -> Corpus:
-    """The one way in for data: files if any are named, else the built-in corpus."""
+    """The training data: the files that are named, otherwise the built-in corpus."""
     if config.pairs and (config.source or config.target):
-        raise DataError("--pairs and --source/--target are two ways to say the same; give one")
+        raise DataError("--pairs and --source/--target exclude each other; give one of them")
     if bool(config.source) != bool(config.target):
         raise DataError("--source and --target go together; give both")
     for name in ("test", "valid"):
@@ -152,7 +153,7 @@ def translator(
                 "them is not translated. A model trained with a larger --longest takes more."
             )
         sources = [row[:width] for row in whole]
-        # Of like length together: a batch is decoded for as long as its longest row.
+        # Similar lengths together: decoding a batch takes as long as its longest row.
         order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
         out = [""] * len(sources)
         for start in range(0, len(order), rows):
@@ -179,7 +180,7 @@ def scores(test: Sequence[Pair], found: Sequence[str]) -> dict[str, tuple[int, i
 def show_samples(
     console: Console, test: Sequence[Pair], found: Sequence[str], most: int = 10
 ) -> None:
-    """A few held-out pairs of each category: wrong ones, which is said, and right ones."""
+    """A few held-out pairs of each category, wrong ones first and marked."""
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say("\nheld-out samples, chosen so that mistakes come first (! is the right answer)")
     rng = random.Random(0)
@@ -216,7 +217,7 @@ def model_of(config: Train, tokenizer: Tokenizer) -> Transformer:
 
 
 def save(folder: Path, params: Params, tokenizer: Tokenizer, widths: Sequence[int]) -> None:
-    """What `translate` needs besides the configuration: weights, tokenizer, widths."""
+    """Saves what `translate` needs besides the configuration: weights, tokenizer, widths."""
     (folder / "params.msgpack").write_bytes(serialization.to_bytes(params))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "widths.json").write_text(json.dumps(list(widths)) + "\n")
@@ -224,13 +225,13 @@ def save(folder: Path, params: Params, tokenizer: Tokenizer, widths: Sequence[in
 
 def save_config(path: Path, config: Train) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever repeats a run that was resumed wants all of it.
+    # A repeated run should run from the start, even if this one was resumed.
     settings = asdict(config) | {"resume": False}
     path.write_text(json.dumps(settings, indent=2, default=str) + "\n")
 
 
 def load_config(path: Path) -> Train:
-    """The configuration of a run, from what it saved."""
+    """The configuration that a run saved."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
@@ -248,12 +249,12 @@ def load_config(path: Path) -> Train:
     return Train(**settings)
 
 
-# What may differ between a run and its continuation: how long it goes on, and what comes after.
+# What may differ between a run and its continuation: its length, and what comes after training.
 FREE = ("out", "steps", "minutes", "resume", "save_every", "beams", "penalty")
 
 
 def check_resumable(config: Train) -> None:
-    """Refuses to continue a run with other settings than it was begun with."""
+    """Refuses to continue a run with settings that differ from those of its start."""
     begun = load_config(config.out / "config.json")
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(begun, field.name)}"
@@ -288,7 +289,7 @@ def load_translator(
 
 
 def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
-    """The whole experiment; returns exact matches and pairs of each category."""
+    """Run the experiment; returns exact matches and pairs of each category."""
     if config.resume:
         check_resumable(config)
     started = time.monotonic()
@@ -323,7 +324,7 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
         schedule, model, examples, valid, widths, checkpoints, console
     )
     if interrupted:
-        say(f"stopped after {int(rows[-1]['step'])} steps, and saved; to go on:")
+        say(f"stopped after {int(rows[-1]['step'])} steps, and saved; to continue:")
         say(f"  python experiments/translate.py --config {config.out / 'config.json'} --resume")
         raise KeyboardInterrupt
     trained = time.monotonic()
@@ -348,8 +349,8 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
         say(bleu(found, [pair.target for pair in pairs.test]))
     say(
         f"{int(rows[-1]['step'])} steps in {rows[-1]['seconds']:.0f} s; held-out token accuracy "
-        f"{rows[-1]['held_out_token_accuracy']:.4f}; decoding and pictures in "
-        f"{time.monotonic() - trained:.0f} s; everything in {time.monotonic() - started:.0f} s"
+        f"{rows[-1]['held_out_token_accuracy']:.4f}; decoding and pictures took "
+        f"{time.monotonic() - trained:.0f} s; the whole run took {time.monotonic() - started:.0f} s"
     )
     for name in ("loss.png", "attention.png", "metrics.csv", "model"):
         say(str(config.out / name))
@@ -378,7 +379,7 @@ def draw_example(
     test: Sequence[Pair],
     found: Sequence[str],
 ) -> None:
-    """The cross-attention of one held-out pair, translated right if any is, of middling length."""
+    """The cross-attention of one held-out pair of medium length, a right translation if any is."""
     right = [i for i, pair in enumerate(test) if pair.target == found[i]] or list(range(len(test)))
     i = min(right, key=lambda i: abs(len(test[i].source) - 50))  # about ten sub-words: readable
     (source,) = data.encode_source(tokenizer, [test[i].source])

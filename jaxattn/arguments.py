@@ -1,8 +1,8 @@
-"""The arguments of `attention`, checked: wrong ones are named, right ones become a `Call`."""
+"""Checks the arguments of `attention`, and makes a `Call` of them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,24 @@ from .checks.integers import as_given, concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
 from .masks.positions import Positions
 from .scores import as_score
-from .shapes import Array
+from .shapes import Array, ArrayLike
 from .tiles.tile_map import TileMap
-from .tracing.out_of_range import within
+from .tracing.out_of_range import guarded
 from .tracing.split import split
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `attention`, apart from `return_lse`, for type checkers."""
+
+    mask: Any
+    score: Any
+    scale: Any
+    sinks: ArrayLike | None
+    positions: Positions | None
+    dropout_rate: Any
+    dropout_seed: Any
+    precision: Any
+    backend: str
 
 
 def request(
@@ -34,11 +48,13 @@ def request(
     dropout_seed: Any = None,
     precision: Any = None,
 ) -> Call:
-    """The `Call` that the arguments of `attention` mean; without a batch, of one row.
+    """The arguments of `attention` as a `Call`; arguments without a batch become one row.
+
+    The mask and the score are split here, once for everything that looks at them later.
 
     Raises:
-      TypeError, ValueError: for what does not fit, naming the argument, what came, what was
-        expected, and the remedy.
+      TypeError, ValueError: for arguments that do not fit; the message names the argument, what
+        came, what was expected, and the remedy.
     """
     arrays = {"query": query, "key": key, "value": value}
     query, key, value = (_array(name, given) for name, given in arrays.items())
@@ -90,14 +106,14 @@ def request(
         visible = split(mask, at)
         visible.check_extents(B, N, T, S)
         if positions is not None and tiles is None:
-            visible = split(within(visible.given, positions, (B, N, T, S)), at)
+            visible = split(guarded(visible.given, positions, (B, N, T, S)), at)
     if score is not None:
         logit = base.accumulator(query.dtype)
         scored = split(as_score(score), at, logit=logit)
         scored.check_extents(B, N, T, S)
         if positions is not None:
             seen = None if visible is None else visible.given
-            inside = within(scored.given, positions, (B, N, T, S), mask=seen, logit=logit)
+            inside = guarded(scored.given, positions, (B, N, T, S), mask=seen, logit=logit)
             scored = split(inside, at, logit=logit)
     return Call(
         query=query,
@@ -115,16 +131,16 @@ def request(
 
 
 def swapped(call: Call) -> str | None:
-    """What to say of a call whose lengths and heads look mixed up; nothing can be sure of it.
+    """A warning for a call whose lengths and heads look exchanged, or None.
 
-    That is self-attention with more heads than tokens, and no array in its mask or score that has
-    the length of the tokens.
+    They look so in self-attention with more heads than tokens, if no array in the mask or score has
+    the length of the tokens. This is a guess; nothing proves it.
     """
     _, T, S, N, K, *_ = call.sizes
     if base.symbolic(T, S) or not (1 < T == S and N == K and N > T):
         return None
     for part in (call.mask, call.score):
-        if part is not None and any(extent.position in "qk" for _, extent in part.plan.extents):
+        if part is not None and any(extent.position in "qk" for _, extent in part.plan.axis_reads):
             return None
     return (
         f"query: got {T} tokens with {N} heads; axes are [batch, length, heads, head dimension]. "
@@ -181,7 +197,7 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
 
 
 def _check_heads(mask: Mask, N: int) -> None:
-    """A mask for each head means as many masks as heads."""
+    """Checks that `per_head` has one mask for each query head."""
     if isinstance(mask, PerHead) and len(mask.parts) != N:
         raise ValueError(
             f"mask: got per_head of {len(mask.parts)} masks, expected {N}, one for each query head"
@@ -191,7 +207,7 @@ def _check_heads(mask: Mask, N: int) -> None:
 
 
 def _real(name: str, given: Any, expected: str) -> Any:
-    """One real number: Python's as a float, so that 1 and 1.0 are one program."""
+    """One real number. Python integers become floats, so that 1 and 1.0 share a program."""
     try:
         array = given if hasattr(given, "dtype") else np.asarray(given)
         number = np.ndim(array) == 0 and not isinstance(given, (str, bytes))
@@ -204,7 +220,7 @@ def _real(name: str, given: Any, expected: str) -> Any:
 
 
 def _described(given: Any) -> str:
-    """A value as it was written, or its dtype and shape."""
+    """The repr of a value, or its dtype and shape if it is traced or an array."""
     if isinstance(given, jax.core.Tracer) or np.ndim(given):
         return f"{getattr(given, 'dtype', type(given).__name__)}{list(np.shape(given))}"
     return repr(given)
@@ -229,7 +245,7 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
     if seed is None:
         raise ValueError(
             f"dropout_seed: got None with dropout_rate={rate}, expected a uint32 or a "
-            "jax.random.key; for no dropout say dropout_rate=0.0"
+            "jax.random.key; dropout_rate=0.0 turns dropout off"
         )
     if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         if seed.shape != ():
@@ -256,7 +272,7 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
     words = jnp.asarray(array.astype(np.uint32))
     if words.ndim:
         return base.Dropout(rate, words)
-    # Of a traced one of 64 bits, both halves.
+    # Both halves of a traced seed of 64 bits.
     upper = (array >> 32).astype(np.uint32) if wide else 0
     return base.Dropout(rate, jnp.stack([words, jnp.asarray(upper, jnp.uint32)]))
 

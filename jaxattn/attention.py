@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
-from .arguments import request, swapped
+from .arguments import Options, request, swapped
 from .backends.base import Call
-from .checks.foreign_names import answers
+from .checks.foreign_names import with_remedies
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
 
 
-@answers()
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N Hv"]: ...
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]: ...
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+
+
+@with_remedies()
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -42,17 +75,18 @@ def attention(
         `(b, h, q, k) -> bool`, or a boolean array `[T, S]` or `[B|1, N|1, T|1, S|1]`.
       score: what changes the logits of visible cells: a `Score`, or a callable
         `(logit, b, h, q, k) -> logit`.
-      scale: of the logits; by default `H ** -0.5`.
-      sinks: learnable `[N]`: a logit that takes weight and gives no value; the output is
-        multiplied by `sigmoid(lse - sinks)` (gpt-oss, arXiv 2508.10925).
-      positions: what masks, scores and dropout see as `b`, `h`, `q`, `k`; by default 0, 1, 2, ...
-      dropout_rate: probability with which a weight becomes 0; the kept ones are divided by
-        `1 - dropout_rate`.
-      dropout_seed: a uint32 or a typed `jax.random.key`; the weights that drop depend on it and
-        on absolute positions alone.
-      precision: of the matrix products, as in `jax.lax.dot_general`; by default float32 inputs
-        are multiplied as true float32 on every platform.
-      backend: "auto", or the name of one, which then runs or raises its reason.
+      scale: the factor of the logits; by default `H ** -0.5`.
+      sinks: a learnable logit for each head, `[N]`, that takes weight and has no value: the output
+        is multiplied by `sigmoid(lse - sinks)` (gpt-oss, arXiv 2508.10925).
+      positions: the values of `b`, `h`, `q`, `k` in masks, scores and dropout; by default 0, 1,
+        2, ...
+      dropout_rate: the probability with which a weight becomes 0; the kept weights are divided
+        by `1 - dropout_rate`.
+      dropout_seed: a uint32 or a typed `jax.random.key`. Which weights drop depends only on the
+        seed and on absolute positions.
+      precision: the precision of matrix products, as in `jax.lax.dot_general`; by default float32
+        inputs are multiplied in true float32 on every platform.
+      backend: "auto", or the name of a backend. A named backend runs, or raises its reason.
       return_lse: also return the LSE.
 
     Returns:
@@ -75,7 +109,7 @@ def attention(
       TypeError: for arguments of the wrong type, a float array as mask among them.
       ValueError: for shapes that do not fit, and for a backend that refuses.
 
-    Warns where lengths and heads look mixed up, as in `[B, N, T, H]`; `positions=Positions()` says
+    Warns if lengths and heads look exchanged, as in `[B, N, T, H]`; `positions=Positions()` says
     that they are not.
 
     Example:
@@ -107,7 +141,7 @@ def attention(
     return results if return_lse else results[0]
 
 
-@answers()
+@with_remedies()
 def attention_weights(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -119,13 +153,13 @@ def attention_weights(
     positions: Positions | None = None,
     precision: Any = None,
 ) -> Float[Array, "*B N T S"]:
-    """The weights that `attention` gives to values, for looking at: O(T * S) memory.
+    """The weights by which `attention` multiplies values, to look at: O(T * S) memory.
 
-    Arguments are those of `attention`.
+    The arguments are those of `attention`.
 
     Returns:
       `[B, N, T, S]` (or `[N, T, S]` without a batch), float32 (float64 for float64). Rows sum to
-      1, or less with sinks; the rows of queries that see no key are 0.
+      1, or to less with sinks; empty rows are 0.
     """
     call = request(
         query,
@@ -145,7 +179,7 @@ def attention_weights(
 
 
 def _check_layout(call: Call) -> None:
-    """Warns of lengths and heads that look mixed up; Python says it once a line of code."""
+    """Warns if lengths and heads look exchanged; Python shows it once for each line of code."""
     if (said := swapped(call)) is not None:
-        # The caller of `attention`, which is wrapped.
+        # 4: the caller of `attention`, which is wrapped.
         warnings.warn(said, stacklevel=4)

@@ -1,4 +1,4 @@
-"""Functions with other people's signatures: the Transformer tutorial's, and `jax.nn`'s."""
+"""Functions with the signatures of others: of the Transformer tutorial, and of `jax.nn`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from . import masks, scores
 from .attention import attention, attention_weights
-from .checks.foreign_names import answers
+from .checks.foreign_names import with_remedies
 from .checks.integers import integers
 from .dispatch import check_backend
 from .masks.mask import Mask, as_mask
@@ -73,17 +73,17 @@ def scaled_dot_product_attention(
                     f"(..., T, S) = {[*lead, T, S]}"
                 ) from error
         mask = as_mask(mask)
-    # Positions of its own: here heads and lengths can't have been mixed up.
+    # Positions are given so that `attention` does not warn: the layout is right here.
     at = Positions()
     call = {"query": layout(query), "key": layout(key), "mask": mask, "positions": at}
     weights = attention_weights(**call)
-    # The second result wants all weights anyway: the values are one product away.
+    # All weights are computed anyway, so the dense backend costs only one product more.
     output = attention(**call, value=layout(value), backend="dense")
     output = jnp.moveaxis(output, 2, 1).reshape(*lead, T, -1)
     return output, weights.reshape(*lead, T, S)
 
 
-@answers()
+@with_remedies()
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
@@ -101,14 +101,14 @@ def dot_product_attention(
 ) -> Any:
     """The twin of `jax.nn.dot_product_attention`: same signature, so that an import swap is enough.
 
-    Args and results are those of `jax.nn.dot_product_attention`. Wherever a query sees a key the
-    results are the same; this table says where they are not:
+    Arguments and results are those of `jax.nn.dot_product_attention`. If every query sees a key,
+    the results are the same. They differ here:
 
     | | `jax.nn` | here |
     |---|---|---|
-    | a query that sees no key | the mean of all values, or of all visible heads' | output 0, \
-LSE -inf, gradient 0 |
-    | NaN or inf in keys and values that nobody sees | NaN everywhere | not felt |
+    | an empty row | the mean of all values, or of all visible heads' | output 0, LSE -inf, \
+gradient 0 |
+    | NaN or inf in masked keys and values | NaN everywhere | changes nothing |
     | float64 | softmax in float32 | softmax in float64 |
     | gradient of the residual | stopped | flows |
     | float32 products on GPU and TPU | the platform's default precision | true float32 |
@@ -150,11 +150,11 @@ definition |
             parts.append(padding(lengths=jnp.maximum(counts, 0)))
     score = None
     if bias is not None:
-        # Not scores.bias(): here -inf in a bias is common, and the definition takes it.
+        # Not scores.bias(), which refuses -inf: here -inf is common, and the definition takes it.
         array = _at_least_4d(jnp.asarray(bias))
         array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
-        score = scores.Scored(scores.add_array, (array,))
-    out = attention(
+        score = scores.Bias(array)
+    found = attention(
         query,
         key,
         value,
@@ -164,10 +164,10 @@ definition |
         backend="auto" if implementation in (None, "xla") else implementation,
         return_lse=return_residual,
     )
-    if return_residual:
-        out, lse = out
+    if isinstance(found, tuple):
+        out, lse = found
         return out.reshape(*shape[:-1], -1), lse.astype(key.dtype).reshape(shape[:-1])
-    return out.reshape(*shape[:-1], -1)
+    return found.reshape(*shape[:-1], -1)
 
 
 def _at_least_4d(array: Array) -> Array:

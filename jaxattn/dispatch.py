@@ -21,15 +21,16 @@ from .shapes import Array
 from .tracing.program import Program
 from .tracing.split import Split
 
-# Up to so many logits the dense backend is faster. On 2 CPU cores its times cross those of the
-# tiled one between 0.5 and 1.2 million, forward and backward, for masks of every density: 4 MB of
-# float32, about where logits leave the caches. On accelerators 256 MB of logits is a bound on
-# memory, not a measured crossing: kernels may well be ahead before.
+# With at most this many logits the dense backend is faster. On 2 CPU cores its times cross those of
+# the tiled backend between 0.5 and 1.2 million logits, forward and backward, for masks of every
+# density. That is 4 MB of float32, about where logits leave the caches. On accelerators, 256 MB of
+# logits is a bound on memory, not a measured crossing: kernels may be faster below it.
 _SMALL = 2**20
 _SMALL_ACCELERATED = 2**26
-# Few queries of many keys: from 0.25 to 0.5 million numbers on the tiled backend was ahead in
-# float32, for 1 to 64 queries, of a definition that copied all keys and values; in 16 bits it was
-# not. The definition reads them as they lie now, and the two have not been compared since.
+# Few queries of many keys: above 0.25 to 0.5 million numbers in keys and values, the tiled backend
+# was faster in float32, for 1 to 64 queries, than a definition that copied all keys and values; in
+# 16 bits it was not. The definition now reads them in place, and the two have not been compared
+# since.
 _SMALL_CACHE = 2**19
 
 BACKENDS: dict[str, Backend] = {
@@ -42,21 +43,25 @@ BACKENDS: dict[str, Backend] = {
 }
 # Those that only an accelerator has.
 ACCELERATED = ("cudnn", "triton", "mosaic")
-# Of these "auto" takes the first that can. Mosaic's kernels have been interpreted and compiled, and
-# never timed on a GPU: until they are, Triton's older ones come before them.
+# "auto" takes the first of these that can compute a call. Mosaic's kernels have been interpreted
+# and compiled, but never timed on a GPU. Until they are, "auto" takes Triton's, which are older.
 _AUTOMATIC = ("cudnn", "triton")
 _UNTIMED = "not yet timed on a GPU: 'auto' takes triton until it is"
-# Names of before, and what is run for them.
+# Old names of backends, and the backends that run for them.
 _RENAMED = {"pallas_gpu": "triton"}
 
 
 def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tuple[Array, ...]:
-    """The output of a checked call, and the LSE if it is asked for.
+    """Chooses a backend for a checked call, prepares the call for it, and runs it.
 
     Args:
       call: what to compute.
-      backend: "auto", or the name of one.
-      with_lse: False leaves out the LSE, so that `jax_debug_infs` does not stop for its -inf.
+      backend: the name of a backend, or "auto".
+      with_lse: whether the LSE is returned too. Without it, `jax_debug_infs` does not stop at the
+        LSE's -inf.
+
+    Returns:
+      The output `[B, T, N, Hv]`, and with `with_lse` the LSE `[B, T, N]`.
 
     Raises:
       ValueError: as `choose`.
@@ -73,7 +78,7 @@ def weights_of(call: Call) -> Array:
 
 
 def _traced(part: Split[Any] | None) -> Iterator[Program]:
-    """The functions of users in a mask or score."""
+    """The user's functions in a mask or score."""
     return iter(()) if part is None else _programs(part.given)
 
 
@@ -88,11 +93,12 @@ def _programs(part: Any) -> Iterator[Program]:
                 yield from _programs(each)
 
 
-# JAX keeps what it compiled as long as the function that it was compiled for. The library's own
-# masks are few; functions of users may come new with every call, a few MB each.
+# JAX keeps a compiled program as long as the function that it was compiled for. The library's own
+# masks are few. A user's function may be new in every call, and its program takes a few MB; so the
+# least recently used ones are dropped with their functions.
 @lru_cache(maxsize=64)
 def _compiled(programs: tuple[Program, ...]) -> Callable[..., tuple[Array, ...]]:
-    """What computes calls whose masks and scores have these functions of users."""
+    """The function that computes calls whose masks and scores hold these functions of users."""
 
     def attention(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
         return _attend(call, backend, with_lse)
@@ -120,7 +126,7 @@ def _is_empty(call: Call) -> bool:
 
 
 def _learnable(call: Call) -> Call:
-    """The call as derivatives see it: parameters of scores in float32, none in the dropout rate."""
+    """The call as it is differentiated: without a gradient for the dropout rate."""
     dropout = call.dropout
     if dropout is not None:
         rate, query = jax.lax.stop_gradient((dropout.rate, call.query))
@@ -130,7 +136,7 @@ def _learnable(call: Call) -> Call:
 
 @custom_vmap
 def _own_seed(query: Array, seed: Array) -> Array:
-    """The seed, unless `vmap` is about to use one for many queries."""
+    """The seed; under `vmap`, an error if many queries would share one."""
     return seed
 
 
@@ -160,8 +166,8 @@ def _weights(call: Call) -> Array:
 
 
 def _share(lse: Array, sinks: Array) -> Array:
-    """What sinks leave to the keys: `sigmoid(lse - sinks)`, `[B, T, N, 1]`."""
-    # The output of a row that sees nothing is 0 already; -inf would make its gradient NaN.
+    """The share of the weight that sinks leave: `sigmoid(lse - sinks)`, `[B, T, N, 1]`."""
+    # The output of an empty row is 0 already; -inf would make its gradient NaN.
     finite = jnp.where(lse == -jnp.inf, 0, lse)
     return jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])[..., None]
 
@@ -170,7 +176,7 @@ def check_backend(name: str, given: Any) -> str:
     """The backend that an argument names, or "auto".
 
     Raises:
-      ValueError: for another name, with what is meant by it, if that is known.
+      ValueError: for an unknown name; the message has the equivalent of another library's name.
     """
     names = ["auto", *BACKENDS]
     if isinstance(given, str) and given in names:
@@ -189,7 +195,7 @@ def check_backend(name: str, given: Any) -> str:
 
 
 class Choice(NamedTuple):
-    """A backend, why it was chosen, and why the others were not."""
+    """The backend that runs, the reason, and the reasons against the others."""
 
     backend: str
     reason: str
@@ -197,9 +203,10 @@ class Choice(NamedTuple):
 
 
 def choose(call: Call, backend: str) -> Choice:
-    """The backend that runs: the one asked for, or the fastest that can.
+    """The backend that runs: the one that is named, or with "auto" the fastest that can.
 
-    Chosen by structure, shapes, dtypes and platform alone, never by a traced value.
+    The choice depends on structure, shapes, dtypes, platform and known values, never on the value
+    of a tracer.
 
     Raises:
       ValueError: for an unknown name, and for a backend that refuses, with its reason.
@@ -208,7 +215,7 @@ def choose(call: Call, backend: str) -> Choice:
     if _is_empty(call):
         name = "dense" if backend == "auto" else backend
         others = {each: "there are no pairs to compute" for each in BACKENDS if each != name}
-        return Choice(name, "there are no pairs to compute: nothing runs", others)
+        return Choice(name, "there are no pairs to compute, so nothing runs", others)
     if backend != "auto":
         reason = BACKENDS[backend].refuse(call)
         if reason is not None:
@@ -231,18 +238,18 @@ def choose(call: Call, backend: str) -> Choice:
     if base.symbolic(logits):
         return Choice(
             "tiled",
-            "the batch is symbolic, and in O(T + S) memory any size will do",
+            "the size of the batch is symbolic, and O(T + S) memory is enough for any size",
             {"dense": "O(T * S) memory for each row of the batch", **others},
         )
     wide = call.query.dtype.itemsize >= 4
     if logits <= most and platform == "cpu" and wide and held > _SMALL_CACHE:
         return Choice(
             "tiled",
-            f"{logits} logits are few, but keys and values are many ({held} numbers)",
+            f"there are few logits ({logits}), but many keys and values ({held} numbers)",
             {"dense": f"slower above {_SMALL_CACHE} numbers in keys and values on cpu", **others},
         )
     if logits <= most:
-        why = f"{logits} logits are few: up to {most} dense is faster on {platform}"
+        why = f"there are few logits ({logits}): dense is faster up to {most} on {platform}"
         return Choice("dense", why, {"tiled": "slower for so few logits", **others})
     others["dense"] = f"O(T * S) memory, and slower above {most} logits on {platform}"
     for name in _AUTOMATIC:

@@ -21,7 +21,7 @@ from .tiles import intervals
 from .tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
 from .tracing.split import split
 
-# Up to so many pairs every one is looked at for queries that see nothing; beyond, tiles are.
+# With at most this many pairs, all are searched for empty rows; with more, only tiles are.
 _LOOKED_AT = 2**22
 
 
@@ -34,19 +34,21 @@ class Explanation:
 
     Attributes:
       backend: the backend that runs.
-      reason: why this one.
-      others: why not the others, by name.
-      mask, score: as they print; "none" without.
-      tiles: the tile map of the mask; `None` where its leaves are traced.
-      empty, partial, full: tiles by state, over all batch rows and heads; `None` if traced.
-      density: the share of query-key pairs that lie in tiles that have to be computed.
-      flops: of the forward pass, in those tiles; multiplications and additions, 2 a pair.
-      dense_flops: of the forward pass over all pairs.
-      bytes: of what the chosen backend holds beside inputs and output in the forward pass.
-      dense_bytes: the same for the dense backend: logits and weights. These three are `None` where
+      reason: why this backend was chosen.
+      others: why the others were not, by name.
+      mask, score: their reprs; "none" without.
+      tiles: the tile map of the mask; `None` if its leaves are traced.
+      empty, partial, full: numbers of tiles by state, over all batch rows and heads; `None` if
+        they are traced.
+      density: the share of pairs in tiles that have to be computed.
+      flops: floating-point operations of the forward pass in those tiles: 2 for each pair and
+        feature of a product.
+      dense_flops: the same over all pairs.
+      bytes: memory that the chosen backend needs beside inputs and output in the forward pass.
+      dense_bytes: the same for the dense backend: logits and weights. These three are `None` if
         sizes are symbolic, as in `jax.export`.
-      notes: what is worth knowing: queries that see nothing and keys that nobody sees, operations
-        that make tiles PARTIAL for want of a rule, and what is gathered on the tile.
+      notes: queries that see no key, keys that no query sees, operations without a rule, which make
+        tiles PARTIAL, and limits of the backend.
     """
 
     backend: str
@@ -70,9 +72,9 @@ class Explanation:
         lines += [f"     not {name}: {why}" for name, why in self.others.items()]
         lines += [f"mask:    {self.mask}", f"score:   {self.score}"]
         if self.bytes is None or self.dense_bytes is None or self.dense_flops is None:
-            return "\n".join([*lines, "sizes:   symbolic; tiles, FLOPs and memory depend on them"])
+            return "\n".join([*lines, "sizes:   symbolic, so tiles, FLOPs and memory are unknown"])
         if self.density is None or self.flops is None:
-            lines.append("tiles:   known when the mask's arrays are (they are traced here)")
+            lines.append("tiles:   unknown: the mask's arrays are traced here")
         else:
             lines += [
                 f"tiles:   {self.full} full, {self.partial} partial, {self.empty} empty: "
@@ -93,14 +95,14 @@ def explain(
     """What `attention` would do with the same arguments, without doing it.
 
     Args:
-      query, key, value, backend, **options: those of `attention`; arrays may be
-        `jax.ShapeDtypeStruct`s, or traced: inside `jit` tiles are said where the mask is known.
+      query, key, value, backend, **options: those of `attention`. Arrays may be
+        `jax.ShapeDtypeStruct`s, or traced: inside `jit`, tiles are counted if the mask is known.
 
     Returns:
-      An `Explanation`, to be printed or read by field.
+      An `Explanation`, to print or to read by field.
 
     Raises:
-      What `attention` raises.
+      TypeError, ValueError: as `attention`.
 
     Example:
       >>> import jax, jaxattn as ja
@@ -116,9 +118,9 @@ def explain(
     choice = choose(call, backend)
     B, T, S, N, _, H, Hv = call.sizes
     if call.mask is None:
-        # Planned out here: in there a constant of a mask would be an array like any other.
+        # Split outside the next block, inside which its constants would become arrays.
         split(masks.full(), call.positions)
-    # Masks of known values are looked at here and now, under `jit` as well.
+    # A mask of known values is evaluated now, under `jit` too.
     with jax.ensure_compile_time_eval():
         tiles, blind = _looked_at(call, options.get("mask"), options.get("positions"))
     pairs = B * N * T * S
@@ -163,7 +165,7 @@ def _layout(call: Call, options: dict[str, Any]) -> tuple[str, ...]:
 def _looked_at(
     call: Call, given: Any, positions: Positions | None
 ) -> tuple[TileMap | None, tuple[str, ...]]:
-    """The tile map of a call, and what its mask is blind to, where that is known."""
+    """The tile map of a call, and notes on queries and keys that see or are seen by none."""
     B, T, S, N, K, H, _ = call.sizes
     unknown = symbolic(B, T, S) or _traced((call.mask, call.tiles, positions))
     if unknown or jax.sharding.get_abstract_mesh().manual_axes:
@@ -182,18 +184,18 @@ def _traced(tree: Any) -> bool:
 
 
 def _blind(call: Call, tiles: TileMap, at: Positions) -> tuple[str, ...]:
-    """Queries that see nothing, and keys that nobody sees."""
+    """Notes on queries that see no key, and on keys that no query sees."""
     B, T, S, N, *_ = call.sizes
     states = np.asarray(tiles.states)
     if B * N * T * S <= _LOOKED_AT:
         seen, least = np.asarray(tiles.mask.dense(T, S, B, N, at)), ""
     else:
-        # Empty tiles are certain; a mixed one may hold more.
+        # An EMPTY tile is certain; a PARTIAL one may contain more.
         seen, least = states != EMPTY, "at least "
     notes = []
     for axis, name, said, extent in (
-        (3, "queries", "see nothing: their output is 0", (T, tiles.tile[0])),
-        (2, "keys", "are seen by nobody", (S, tiles.tile[1])),
+        (3, "queries", "see no key: their output is 0", (T, tiles.tile[0])),
+        (2, "keys", "are seen by no query", (S, tiles.tile[1])),
     ):
         blind = ~seen.any(axis)
         if not blind.any():
@@ -219,9 +221,9 @@ def _notes(call: Call) -> tuple[str, ...]:
         loose = intervals.unruled(call.mask)
         if loose:
             notes.append(
-                f"the mask computes {', '.join(loose)} from queries and keys together, for which "
-                "there are no bounds: tiles that need it are PARTIAL; tile_map(..., exact=True) "
-                "looks at every pair"
+                f"the mask computes {', '.join(loose)} from queries and keys together, and there "
+                "are no bounds for that: tiles that depend on it are PARTIAL; "
+                "tile_map(..., exact=True) evaluates every pair"
             )
         notes += [f"mask: {reason}" for reason in call.mask.reasons]
     if call.score is not None:
@@ -230,7 +232,7 @@ def _notes(call: Call) -> tuple[str, ...]:
 
 
 def _devices(call: Call) -> tuple[str, ...]:
-    """What is said of heads that more devices share than there are key heads."""
+    """A note for query heads that are split over more devices than there are key heads."""
     sharding = getattr(call.query, "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return ()
@@ -241,7 +243,7 @@ def _devices(call: Call) -> tuple[str, ...]:
         return ()
     return (
         f"query heads are split over {parts} devices, and there are {call.sizes.K} key heads: each "
-        "device is given all keys and values, and uses those of its query heads",
+        "device receives all keys and values, and uses those of its query heads",
     )
 
 

@@ -55,7 +55,19 @@ def registered(cls: type[C]) -> type[C]:
         return thing
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    _registered.add(cls)
     return cls
+
+
+_registered: set[type] = set()
+
+
+def is_registered(cls: type) -> bool:
+    """Whether `registered` made it a pytree: then its type and its fields are all there is to it.
+
+    A class of a user's may hold anything, and is compared by what it computes.
+    """
+    return cls in _registered
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:

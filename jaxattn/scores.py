@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -18,9 +19,9 @@ import numpy as np
 
 from .checks.foreign_names import unknown_attribute
 from .checks.integers import check_exact, concrete
-from .checks.user_functions import explained, named, ours, uncalled
+from .checks.user_functions import explained, named, uncalled
 from .masks.conventions import removes
-from .masks.mask import Mask, Scalar, attributes, leaf_repr, repr_as
+from .masks.mask import Mask, Scalar, attributes, call_repr, leaf_repr
 from .pytrees import ByStructure, pytree, static
 from .shapes import Array, ArrayLike, Float
 
@@ -68,9 +69,25 @@ class Score(ByStructure):
         return attributes(self)
 
 
+class BuiltInScore(Score):
+    """A score of the library: a pytree whose fields are its arguments, and one line of maths."""
+
+    def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        """The logit that takes the place of `logit`."""
+        raise NotImplementedError
+
+    def __call__(
+        self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
+    ) -> Float[Array, ""]:
+        return _one_float(self.formula(logit, b, h, q, k), repr(self)).astype(logit.dtype)
+
+    def __repr__(self) -> str:
+        return call_repr(self)
+
+
 @pytree
 class Scored(Score):
-    """A score from a function `fn(logit, b, h, q, k, *params)` and its parameters."""
+    """A score from a user's function `fn(logit, b, h, q, k, *params)` and its parameters."""
 
     fn: Callable[..., Any] = static()
     params: tuple[Any, ...] = ()
@@ -86,17 +103,7 @@ class Scored(Score):
             if clearer is None:
                 raise
             raise clearer from error
-        try:
-            answer = jnp.asarray(result)
-        except (TypeError, ValueError):
-            answer = None
-        if answer is None or answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
-            got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
-            raise TypeError(
-                f"{named(repr(self), self.fn)}: for one logit it returned {got}, expected a single "
-                "float; a condition belongs in jaxattn.masks"
-            )
-        return answer.astype(logit.dtype)
+        return _one_float(result, named(repr(self), self.fn)).astype(logit.dtype)
 
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
@@ -104,13 +111,26 @@ class Scored(Score):
         if isinstance(self.fn, Score):
             return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        leaves = list(map(leaf_repr, jax.tree.leaves(self.params)))
-        if (form := getattr(self.fn, "repr_as", None)) is not None:
-            return str(form(*leaves))
-        inner = ", ".join(leaves)
-        if ours(self.fn):
-            return f"{name.lstrip('_')}({inner})"
-        return f"score({', '.join(filter(None, (name, inner)))})"
+        return f"score({', '.join([name, *map(leaf_repr, jax.tree.leaves(self.params))])})"
+
+
+def _one_float(result: Any, name: str) -> Array:
+    """What a function gave for one logit, if that is a float.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    try:
+        answer = jnp.asarray(result)
+    except (TypeError, ValueError):
+        answer = None
+    if answer is None or answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
+        got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
+        raise TypeError(
+            f"{name}: for one logit it returned {got}, expected a single float; a condition "
+            "belongs in jaxattn.masks"
+        )
+    return answer
 
 
 @pytree
@@ -171,8 +191,13 @@ def _per_head(parameter: Any, h: Any, dtype: Any) -> Any:
     return jnp.asarray(parameter[h] if np.ndim(parameter) else parameter, dtype)
 
 
-def _alibi(logit: Any, b: Any, h: Any, q: Any, k: Any, slopes: Any) -> Any:
-    return logit - _per_head(slopes, h, logit.dtype) * jnp.abs(q - k).astype(logit.dtype)
+@pytree
+class Alibi(BuiltInScore):
+    slopes: Any
+
+    def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        distance = jnp.abs(q - k).astype(logit.dtype)
+        return logit - _per_head(self.slopes, h, logit.dtype) * distance
 
 
 def alibi(slopes: Float[ArrayLike, "*N"] | float) -> Score:
@@ -183,7 +208,7 @@ def alibi(slopes: Float[ArrayLike, "*N"] | float) -> Score:
 
     Source: ALiBi, arXiv 2108.12409.
     """
-    return Scored(_alibi, (_parameter(slopes, "alibi(slopes)", {0: "[]", 1: "[N]"}),))
+    return Alibi(_parameter(slopes, "alibi(slopes)", {0: "[]", 1: "[N]"}))
 
 
 def alibi_slopes(heads: int) -> Float[Array, "heads"]:
@@ -202,9 +227,13 @@ def alibi_slopes(heads: int) -> Float[Array, "heads"]:
     return jnp.asarray(slopes(below) + slopes(2 * below)[::2][: heads - below], jnp.float32)
 
 
-def _soft_cap(logit: Any, b: Any, h: Any, q: Any, k: Any, cap: Any) -> Any:
-    cap = _per_head(cap, h, logit.dtype)
-    return cap * jnp.tanh(logit / cap)
+@pytree
+class SoftCap(BuiltInScore):
+    cap: Any
+
+    def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        cap = _per_head(self.cap, h, logit.dtype)
+        return cap * jnp.tanh(logit / cap)
 
 
 def soft_cap(cap: Float[ArrayLike, "*N"] | float) -> Score:
@@ -217,7 +246,7 @@ def soft_cap(cap: Float[ArrayLike, "*N"] | float) -> Score:
     """
     parameter = _parameter(cap, "soft_cap(cap)", {0: "[]", 1: "[N]"})
     _positive(parameter, "soft_cap(cap)")
-    return Scored(_soft_cap, (parameter,))
+    return SoftCap(parameter)
 
 
 def _positive(parameter: Any, name: str) -> None:
@@ -226,8 +255,12 @@ def _positive(parameter: Any, name: str) -> None:
         raise ValueError(f"{name}: got {parameter}, expected a number above 0")
 
 
-def _temperature(logit: Any, b: Any, h: Any, q: Any, k: Any, temperature: Any) -> Any:
-    return logit / _per_head(temperature, h, logit.dtype)
+@pytree
+class Temperature(BuiltInScore):
+    temperature: Any
+
+    def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        return logit / _per_head(self.temperature, h, logit.dtype)
 
 
 def temperature(temperature: Float[ArrayLike, "*N"] | float) -> Score:
@@ -238,7 +271,7 @@ def temperature(temperature: Float[ArrayLike, "*N"] | float) -> Score:
     """
     parameter = _parameter(temperature, "temperature(temperature)", {0: "[]", 1: "[N]"})
     _positive(parameter, "temperature(temperature)")
-    return Scored(_temperature, (parameter,))
+    return Temperature(parameter)
 
 
 def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool) -> Any:
@@ -258,18 +291,16 @@ def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool)
     return offset + jnp.where(distance < exact, distance, far)
 
 
-@repr_as(lambda table, most: f"relative_bias({table}, max_distance={most})")
-def _relative_bias_both(
-    logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
-) -> Any:
-    return logit + table[h, _bucket(k - q, table.shape[1], max_distance, True)].astype(logit.dtype)
+@pytree
+class RelativeBias(BuiltInScore):
+    table: Any
+    max_distance: Any = field(kw_only=True)
+    bidirectional: bool = static(default=True, kw_only=True)
 
-
-@repr_as(lambda *given: f"relative_bias({given[0]}, max_distance={given[1]}, bidirectional=False)")
-def _relative_bias_past(
-    logit: Any, b: Any, h: Any, q: Any, k: Any, table: Any, max_distance: Any
-) -> Any:
-    return logit + table[h, _bucket(k - q, table.shape[1], max_distance, False)].astype(logit.dtype)
+    def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        buckets = self.table.shape[1]
+        bucket = _bucket(k - q, buckets, self.max_distance, self.bidirectional)
+        return logit + self.table[h, bucket].astype(logit.dtype)
 
 
 def relative_bias(
@@ -301,18 +332,21 @@ def relative_bias(
             f"relative_bias(max_distance): got {max_distance}, expected more than {exact}, the "
             "distances that have a bucket each"
         )
-    fn = _relative_bias_both if bidirectional else _relative_bias_past
-    return Scored(fn, (array, float(max_distance)))
+    return RelativeBias(array, max_distance=float(max_distance), bidirectional=bool(bidirectional))
 
 
-@repr_as(lambda array: f"bias({array})")
-def add_array(logit: Any, b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
-    """`logit + array[q, k]`, or `logit + array[b, h, q, k]`."""
-    if np.ndim(array) == 2:
-        return logit + array[q, k].astype(logit.dtype)
-    # An extent of 1 says "the same for all": which axes those are is known from the shape.
-    index = (0 if n == 1 else at for n, at in zip(array.shape, (b, h, q, k), strict=True))
-    return logit + array[tuple(index)].astype(logit.dtype)
+@pytree
+class Bias(BuiltInScore):
+    """`logit + array[q, k]`, or `logit + array[b, h, q, k]`; the array may hold -inf."""
+
+    array: Any
+
+    def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        if np.ndim(self.array) == 2:
+            return logit + self.array[q, k].astype(logit.dtype)
+        # An extent of 1 means "the same for all"; the shape says which axes have it.
+        index = (0 if n == 1 else at for n, at in zip(self.array.shape, (b, h, q, k), strict=True))
+        return logit + self.array[tuple(index)].astype(logit.dtype)
 
 
 def bias(array: Float[ArrayLike, "..."]) -> Score:
@@ -339,7 +373,7 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
             "attends to them. masks.from_array(array, 'additive') reads such an array as a mask",
             stacklevel=2,
         )
-    return Scored(add_array, (parameter,))
+    return Bias(parameter)
 
 
 def chain(*parts: Any) -> Score:

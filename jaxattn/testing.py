@@ -1,8 +1,8 @@
-"""Assertions about your own model: what must not be felt is changed, and nothing may happen.
+"""Assertions about your own model: masked inputs are changed, and outputs have to stay the same.
 
 A wrong mask does not crash. The loss falls, often further than it should, and the model is wrong.
-These functions treat a model as a black box: they change inputs that an output may not depend on,
-and compare bits. They need nothing of this library in the model under test.
+These functions treat a model as a black box: they change inputs on which an output must not depend,
+and compare bits. The model under test need not use this library.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def assert_respects_mask(
     nonfinite: bool = True,
     seed: int = 0,
 ) -> None:
-    """Raises where an output of `fn` feels an input that no path of the mask allows.
+    """Raises if an output of `fn` depends on an input that no path of the mask allows.
 
-    An output may feel its own input (residuals, queries), and in each layer what the mask lets it
-    see: with A the mask, outputs feel inputs within `(A | I) ** layers`. Every input outside is
-    changed, one position after the other, to other finite values; every output that may not feel
-    it has to keep its bits, and the gradient of that output to that input has to be exactly 0. At
-    positions that no query sees at all, NaN and inf are tried as well.
+    An output may depend on its own input (residuals, queries), and in each layer on what the mask
+    shows it: with A the mask, outputs depend on inputs within `(A | I) ** layers`. Each input is
+    changed to other finite values, one position after the other. Every output that must not depend
+    on it has to keep its bits, and the gradient of that output with respect to it has to be exactly
+    0. At positions that no query sees, NaN and inf are tried as well.
 
     Args:
       fn: the model, `fn(inputs) -> outputs`, outputs `[B, T, ...]` (or `[T, ...]`). Deterministic:
@@ -47,13 +47,13 @@ def assert_respects_mask(
         Integers (tokens) are changed to other values between their least and greatest, and then
         only values are checked; floats are checked in gradients too. S = 64 takes seconds.
       mask: what the model should respect: a `Mask`, a callable, or a boolean array.
-      layers: how many times information may travel along the mask.
-      heads: query heads over which the mask is evaluated; one head that may see is enough.
-      nonfinite: False leaves out NaN and inf, for models that only promise not to feel numbers.
-      seed: of the random changes.
+      layers: the number of layers, each of which may pass information along the mask.
+      heads: query heads over which the mask is evaluated; a pair that one head sees is allowed.
+      nonfinite: False leaves out NaN and inf, for models whose promise holds for numbers only.
+      seed: the seed of the random changes.
 
     Raises:
-      AssertionError: naming the first leak: "output 3 feels input 7, which no path of the mask
+      AssertionError: for the first leak: "output 3 depends on input 7, which no path of the mask
         allows".
       ValueError: for inputs or outputs whose axes do not fit the mask.
 
@@ -64,7 +64,7 @@ def assert_respects_mask(
       >>> ja.testing.assert_respects_mask(leaky, x, ja.masks.causal())
       Traceback (most recent call last):
       ...
-      AssertionError: output 0 feels input 1, which no path of the mask allows (batch row 0)
+      AssertionError: output 0 depends on input 1, which no path of the mask allows (batch row 0)
     """
     array = jnp.asarray(inputs)
     run = jax.jit(fn)
@@ -84,19 +84,19 @@ def assert_respects_mask(
         unseen = ~sees.any(1)
         for poison in (np.nan, np.inf):
             check.poisoned_values(unseen, poison)
-            # A position that looks at others passes its NaN back to them, as it should.
+            # The gradient of a position that sees others carries its NaN to them, as it should.
             check.poisoned_gradients(unseen & ~sees.any(2), poison)
 
 
 def _axes(inputs: Array, outputs: Any, mask: Any) -> tuple[int | None, int, int]:
-    """The batch (`None` without one), and the lengths of inputs and outputs."""
+    """The size of the batch (`None` without one), and the lengths of inputs and outputs."""
     if not hasattr(outputs, "shape"):
         raise ValueError(
             f"fn: returned {type(outputs).__name__}, expected one array [B, T, ...] or [T, ...]; "
             "wrap it to return the output to check"
         )
-    # Where the second axis is there and the batch agrees, the first is a batch; a mask of its own
-    # batch settles nothing, so a single sequence of features is given as [1, S, ...].
+    # Inputs with enough axes have a batch, so a single sequence of features is given as
+    # [1, S, ...].
     tokens = jnp.issubdtype(inputs.dtype, jnp.integer)
     batched = inputs.ndim >= (2 if tokens else 3)
     axis = 1 if batched else 0
@@ -109,7 +109,7 @@ def _axes(inputs: Array, outputs: Any, mask: Any) -> tuple[int | None, int, int]
 
 
 def _reach(sees: np.ndarray, layers: int) -> np.ndarray:
-    """Which inputs an output may feel, `[B, T, S]`: paths of up to `layers` steps, and itself."""
+    """On which inputs an output may depend, `[B, T, S]`: paths of at most `layers` steps."""
     if layers < 1:
         raise ValueError(f"layers: got {layers}, expected at least 1")
     _, T, S = sees.shape
@@ -125,7 +125,7 @@ def _reach(sees: np.ndarray, layers: int) -> np.ndarray:
 
 
 class _Check:
-    """One model, its inputs, and what its outputs may feel."""
+    """One model, its inputs, and on which of them its outputs may depend."""
 
     def __init__(
         self,
@@ -141,13 +141,13 @@ class _Check:
         self._pull = jax.jit(lambda x, cotangent: jax.vjp(run, x)[1](cotangent)[0])
 
     def _rows(self, array: Any) -> np.ndarray:
-        """[B, T, everything else] of an output or an input, whether it has a batch or not."""
+        """An output or an input as `[B, T, everything else]`, with or without a batch."""
         values = np.asarray(array)
         values = values if self.batched else values[None]
         return values.reshape(*values.shape[:2], -1)
 
     def _replaced(self, at: Any) -> Array:
-        """The inputs with other values at an index."""
+        """The inputs, with other values at an index."""
         old = np.asarray(self.inputs[at])
         new: Any
         if np.issubdtype(old.dtype, np.integer):
@@ -161,17 +161,17 @@ class _Check:
         return self.inputs.at[at].set(jnp.asarray(new.astype(old.dtype)))
 
     def values(self, k: int) -> None:
-        """Outputs that may not feel input k keep their bits when it changes."""
+        """Outputs that must not depend on input k keep their bits when it changes."""
         dirty = self._rows(self.run(self._replaced((slice(None), k) if self.batched else (k,))))
         self._expect(~_same(dirty, self.clean) & ~self.reach[:, :, k], f"input {k}")
 
     def poisoned_values(self, where: np.ndarray, poison: float) -> None:
-        """Where no query looks may be anything: no other output changes a bit."""
+        """Inputs that no query sees may hold anything: no other output changes a bit."""
         dirty = self._rows(self.run(self._poisoned(where, poison)))
         self._expect(~_same(dirty, self.clean) & ~where, f"unseen inputs that are {poison}")
 
     def poisoned_gradients(self, where: np.ndarray, poison: float) -> None:
-        """Where no query looks, and which looks at nothing: no other gradient changes a bit."""
+        """Inputs that neither see nor are seen may hold anything: no other gradient changes."""
         noise = self._noise()
         cotangent = jnp.where(self._over(where, noise.ndim), 0, noise)
         clean, dirty = (
@@ -179,7 +179,7 @@ class _Check:
             for inputs in (self.inputs, self._poisoned(where, poison))
         )
         what = f"unseen inputs that are {poison}"
-        self._expect(~_same(clean, dirty) & ~where, what, "the gradient to input")
+        self._expect(~_same(clean, dirty) & ~where, what, "the gradient of input")
 
     def _over(self, where: np.ndarray, rank: int) -> np.ndarray:
         rows = where if self.batched else where[0]
@@ -189,11 +189,12 @@ class _Check:
         value = jnp.asarray(poison, self.inputs.dtype)
         return jnp.where(self._over(where, self.inputs.ndim), value, self.inputs)
 
-    def _expect(self, leaks: np.ndarray, what: str, feeler: str = "output") -> None:
+    def _expect(self, leaks: np.ndarray, what: str, dependent: str = "output") -> None:
         if leaks.any():
             b, q = np.argwhere(leaks)[0]
             raise AssertionError(
-                f"{feeler} {q} feels {what}, which no path of the mask allows (batch row {b})"
+                f"{dependent} {q} depends on {what}, which no path of the mask allows (batch "
+                f"row {b})"
             )
 
     def _noise(self) -> Array:
@@ -201,25 +202,25 @@ class _Check:
         return jnp.asarray(self.rng.standard_normal(out.shape), out.dtype)
 
     def rows(self) -> None:
-        """A batch row does not feel another."""
+        """A batch row does not depend on another."""
         for b in range(len(self.clean)):
             dirty = self._rows(self.run(self._replaced((b,))))
             leaks: Any = ~_same(dirty, self.clean).all(1)
             leaks[b] = False
             if leaks.any():
                 other = np.flatnonzero(leaks)[0]
-                raise AssertionError(f"batch row {other} of the output feels batch row {b}")
+                raise AssertionError(f"batch row {other} of the output depends on batch row {b}")
 
     def gradients(self) -> None:
-        """The gradient of output q to inputs that it may not feel is exactly 0."""
+        """The gradient of output q with respect to inputs outside its paths is exactly 0."""
         noise = self._noise()
         axis = 1 if self.batched else 0
         for q in range(noise.shape[axis]):
             one = (jnp.arange(noise.shape[axis]) == q).reshape(
                 [-1 if i == axis else 1 for i in range(noise.ndim)]
             )
-            felt = (self._rows(self._pull(self.inputs, jnp.where(one, noise, 0))) != 0).any(-1)
-            leaks = felt & ~self.reach[:, q]
+            reached = (self._rows(self._pull(self.inputs, jnp.where(one, noise, 0))) != 0).any(-1)
+            leaks = reached & ~self.reach[:, q]
             if leaks.any():
                 b, k = np.argwhere(leaks)[0]
                 raise AssertionError(
@@ -229,7 +230,7 @@ class _Check:
 
 
 def _same(left: np.ndarray, right: np.ndarray) -> Any:
-    """Which positions `[B, T]` of two `[B, T, values]` hold the same, NaN counted as one value."""
+    """Which positions `[B, T]` of two `[B, T, values]` are equal; NaN equals NaN."""
     return ((left == right) | (np.isnan(left) & np.isnan(right))).all(-1)
 
 
@@ -243,26 +244,26 @@ def assert_padding_invariant(
     atol: float = 1e-5,
     seed: int = 0,
 ) -> None:
-    """Raises where real outputs depend on what padding holds, or on how much of it there is.
+    """Raises if real outputs depend on the contents of padding, or on its length.
 
     Args:
       fn: the model, `fn(inputs, lengths) -> outputs`, outputs `[B, S, ...]`, of which the first
         `lengths[b]` positions are compared, or `[B, ...]` (a pooled result), compared whole.
-      inputs: `[B, S, ...]`, padded on the right; at least one row with padding.
-      lengths: real positions in each row, `[B]`.
-      extra: positions of padding added for the second comparison.
-      rtol, atol: for that comparison; the first is of bits.
-      seed: of what the padding is filled with.
+      inputs: `[B, S, ...]`, padded on the right; at least one row has padding.
+      lengths: the number of real positions in each row, `[B]`.
+      extra: the number of positions of padding added for the second comparison.
+      rtol, atol: tolerances of the second comparison; the first compares bits.
+      seed: the seed of the values that fill the padding.
 
     Raises:
-      AssertionError: naming the row and the position.
+      AssertionError: for the first difference, with its row and position.
     """
     array, sizes = jnp.asarray(inputs), np.asarray(lengths)
     B, S = array.shape[:2]
     if sizes.shape != (B,) or not (sizes < S).any() or (sizes > S).any() or (sizes < 0).any():
         raise ValueError(
-            f"lengths: got {sizes.tolist()}, expected [B] = [{B}] lengths from 0 to S = {S}, one "
-            "of them below: without padding nothing is tested"
+            f"lengths: got {sizes.tolist()}, expected [B] = [{B}] lengths from 0 to S = {S}, at "
+            "least one of them below S: without padding nothing is tested"
         )
     rng = np.random.default_rng(seed)
     real = np.arange(S) < sizes[:, None]
@@ -286,12 +287,14 @@ def assert_padding_invariant(
         if leaks.any():
             b, q = np.argwhere(leaks)[0]
             where = f"output {q} of batch row {b}" if positional else f"the output of batch row {b}"
-            raise AssertionError(f"{where} feels {what} (the row has {sizes[b]} real positions)")
+            raise AssertionError(
+                f"{where} depends on {what} (the row has {sizes[b]} real positions)"
+            )
 
     where = real.reshape(B, S, *(1,) * (array.ndim - 2))
-    compare(run(jnp.where(where, array, fill(array.shape)), sizes), "what padding holds", True)
+    compare(run(jnp.where(where, array, fill(array.shape)), sizes), "the contents of padding", True)
     tail = fill((B, extra, *array.shape[2:]))
-    compare(run(jnp.concatenate([array, tail], 1), sizes), "how much padding there is", False)
+    compare(run(jnp.concatenate([array, tail], 1), sizes), "the length of padding", False)
 
 
 def assert_packing_invariant(
@@ -301,17 +304,17 @@ def assert_packing_invariant(
     rtol: float = 1e-4,
     atol: float = 1e-5,
 ) -> None:
-    """Raises where packed documents come out different from the same documents alone.
+    """Raises if the outputs of packed documents differ from those of the same documents alone.
 
     Args:
       fn: the model, `fn(inputs, segment_ids, positions) -> outputs`, inputs and outputs
         `[1, S, ...]`, ids and positions int32 `[1, S]`: the number of each document, and positions
         that begin at 0 in each.
       documents: at least two, each `[S, ...]`.
-      rtol, atol: of the comparison.
+      rtol, atol: tolerances of the comparison.
 
     Raises:
-      AssertionError: naming the document and the position.
+      AssertionError: for the first difference, with its document and position.
     """
     parts = [np.asarray(document) for document in documents]
     if len(parts) < 2:
@@ -332,7 +335,7 @@ def assert_packing_invariant(
         if not same.all():
             at = int(np.argmin(same))
             raise AssertionError(
-                f"output {at} of document {number} feels the documents packed with it: it differs "
-                f"from the document alone by {np.abs(together[at] - alone[at]).max():.3g}"
+                f"output {at} of document {number} depends on the documents packed with it: it "
+                f"differs from the document alone by {np.abs(together[at] - alone[at]).max():.3g}"
             )
         start += len(part)

@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 
 from jaxattn import masks
-from jaxattn.masks import constructors
 from jaxattn.masks.mask import Mask, as_mask
 from jaxattn.masks.positions import Positions
 
@@ -103,6 +102,16 @@ def users() -> dict[str, Callable[..., Any]]:
     }
 
 
+def neighbours(b: Any, h: Any, q: Any, k: Any, shape: Any, radius: Any) -> Any:
+    """`masks.neighborhood` for any T and S."""
+    near, stride = True, 1
+    for extent, reach in zip(reversed(shape), reversed(radius), strict=True):
+        at, seen = q // stride % extent, k // stride % extent
+        near &= jnp.abs(jnp.clip(at, reach, extent - 1 - reach) - seen) <= reach
+        stride = stride * extent
+    return near
+
+
 def library() -> dict[str, Mask]:
     """Masks of the library, alone and composed."""
     ids = (jnp.asarray(IDS_Q), jnp.asarray(IDS_K))
@@ -129,7 +138,7 @@ def library() -> dict[str, Mask]:
         "dilated & causal": masks.dilated(3) & causal,
         "dilated & window": masks.dilated(7) & masks.sliding_window(20, 20),
         # Not by its constructor: T and S are not those of a grid.
-        "neighborhood": masks.predicate(constructors._neighborhood, (7, 8), (1, 1)),
+        "neighborhood": masks.predicate(neighbours, (7, 8), (1, 1)),
         "global tokens": masks.global_tokens(3) | window,
         "global tokens & causal": (masks.global_tokens(counts=jnp.array([2, 0])) | window) & causal,
         "blocks": masks.block_sparse(jnp.asarray(TABLE), 5),

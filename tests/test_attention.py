@@ -22,7 +22,7 @@ from cases import HERE, MASKS, SCORES, SQUARE, attend, cells, close, grid, kept,
 import jaxattn as ja
 from jaxattn import masks, scores
 from jaxattn.backends import base
-from jaxattn.backends.tiled import steps
+from jaxattn.backends.tiled import schedule
 
 # Tracing every line of the package here would cost a minute, and the other tests reach them too.
 pytestmark = pytest.mark.no_cover
@@ -35,8 +35,8 @@ def many_tiles(monkeypatch: Any) -> None:
     def tile_size(T: int, S: int, heads: int) -> tuple[int, int]:
         return (16, 16) if max(T, S) <= 128 else usual(T, S, heads)
 
-    usual = steps.tile_size
-    monkeypatch.setattr(steps, "tile_size", tile_size)
+    usual = schedule.tile_size
+    monkeypatch.setattr(schedule, "tile_size", tile_size)
 
 
 @pytest.fixture(params=HERE)
@@ -538,7 +538,7 @@ def test_attention_weights() -> None:
     )
     weights = functools.partial(
         ja.attention_weights, query, key, mask=case.mask, scale=0.5,
-        score=scores.alibi(jnp.asarray(slopes.params[0], jnp.float32)),
+        score=scores.alibi(jnp.asarray(slopes.slopes, jnp.float32)),
         positions=ja.Positions(q=jnp.asarray(at["q"])),
     )  # fmt: skip
     got = weights()

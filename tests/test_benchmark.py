@@ -98,7 +98,7 @@ def test_who_hangs_too_often_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
     script.write_text(HANGS.format(path=str(EXPERIMENTS)))
     crew = benchmark_gpu.Crew(GpuConfig(device="cpu"), tmp_path)
     monkeypatch.setattr(crew, "_start", lambda name: Contestant(name, script, log=crew._log(name)))
-    assert "it said: out of registers" in crew.ask("one", die=True)["error"]
+    assert "its last line: out of registers" in crew.ask("one", die=True)["error"]
     for _ in range(benchmark_gpu.STRIKES - 1):
         assert "killed" in crew.ask("one", 0.2, hang=True)["error"]
     assert "left out" in crew.ask("one", 5, a=1)["error"]

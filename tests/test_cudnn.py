@@ -337,6 +337,32 @@ def test_what_nobody_sees_is_not_felt(name: str, kernel_here: None) -> None:
         assert not np.asarray(grad, np.float32)[where].any()
 
 
+def flax_module(query: Any, key: Any, value: Any) -> Any:
+    """`attention_fn` as Flax's modules call it."""
+    attend = ja.nn.attention_fn(mask=masks.causal(), backend="cudnn")
+    return attend(query, key, value, dropout_rate=0.0, deterministic=True)
+
+
+DOORS = {
+    "attention": lambda *x: ja.attention(*x, mask=masks.causal(), backend="cudnn"),
+    "Flax's modules": flax_module,
+    "the twin of jax.nn": lambda *x: ja.dot_product_attention(
+        *x, is_causal=True, implementation="cudnn"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_door_prepares_the_call(name: str, compiled: bool, kernel_here: None) -> None:
+    """The scale that a kernel is compiled for is known at each of them, under `jit` too."""
+    arrays = qkv(1, 32, 32, 4, 4, 8, dtype=HALF)
+    run = jax.jit(DOORS[name]) if compiled else DOORS[name]
+    gold = attend(*arrays, np.tril(np.ones((1, 1, 32, 32), bool)), dtype=np.float64)
+    plain = attend(*arrays, np.tril(np.ones((1, 1, 32, 32), bool)), dtype=np.float32)
+    close(run(*arrays), gold.out, plain.out, HALF, "out")
+
+
 def test_an_lse_that_is_not_used_costs_nothing(kernel_here: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(cudnn, "_of_lse", lambda *_: pytest.fail("no LSE is differentiated"))
     x = qkv(1, 32, 32, 2, 2, 8, dtype=HALF)

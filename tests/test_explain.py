@@ -52,15 +52,15 @@ def test_queries_and_keys_left_out_are_named(exact: bool, monkeypatch: Any) -> N
     found = ja.explain(*[LARGE] * 3, mask=mask).notes
     if exact:
         assert found == (
-            f"{blind} of {B * N * T} queries see nothing: their output is 0 (the first: row 1, "
+            f"{blind} of {B * N * T} queries see no key: their output is 0 (the first: row 1, "
             "head 0, 300)",
-            f"{blind} of {B * N * T} keys are seen by nobody (the first: row 1, head 0, 300)",
+            f"{blind} of {B * N * T} keys are seen by no query (the first: row 1, head 0, 300)",
         )
     else:
         tiles = (T - 512) * N
-        assert found[0].startswith(f"at least {tiles} of {B * N * T} queries see nothing")
+        assert found[0].startswith(f"at least {tiles} of {B * N * T} queries see no key")
         assert found[1] == (
-            f"at least {tiles} of {B * N * T} keys are seen by nobody (the first: row 1, head 0, "
+            f"at least {tiles} of {B * N * T} keys are seen by no query (the first: row 1, head 0, "
             "512)"
         )
     assert ja.explain(*[LARGE] * 3, mask=masks.causal()).notes == ()
@@ -107,7 +107,7 @@ def test_traced_leaves_leave_the_tiles_unknown() -> None:
     run(jnp.array([5, 6]))
     assert seen[0].tiles is None
     assert seen[0].density is None
-    assert "known when" in str(seen[0])
+    assert "unknown: the mask" in str(seen[0])
 
 
 def test_what_has_no_bounds_is_said() -> None:
@@ -145,7 +145,7 @@ def test_inside_jit_tiles_are_said_of_masks_that_are_known():
     jax.vmap(run, (0, None))(jnp.ones((2, 1, 512, 1, 4)), jnp.zeros(512, int))
     assert [each.density for each in found] == [0.75, 1.0, None, None]
     assert found[0].notes == ()
-    assert "are seen by nobody" not in "".join(found[1].notes)
+    assert "are seen by no query" not in "".join(found[1].notes)
     assert all("traced here" in str(each) for each in found[2:])
 
 

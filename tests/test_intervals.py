@@ -26,7 +26,7 @@ from jaxattn.masks.positions import Positions
 from jaxattn.tiles import intervals
 from jaxattn.tiles.elementwise_rules import Interval, finite
 from jaxattn.tiles.intervals import RULES
-from jaxattn.tracing.out_of_range import within
+from jaxattn.tracing.out_of_range import guarded
 from jaxattn.tracing.program import Type
 from jaxattn.tracing.split import canonicalize, split
 
@@ -359,8 +359,8 @@ def test_random_predicates(tree, positions, blocks):
     @predicates.quick
     def both(at):
         # Positions may be beyond the arrays: what hangs on that is not visible.
-        guarded = within(canonicalize(mask), at, (B, N, T, S))
-        return states(guarded, at), mask.dense(T, S, B, N, at)
+        inside = guarded(canonicalize(mask), at, (B, N, T, S))
+        return states(inside, at), mask.dense(T, S, B, N, at)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(intervals, "_BLOCKS", blocks)

@@ -237,7 +237,7 @@ def test_structure_does_not_depend_on_values() -> None:
 
 def test_masks_are_frozen() -> None:
     with pytest.raises(AttributeError):
-        masks.causal().fn = None  # type: ignore[attr-defined]
+        masks.causal().offset = 1  # type: ignore[attr-defined]
 
 
 def test_vmap_over_leaves_is_a_loop() -> None:

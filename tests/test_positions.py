@@ -146,7 +146,7 @@ def test_known_positions_beyond_an_array_are_refused_by_name(mask, label):
     ):
         with pytest.raises(ValueError, match=label) as error:
             ask()
-        assert "grow the array" in str(error.value)
+        assert "give an array that covers all positions" in str(error.value)
     with pytest.raises(ValueError, match=label.split(":")[0]):
         mask.why(q=7, k=6)
 

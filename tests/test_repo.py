@@ -1,11 +1,13 @@
-"""The repository: README and docstrings run, imports point one way, jax alone is enough."""
+"""The repository: guides and docstrings run, imports point one way, jax alone is enough."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import pkgutil
 import re
 import shutil
@@ -14,7 +16,6 @@ import sys
 import textwrap
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +24,10 @@ import pytest
 import jaxattn as ja
 
 ROOT = Path(ja.__file__).parent.parent
-READMES = sorted(p for p in (ROOT / "README.md", ROOT / "experiments/README.md") if p.exists())
+GUIDES = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]  # fmt: skip
 MODULES = sorted(m.name for m in pkgutil.walk_packages(ja.__path__, "jaxattn."))
 
 
@@ -34,18 +38,53 @@ def as_users_run():
         yield
 
 
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.M | re.S)
+
+
 @pytest.mark.usefixtures("as_users_run")
-@pytest.mark.parametrize("path", READMES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_readme_runs(path: Path) -> None:
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in re.finditer(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S):
-        line = path.read_text()[: block.start()].count("\n") + 1
-        # Blank lines, so that a traceback names the line of the README.
-        exec(compile("\n" * line + block[1], str(path), "exec"), namespace)
+@pytest.mark.parametrize("path", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_guides_run(path: Path) -> None:
+    """Python blocks run from top to bottom, and print the text block right after them.
+
+    `...` stands for anything, and whitespace may differ, as in doctests.
+    """
+    guide, namespace = path.read_text(), {"__name__": "guide"}
+    same = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    for block in BLOCK.finditer(guide):
+        code, shown = block.groups()
+        line = guide[: block.start()].count("\n") + 1
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            # Blank lines, so that a traceback names the line of the guide.
+            exec(compile("\n" * line + code, str(path), "exec"), namespace)
+        if shown is not None:
+            got = printed.getvalue()
+            assert doctest.OutputChecker().check_output(shown, got, same), (
+                f"{path.name}:{line} shows\n{shown}\nand prints\n{got}"
+            )
 
 
 def test_there_is_a_readme_with_code() -> None:
-    assert "```python" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert [shown for _, shown in BLOCK.findall(readme) if shown]
+    assert readme.count("\n") <= 180
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_guides_name_what_exists(path: Path) -> None:
+    """Links between files, and paths in the text, lead somewhere."""
+    guide = path.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", guide):
+        assert (path.parent / link).exists(), link
+    for named in re.findall(r"`((?:jaxattn|tests|docs)/[\w/.]+)`", guide):
+        assert (ROOT / named).exists(), named
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_every_guide_has_one_title_and_a_link_to_it(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
+    assert re.findall(r"^# .+", text, re.M) == [text.splitlines()[0]]
+    assert f"(docs/{path.name})" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -84,17 +123,17 @@ RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 # do not know each other.
 ROOMS = {
     "checks": "foreign_names integers user_functions",
-    "masks": "door positions conventions | mask | constructors",
-    "tracing": "hashing pointwise | program | recompilation array_reads | captures | dependence"
-    " | split out_of_range",
+    "masks": "door positions conventions | mask | by_position by_array by_function",
+    "tracing": "hashing pointwise | program | recompilation_warning array_reads labels | canonical"
+    " | dependence | split out_of_range",
     "tiles": "elementwise_rules | array_rules | intervals | tile_map",
     "views": "array cells why | text plot html | diff",
-    "backends": "base operation | problem | formula"
-    " | dense decode cudnn flash | tiled triton mosaic",
-    "backends/flash": "tile_lists nonfinite | transforms",
-    "backends/tiled": "steps | loops | backend",
+    "backends": "base operation | problem | formula | flash"
+    " | dense decode cudnn tiled triton mosaic",
+    "backends/flash": "tile_sizes tile_lists nonfinite | operands gpu transforms",
+    "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
-    "backends/mosaic": "tiles | parts | kernels | backend",
+    "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
     "nn": "flax_packages rope functional | attention_fn | linen nnx",
 }
@@ -103,7 +142,7 @@ ROOMS = {
 DOOR = {
     ("masks/mask", "views/html"),
     ("masks/mask", "views/why"),
-    ("masks/constructors", "views/diff"),
+    ("masks/by_function", "views/diff"),
 }
 
 
@@ -180,6 +219,23 @@ def test_the_import_law_can_see() -> None:
     assert "views/why" in imports(ROOT / "jaxattn/masks/mask.py")
 
 
+def test_a_call_is_split_at_the_door() -> None:
+    """`arguments` splits the mask and the score of a call; what comes after is given the splits."""
+    splitting = {
+        str(path.relative_to(ROOT / "jaxattn").with_suffix(""))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        and (node.module or "").endswith("split")
+        and "split" in {alias.name for alias in node.names}
+    }
+    assert {name for name in splitting if not name.startswith("views/")} == {
+        "arguments",
+        "explain",  # a mask that is not there, which is full
+        "tiles/tile_map",
+    }
+
+
 def test_import_needs_jax_alone() -> None:
     code = """
     import sys
@@ -224,13 +280,15 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize("family", ["masks", "scores"])
-def test_readme_names_every_constructor(family: str) -> None:
+def test_readme_and_guide_name_every_constructor(family: str) -> None:
     module = getattr(ja, family)
-    readme = (ROOT / "README.md").read_text()
-    for name in public(module):
-        made_here = inspect.isfunction(getattr(module, name))
-        if made_here and name != "alibi_slopes":
-            assert f"`{name}(" in readme, f"{family}.{name}"
+    for path in ("README.md", f"docs/{family}.md"):
+        text = (ROOT / path).read_text()
+        for name in public(module):
+            made_here = inspect.isfunction(getattr(module, name))
+            if made_here and name not in ("alibi_slopes", "diff"):
+                assert f"`{name}(" in text, f"{path}: {family}.{name}"
+    assert "masks.diff(" in (ROOT / "README.md").read_text()
 
 
 def test_every_public_thing_has_a_docstring() -> None:
@@ -262,15 +320,10 @@ def test_every_module_says_what_it_is(name: str) -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    """Five hundred lines, or a reason."""
-    reasons = {
-        "constructors.py": "one line of maths a constructor, and its docstring",
-        "intervals.py": "one rule an operation",
-        "split.py": "one trace, one plan",
-    }
+    """Five hundred lines at most; and no name that would fit any content."""
     for path in FILES:
         lines = path.read_text().count("\n")
-        assert lines <= 500 or path.name in reasons, f"{path.name}: {lines} lines"
+        assert lines <= 500, f"{path.name}: {lines} lines"
         assert path.name not in ("utils.py", "common.py", "core.py", "helpers.py")
 
 
@@ -295,15 +348,16 @@ def tracked() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in places]
 
 
-def test_every_verb_is_told_with_its_time_and_takes_arguments() -> None:
+def test_every_verb_is_listed_with_its_time() -> None:
     assert len(RECIPES) > 10
-    rows = re.findall(
-        r"^\| `make ([a-z-]+)` \|(.+)\|(.+)\|$", (ROOT / "README.md").read_text(), re.M
-    )
+    listed = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `make ([a-z-]+)` \|(.+)\|(.+)\|$", listed, re.M)
     told = {verb: time.strip() for verb, _, time in rows}
     verbs = set(re.findall(r"[a-z-]+", re.search(r"PHONY:((?:.*\\\n)*.*)\n", MAKEFILE)[1]))
     assert verbs == set(told)
     assert all(told.values())
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"make {verb}" in readme for verb in ("test", "experiment"))
 
 
 def test_every_verb_is_given_its_arguments_or_refuses_them() -> None:

@@ -23,7 +23,7 @@ from jaxattn import masks, scores
 from jaxattn.backends import dense, tiled
 from jaxattn.backends.base import Call
 from jaxattn.backends.flash import transforms
-from jaxattn.backends.tiled import loops, steps
+from jaxattn.backends.tiled import exponential, schedule
 from jaxattn.masks.positions import Positions
 from jaxattn.tiles.tile_map import tile_map
 
@@ -130,19 +130,19 @@ def test_a_tile_map_is_reused():
 def test_exp():
     x = jnp.linspace(-100, 0, 100_001, dtype=jnp.float32)
     exact = np.exp(np.asarray(x, np.float64))
-    got = np.asarray(jax.jit(loops.exp)(x), np.float64)
+    got = np.asarray(jax.jit(exponential.exp)(x), np.float64)
     assert np.abs(got - exact).max() < 2e-7
     assert np.abs(got / exact - 1)[np.asarray(x) >= -87].max() < 5e-6
     assert (got[np.asarray(x) < -87] == 0).all()
-    assert loops.exp(jnp.float32(0)) == 1
-    assert np.isnan(loops.exp(jnp.array([np.nan, -np.nan], jnp.float32))).all()
-    assert (loops.exp(jnp.array([-np.inf, -3e38], jnp.float32)) == 0).all()
+    assert exponential.exp(jnp.float32(0)) == 1
+    assert np.isnan(exponential.exp(jnp.array([np.nan, -np.nan], jnp.float32))).all()
+    assert (exponential.exp(jnp.array([-np.inf, -3e38], jnp.float32)) == 0).all()
 
 
 @pytest.mark.parametrize("length", [1, 7, 96, 128, 129, 300, 4096, 131072])
 @pytest.mark.parametrize("heads", [1, 8])
 def test_tiles_cover_with_little_left_over(length, heads):
-    tq, tk = steps.tile_size(length, length, heads)
+    tq, tk = schedule.tile_size(length, length, heads)
     for tile in (tq, tk):
         assert 1 <= tile <= 1024
         assert -(-length // tile) * tile <= length * 1.1 + 8

@@ -359,13 +359,13 @@ def test_auto_takes_kernels_where_they_can(T: int, options: Any, expected: str) 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_tiles_are_what_triton_takes(H: int, Hv: int, dtype: str) -> None:
     for T, S in ((1, 1), (33, 7), (4096, 4096)):
-        blocks = tiles.blocks_of(tiles.How(), H, Hv, T, S, dtype)
+        blocks = tiles.blocks_of(tiles.KernelOptions(), H, Hv, T, S, dtype)
         for block in blocks:
             for n in (block.tq, block.tk, block.warps):
                 assert n & (n - 1) == 0
             assert min(block.tq, block.tk) >= tiles.LEAST
         assert blocks.tables.tq == blocks.tables.tk
-        tq, tk = tiles.tile_of(tiles.How(), H, Hv, T, S, dtype)
+        tq, tk = tiles.tile_of(tiles.KernelOptions(), H, Hv, T, S, dtype)
         assert all(block.tq % tq == 0 and block.tk % tk == 0 for block in blocks)
 
 

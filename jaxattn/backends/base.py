@@ -128,6 +128,19 @@ def symbolic(*sizes: Any) -> bool:
     return not all(isinstance(size, int) for size in sizes)
 
 
+def nothing_to_compute(call: Call) -> str | None:
+    """The reason of backends that need at least one element along every axis."""
+    return f"nothing to compute: the sizes are {call.sizes}" if 0 in call.sizes else None
+
+
+def not_on_nvidia(call: Call) -> str | None:
+    """The reason of backends that run on NVIDIA GPUs alone."""
+    where = platform(call)
+    if where in ("gpu", "cuda"):
+        return None
+    return f"runs on NVIDIA GPUs; inputs are on {where}"
+
+
 def platform(call: Call) -> str:
     """Where the inputs are; for traced ones, where JAX computes by default."""
     device = _device(call)

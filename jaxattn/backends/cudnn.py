@@ -15,20 +15,21 @@ order, unless `XLA_FLAGS` has `--xla_gpu_exclude_nondeterministic_ops=true`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
 
 from .. import masks
 from ..checks.integers import concrete
-from ..masks import constructors
-from ..masks.mask import And, Mask, Predicate, Scalar
+from ..masks.by_array import KeyPadding, QueryPadding
+from ..masks.by_position import Causal, Full, SlidingWindow
+from ..masks.mask import And, Mask, Scalar
 from ..mesh import varying_alike
 from ..pytrees import pytree, static
 from ..shapes import Array, Bool, Float
@@ -163,49 +164,37 @@ class _Bounds(NamedTuple):
 
 def _bounds(mask: Mask | None) -> _Bounds | str:
     """The bounds that a mask is made of, or what in it is no bound."""
-    if isinstance(mask, And):
-        left, right = _bounds(mask.left), _bounds(mask.right)
-        if isinstance(left, str) or isinstance(right, str):
-            return left if isinstance(left, str) else str(right)
-        return _Bounds(
-            _least(left.left, right.left),
-            _least(left.right, right.right),
-            left.queries + right.queries,
-            left.keys + right.keys,
-        )
-    if mask is None:
-        return _Bounds()
-    if isinstance(mask, Predicate):
-        read = _READ.get(mask.fn)
-        if read is not None:
-            return read(mask)
+    match mask:
+        case None | Full():
+            return _Bounds()
+        case Causal():
+            offset = 0 if mask.offset is None else concrete(mask.offset)
+            if offset is None or np.any(offset):
+                return f"{mask!r}: cuDNN's causal mask starts at the first query and the first key"
+            return _Bounds(right=0)
+        case SlidingWindow():
+            sides = [concrete(side) for side in (mask.left, mask.right)]
+            values = [set(side.reshape(-1).tolist()) for side in sides if side is not None]
+            if len(values) < 2 or any(len(each) != 1 for each in values):
+                return f"{mask!r}: a window of cuDNN is one concrete number for all heads"
+            left, right = (int(each.pop()) for each in values)
+            return _Bounds(left, right)
+        case QueryPadding(valid=None):
+            return _Bounds(queries=(mask.lengths,))
+        case KeyPadding(valid=None):
+            return _Bounds(keys=(mask.lengths,))
+        case And():
+            return _both(_bounds(mask.left), _bounds(mask.right))
     return f"cuDNN has no mask like {mask!r}"
 
 
-def _causal_offset(mask: Predicate) -> _Bounds | str:
-    offset = concrete(mask.args[0])
-    if offset is None or offset.any():
-        return f"{mask!r}: cuDNN's causal mask starts at the first query and the first key"
-    return _Bounds(right=0)
-
-
-def _sliding_window(mask: Predicate) -> _Bounds | str:
-    found = [concrete(arg) for arg in mask.args]
-    values = [set(array.reshape(-1).tolist()) for array in found if array is not None]
-    if len(values) < 2 or any(len(each) != 1 for each in values):
-        return f"{mask!r}: a window of cuDNN is one concrete number for all heads"
-    left, right = (int(each.pop()) for each in values)
-    return _Bounds(left, right)
-
-
-_READ: dict[Callable[..., Any], Callable[[Predicate], _Bounds | str]] = {
-    constructors._full: lambda mask: _Bounds(),
-    constructors._causal: lambda mask: _Bounds(right=0),
-    constructors._causal_offset: _causal_offset,
-    constructors._sliding_window: _sliding_window,
-    constructors._query_length: lambda mask: _Bounds(queries=mask.args),
-    constructors._key_length: lambda mask: _Bounds(keys=mask.args),
-}
+def _both(a: _Bounds | str, b: _Bounds | str) -> _Bounds | str:
+    """The bounds of `a & b`."""
+    if isinstance(a, str) or isinstance(b, str):
+        return a if isinstance(a, str) else b
+    return _Bounds(
+        _least(a.left, b.left), _least(a.right, b.right), a.queries + b.queries, a.keys + b.keys
+    )
 
 
 def _least(a: int | None, b: int | None) -> int | None:

@@ -23,20 +23,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..shapes import Array, Bool, Float
-from ..tracing.pointwise import pointwise
 from ..tracing.split import Kind, Operand
 from . import base
 from .operation import Rules, operation
-from .problem import Config, Inputs, Residue, by_key_head, joined
+from .problem import DROPOUT, Config, Inputs, by_key_head, joined
 
 # Logits of the rows that are computed at once where a derivative takes some rows at a time.
 CELLS = 2**22
 
 # Into how many groups the channels of values are cut where some are not finite.
 _GROUPS = 8
-
-# Words of a row, positions of keys, the rate.
-_DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head")
 
 
 class Result(NamedTuple):
@@ -73,11 +69,12 @@ def attend(
     if seen is not None:
         logits = jnp.where(seen, logits, zero)
     if config.score is not None:
-        logits = _scored(config.score, x, start, rows, logits)
+        parts = _tiles(config.score.kinds, x.score, x, start, rows)
+        logits = config.score.scored(logits, parts)
     weights, lse = _softmax(seen, logits)
     kept = weights
     if config.dropout:
-        first, second, at, rate = _tiles(_DROPOUT, x.dropout, x, start, rows)
+        first, second, at, rate = _tiles(DROPOUT, x.dropout, x, start, rows)
         keep = base.keeps((first, second), at, rate)
         kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
     out = layout.swapped(_weigh(products, kept, value, key, seen))
@@ -123,19 +120,9 @@ def visible(config: Config, x: Inputs, start: Any, rows: int) -> Bool[Array, "b 
     """Which keys some rows see, `[B|1, N|1, rows, S]`; None where they see all."""
     if config.mask is None:
         return None
-    found = _evaluated(config.mask, _tiles(config.mask.kinds, x.mask, x, start, rows))
+    found = config.mask.evaluated(*_tiles(config.mask.kinds, x.mask, x, start, rows))
     lead = (1, 1, *found.shape[:-2])[-2:]
     return jnp.broadcast_to(found, (*lead, rows, x.key.shape[1]))
-
-
-def _scored(residue: Residue, x: Inputs, start: Any, rows: int, logits: Array) -> Array:
-    found = _evaluated(residue, [logits, *_tiles(residue.kinds, x.score, x, start, rows)])
-    return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
-
-
-def _evaluated(residue: Residue, tiles: Sequence[Array]) -> Array:
-    program = residue.program
-    return pointwise(program, tiles, [len(program.types[ref].shape) for ref in program.inputs])
 
 
 def _tiles(

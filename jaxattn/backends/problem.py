@@ -11,17 +11,42 @@ import jax.numpy as jnp
 from ..shapes import Array, Float, Int
 from ..tiles import intervals
 from ..tiles.tile_map import TileStates
+from ..tracing.pointwise import pointwise
 from ..tracing.program import Program
 from ..tracing.split import Kind, Operand, Split
 from . import base
 from .base import Call, Sizes
 
+# The kinds of the operands of dropout, `Inputs.dropout`.
+DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head")
+
 
 class Residue(NamedTuple):
-    """A residue of a mask or score, and how its operands are cut into tiles."""
+    """The residue of a mask or score.
+
+    Attributes:
+      program: from (the logit and) one element of each operand to one element of the result.
+      kinds: of the operands, in order; they say which part of an operand a tile needs.
+    """
 
     program: Program
     kinds: tuple[Kind, ...]
+
+    def evaluated(self, *tiles: Array) -> Array:
+        """The result on a tile, `[.., tq, tk]`; an extent is 1 where no operand has more.
+
+        Args:
+          *tiles: for a score first the logits `[.., tq, tk]`, then each operand's part of the
+            tile, as it broadcasts to that.
+        """
+        program = self.program
+        ranks = [len(program.types[ref].shape) for ref in program.inputs]
+        return pointwise(program, tiles, ranks)
+
+    def scored(self, logits: Array, tiles: Sequence[Array]) -> Array:
+        """The logits of a tile after a score, in the shape and dtype they had before."""
+        found = self.evaluated(logits, *tiles)
+        return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
 
 
 class Engine(NamedTuple):

@@ -1,22 +1,22 @@
-"""Caches of keys and values: what a decoder has seen so far, and where it stood.
+"""Caches of the keys and values of earlier tokens, and of their positions.
 
     out, cache = cache.step(query, key, value, mask=mask)  # any mask: the one of training
 
-A cache says where its keys stand (`positions`) and which of its places hold one (`mask`); attention
-itself knows nothing of caches. So a chunk of a prompt, a single token and a tree of drafts are the
-same call, and equal what one pass over the whole sequence gives.
+A cache has the positions of its keys (`positions`) and a mask of its places that hold one (`mask`);
+attention itself knows nothing of caches. So a chunk of a prompt, a single token and a tree of
+drafts are the same call, and the results equal those of one pass over the whole sequence.
 
-A step is `upcoming`, `append` and `attend`, in that order, where they are wanted apart:
+`step` is `upcoming`, `append` and `attend`, in that order; they may be called apart:
 
     at = cache.upcoming(T)  # positions of the next tokens: before they are appended
     cache = cache.append(key, value)
     out = cache.attend(query, at, mask=mask)
 
-Prompts of different lengths share a batch, padded after their ends: `counts` says how many tokens
-of each row are real, and the others are neither kept nor given a position. Prompts padded before
-their beginnings are turned first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. So no mask
-of the padding is needed. Where padding is kept all the same, its mask must go on after the prompt:
-an array as long as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
+Prompts of different lengths share a batch if they are padded at their ends: `counts` is the number
+of real tokens in each row; the others are not kept and get no position. Prompts padded at their
+beginnings are rolled first, `jax.vmap(partial(jnp.roll, axis=0))(prompt, -pads)`. No mask of the
+padding is needed then. If padding is kept, its mask has to cover later tokens too: an array as long
+as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import numpy as np
 from ..attention import attention
 from ..backends import decode
 from ..checks.integers import as_given, concrete, is_integer, narrowed
-from ..masks.mask import Mask, Predicate, as_mask, leaf_repr
+from ..masks.mask import BuiltInMask, Mask, as_mask, leaf_repr
 from ..masks.positions import Positions
-from ..pytrees import ByStructure
+from ..pytrees import ByStructure, pytree
 from ..shapes import Array, ArrayLike, Bool, Float, Int
 
 C = TypeVar("C", bound="Cache")
@@ -42,13 +42,19 @@ C = TypeVar("C", bound="Cache")
 _LARGEST = 127
 
 
-def _held(b: Any, h: Any, q: Any, k: Any, length: Any) -> Any:
-    # What holds nothing yet stands at -1; what was taken back stands at the length or after it.
-    return (k >= 0) & (k < length[b])
+@pytree
+class Held(BuiltInMask):
+    """The keys that a cache holds."""
+
+    length: Any
+
+    def formula(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        # An unused place has position -1; a token that was taken back, the length or more.
+        return (k >= 0) & (k < self.length[b])
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
-    """Room for keys or values: zeros, and with int8 a scale for each head of each token."""
+    """Empty places for keys or values: zeros, and with int8 a scale for each head of each token."""
     held = jnp.zeros(shape, dtype)
     if held.dtype == jnp.int8:
         return held, jnp.zeros((*shape[:-1], 1), jnp.float32)
@@ -58,7 +64,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
 
 
 def packed(array: Array, dtype: Any) -> tuple[Array, ...]:
-    """What is held of new keys or values: themselves, or as int8 with a scale for each head."""
+    """New keys or values as they are stored: as they are, or as int8 with a scale for each head."""
     if dtype != jnp.int8:
         return (array.astype(dtype),)
     exact = array.astype(jnp.float32)
@@ -68,7 +74,7 @@ def packed(array: Array, dtype: Any) -> tuple[Array, ...]:
 
 
 def unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
-    """What `packed` packed."""
+    """Undoes `packed`."""
     if len(held) == 1:
         return held[0].astype(dtype)
     whole, scale = held
@@ -76,7 +82,7 @@ def unpacked(held: tuple[Array, ...], dtype: Any) -> Array:
 
 
 def _values(leaf: Any) -> np.ndarray | None:
-    """What a leaf holds, if it is an array that can be read."""
+    """The values of an array; None for a tracer, a deleted array, or anything else."""
     if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, (jax.Array, np.ndarray)):
         return None
     gone = isinstance(leaf, jax.Array) and leaf.is_deleted()
@@ -84,7 +90,7 @@ def _values(leaf: Any) -> np.ndarray | None:
 
 
 def _shown(leaf: Any) -> str:
-    """The numbers of a row each, a few of many, where they can be read."""
+    """The values of an array, shortened if there are many; its dtype and shape if traced."""
     values = _values(leaf)
     if values is None:
         return leaf_repr(leaf)
@@ -109,33 +115,33 @@ def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
 
 
 def check_room(length: Array, room: Any) -> None:
-    """Raises for a row that overflows, where that can be seen."""
+    """Raises for a row that overflows, if the values are known."""
     lengths, places = concrete(length), concrete(room)
     if lengths is None or places is None or not (lengths > places).any():
         return
     row = int(np.argmax(lengths > places))
     holds = int(np.broadcast_to(places, lengths.shape)[row])
     raise ValueError(
-        f"cache.append(key): row {row} would have {lengths[row]} tokens, and there is room for "
+        f"cache.append(key): got tokens that make row {row} {lengths[row]} long, expected at most "
         f"{holds}; create a larger cache, or a rolling one, free or truncate rows, or append fewer "
         "tokens (counts=)"
     )
 
 
 def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
-    """Raises for a size that is no integer, or too small."""
+    """Checks that sizes are integers of at least `least`."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < least:
             raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
 
 
 def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
-    """Rows of a cache by number; raises for those that are none, where that can be seen."""
+    """Numbers of rows of a cache, checked; their values only if they are known."""
     order = jnp.asarray(rows)
     if not jnp.issubdtype(order.dtype, jnp.integer) or order.shape != (B,):
         raise ValueError(
             f"cache.reorder(rows): got {order.dtype}{list(order.shape)}, expected integers [B] = "
-            f"[{B}], for each row the one whose past it takes"
+            f"[{B}], for each row the number of the row to copy"
         )
     values = concrete(order)
     if values is not None and ((values < 0) | (values >= B)).any():
@@ -144,14 +150,15 @@ def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
 
 
 class Cache(ByStructure, ABC):
-    """What every cache can do; how keys are kept is each class's own.
+    """What every cache can do; each class stores keys in its own way.
 
     Attributes:
-      key, value: the arrays that hold them, with their scales where they are int8.
-      length: int32 `[B]`: how many tokens each row has seen, which is the position of its next.
-      overflowed: bool `[B]`: whether a row was given more than it can hold; what did not fit was
-        dropped. Stays until the row is freed or truncated to nothing.
-      dtype: of the keys and values that are read.
+      key, value: the stored arrays, with their scales if they are int8.
+      length: int32 `[B]`: the number of tokens that each row has seen, which is the position of
+        its next token.
+      overflowed: bool `[B]`: whether tokens of a row were dropped because it was full. It stays
+        True until the row is freed or truncated to length 0.
+      dtype: the dtype in which keys and values are read.
     """
 
     key: tuple[Array, ...]
@@ -163,12 +170,12 @@ class Cache(ByStructure, ABC):
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """Places of a row."""
+        """The number of places of a row."""
 
     @property
     @abstractmethod
     def positions(self) -> Int[Array, "B S"]:
-        """The position of the key in each place, in storage order; `mask` says if there is one."""
+        """The position of the key in each place, in storage order; see `mask` for empty places."""
 
     @abstractmethod
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
@@ -185,20 +192,20 @@ class Cache(ByStructure, ABC):
 
         Args:
           key, value: `[B, T, K, H]` and `[B, T, K, Hv]`.
-          counts: how many of the T tokens of each row are real, the first ones; all by default.
+          counts: how many of the T tokens of each row are real; they come first. All by default.
 
         Raises:
           ValueError: for shapes that do not fit, and, outside `jit`, for a row that overflows.
-            Inside, what does not fit is dropped, and `overflowed` says so.
+            Inside `jit`, tokens that do not fit are dropped, and `overflowed` becomes True.
         """
 
     @property
     def mask(self) -> Mask:
-        """Which places hold a key: the mask of every call that reads the cache."""
-        return Predicate(_held, (self.length,))
+        """Which places hold a key; every call that reads the cache uses it."""
+        return Held(self.length)
 
     def upcoming(self, T: int) -> Int[Array, "B T"]:
-        """The positions of the next `T` tokens of each row: asked for before they are appended."""
+        """The positions of the next `T` tokens of each row; call it before they are appended."""
         return self.length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
     def step(
@@ -213,11 +220,11 @@ class Cache(ByStructure, ABC):
     ) -> tuple[Any, C]:
         """Appends the next tokens, and attends from them to everything in the cache.
 
-        Where rotary embeddings turn queries and keys first, `upcoming(T)` says their positions.
+        For rotary embeddings of queries and keys, `upcoming(T)` has their positions.
 
         Args:
-          query: `[B, T, N, H]`, of the tokens that key and value are of.
-          key, value, counts: as in `append`. What queries of padding get means nothing.
+          query: `[B, T, N, H]`, of the same tokens as key and value.
+          key, value, counts: as in `append`. The outputs of padding mean nothing.
           mask, **options: as in `attend`.
 
         Returns:
@@ -259,22 +266,22 @@ class Cache(ByStructure, ABC):
 
         Args:
           query: `[B, T, N, H]`.
-          at: their positions, `[B, T]` or `[T]`: what `upcoming` said before their own keys were
-            appended. Asked afterwards it answers T too late, and a causal mask shows a query what
-            comes after it.
-          mask: which query may see which key, by position. Without one a query sees the whole
+          at: their positions, `[B, T]` or `[T]`: the result of `upcoming` before their own keys
+            were appended. Called afterwards, `upcoming` is T too large, and a causal mask shows a
+            query the tokens after it.
+          mask: which query may see which key, by position. Without a mask, a query sees the whole
             cache, later tokens of its own chunk included.
-          **options: those of `attention`, but for `positions`; without a `backend`, few queries
-            take "decode".
+          **options: those of `attention` except `positions`; without a `backend`, few queries run
+            on "decode".
 
         Returns:
           What `attention` returns.
 
         Raises:
           ValueError: for queries that do not fit the cache; and, outside `jit`, for positions that
-            are all after what it holds, and for those whose keys a ring no longer has. Inside
-            `jit` positions can't be looked at: the first goes unseen (`step` can't get it wrong),
-            and of the second only the keys that are still there are seen.
+            are all after its last token, and for positions that see keys which a ring no longer
+            has. Inside `jit`, positions are not known: the first mistake is not found (`step` does
+            not make it), and with the second, queries see only the keys that are left.
           TypeError: for queries of another dtype than that of the cache.
         """
         T = self._check_query("attend", query)
@@ -288,7 +295,7 @@ class Cache(ByStructure, ABC):
         return over(self, query, at, mask=mask, **options)
 
     def _check_query(self, method: str, query: Any) -> int:
-        """How many queries of each row there are; raises for those that do not fit the cache."""
+        """The number of queries of each row; raises for queries that do not fit the cache."""
         shape, dtype = jnp.shape(query), jnp.result_type(query)
         B, (K, H) = self.length.shape[0], self.key[0].shape[1::2]
         if len(shape) != 4 or shape[0] != B or shape[2] % K or shape[3] != H:
@@ -299,34 +306,34 @@ class Cache(ByStructure, ABC):
         if dtype != self.dtype:
             raise TypeError(
                 f"cache.{method}(query): got {dtype}, expected {self.dtype}, in which this cache "
-                f"is read; create it with dtype=jnp.{dtype}, and stored= for what its memory "
-                "holds, or cast the queries"
+                f"is read; create it with dtype=jnp.{dtype} (stored= is the dtype of its memory), "
+                "or cast the queries"
             )
         return int(shape[1])
 
     def _check_positions(self, at: Int[Array, "B T"], N: int, mask: Any) -> None:
-        """Raises for queries that stand where the cache has no token, where that can be seen."""
+        """Raises for queries at positions where the cache has no token, if the values are known."""
         places, lengths, flags = concrete(at), concrete(self.length), concrete(self.overflowed)
         if places is None or lengths is None or flags is None or 0 in places.shape:
             return
-        # Padding of a chunk stands there too: only if all of them do is it a mistake. What a row
-        # had no room for stands there and `overflowed` has said it.
+        # Padding of a chunk is at such positions too, so it is a mistake only if all queries are.
+        # So are tokens for which a row had no room; `overflowed` reports them.
         if flags.any() or (places < lengths[:, None]).any():
             return
         raise ValueError(
-            f"cache.attend(at): got positions from {places[0, 0]} on in row 0, and the cache "
-            f"holds {lengths[0]} tokens there, all before position {lengths[0]}; ask "
-            "at = cache.upcoming(T) before cache.append, or let cache.step do both"
+            f"cache.attend(at): got positions from {places[0, 0]} on in row 0, expected positions "
+            f"below {lengths[0]}, the number of its tokens; call at = cache.upcoming(T) before "
+            "cache.append, or use cache.step, which does both"
         )
 
     @property
     @abstractmethod
     def _form(self) -> tuple[str, dict[str, Any]]:
-        """How the cache was made, and the sizes that are its kind's own, for its repr."""
+        """The constructor of the cache and its own sizes, for the repr."""
 
     def __repr__(self) -> str:
         if any(getattr(part, "ndim", 0) != 4 for part in (*self.key, *self.value)):
-            # Stacked ones, or no arrays at all: what trees of caches are made of on their way.
+            # Stacked caches, or leaves that are no arrays, as in tree transformations.
             parts = {"key": self.key, "value": self.value, "length": self.length}
             inner = ", ".join(
                 f"{name}=[{', '.join(map(leaf_repr, jax.tree.leaves(part)))}]"
@@ -348,7 +355,7 @@ class Cache(ByStructure, ABC):
         return f"{name}({', '.join(f'{name}={size}' for name, size in sizes.items())})"
 
     def _tokens(self, key: Any, value: Any, counts: Any) -> tuple[Any, Any, Int[Array, "B"]]:
-        """New keys and values in the form they are held in, and how many a row has."""
+        """New keys and values as they are stored, and the number of real ones in each row."""
         parts = []
         for name, given, held in (("key", key, self.key), ("value", value, self.value)):
             array = jnp.asarray(given)
@@ -376,12 +383,12 @@ class Cache(ByStructure, ABC):
 def over(
     cache: Cache, query: Any, at: Int[ArrayLike, "*Bq T"], *, mask: Any = None, **options: Any
 ) -> Any:
-    """`Cache.attend` without its checks: of queries that stand anywhere, as in cross-attention."""
+    """`Cache.attend` without its checks, for queries at any positions, as in cross-attention."""
     key, value = cache.read()
     held = cache.mask if mask is None else as_mask(mask) & cache.mask
     positions = Positions(q=at, k=cache.positions)
     _, T, N, _ = jnp.shape(query)
-    # XLA on CPU converts keys of 16 bits before it multiplies them, and dense does it best.
+    # XLA on CPU converts 16-bit keys before it multiplies them; dense does that fastest.
     direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
     if direct and T * (N // key.shape[2]) <= decode.MOST:
         options = {"backend": "decode"} | options

@@ -1,4 +1,4 @@
-"""The cache whose rows have places of their own: as many as tokens, or a ring."""
+"""A cache whose rows have places of their own: one for each token, or a ring."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checks.integers import concrete, integers
-from ..masks.mask import Mask, Predicate, as_mask
+from ..masks.mask import BuiltInMask, Mask, as_mask
 from ..masks.positions import Filled, over_grid
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayLike, Bool, Float, Int
 from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 
 
-def _recent(b: Any, h: Any, q: Any, k: Any, window: Any) -> Any:
-    return q - k <= window
+@pytree
+class Recent(BuiltInMask):
+    """The last `window` keys before the query, and those after it."""
+
+    window: Any
+
+    def formula(self, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q - k <= self.window
 
 
 @pytree
 class KVCache(Cache):
     """Keys and values of each row in places of its own: `capacity` of them, or a ring.
 
-    `key[0]` is `[B, K, capacity, H]`: with heads first, decoding reads it as it lies, several times
+    `key[0]` is `[B, K, capacity, H]`: with heads first, decoding reads it in place, several times
     faster than in the layout of the inputs.
 
     Example:
@@ -39,10 +45,10 @@ class KVCache(Cache):
       KVCache(batch=1, capacity=16, heads=2, head_dim=8, dtype=float32, length=[3])
 
     Attributes:
-      window: how far back a query of a ring sees; `None` where nothing is ever forgotten.
-      places: int32 `[B, S]`, of a ring: the position of the token last put in each place, -1 where
-        none was. What was taken back stays there until its place is needed, as does the gap that it
-        left in the past; `mask` shows neither.
+      window: how far back a query of a ring sees; `None` if the cache is no ring.
+      places: int32 `[B, S]`, of a ring: the position of the token last stored in each place, -1 if
+        there was none. A token that was taken back stays until its place is needed, and so does the
+        gap that it left; `mask` shows neither.
     """
 
     key: tuple[Array, ...]
@@ -69,13 +75,14 @@ class KVCache(Cache):
 
         Args:
           batch: rows B.
-          capacity: how many tokens a row can hold.
+          capacity: the number of tokens that a row can hold.
           heads: key heads K.
           head_dim: H.
           value_dim: Hv; by default `head_dim`.
-          dtype: of the keys and values that are read.
-          stored: what they are held in; by default `dtype`. `jnp.int8` keeps every head of every
-            token by its largest number, in a quarter of float32's memory: errors of 1/254 of it.
+          dtype: the dtype in which keys and values are read.
+          stored: the dtype in which they are stored; by default `dtype`. `jnp.int8` stores every
+            head of every token relative to its largest number, in a quarter of float32's memory,
+            with errors of at most 1/254 of that number.
         """
         sizes = {"batch": batch, "capacity": capacity, "heads": heads, "head_dim": head_dim}
         check_sizes("KVCache.create", sizes)
@@ -101,14 +108,14 @@ class KVCache(Cache):
         dtype: Any = jnp.float32,
         stored: Any = None,
     ) -> KVCache:
-        """A ring: the last `window` tokens before each query, and no more, for ever.
+        """A ring: it holds the last `window` tokens before each query, and no more.
 
         Its `mask` is `q - k <= window`, so that results are those of the whole sequence under
         `mask & masks.sliding_window(window)`. Memory is `window + chunk` places.
 
         Args:
           window: how far back a query sees, as `left` of `masks.sliding_window`.
-          chunk: the most tokens that one `append` brings, and that `truncate` takes back.
+          chunk: the most tokens that one `append` adds, and that `truncate` takes back.
           batch, heads, head_dim, value_dim, dtype, stored: as in `create`.
         """
         check_sizes("KVCache.rolling", {"window": window}, least=0)
@@ -133,7 +140,7 @@ class KVCache(Cache):
     @property
     def mask(self) -> Mask:
         held = super().mask
-        return held if self.window is None else held & Predicate(_recent, (self.window,))
+        return held if self.window is None else held & Recent(self.window)
 
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         key, value = unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
@@ -184,18 +191,18 @@ class KVCache(Cache):
     def truncate(self, length: Int[ArrayLike, "B"] | int) -> KVCache:
         """The cache without the tokens from position `length` on: rejected drafts, a new prompt.
 
-        A ring takes back its last `chunk` tokens at most, counted from the longest it has been:
-        what stood in their places is gone.
+        A ring takes back at most its last `chunk` tokens, counted from its largest length: older
+        tokens were overwritten.
 
         Raises:
-          ValueError: outside `jit`, for a ring that can't go so far back. Inside, `overflowed`
-            says so.
+          ValueError: outside `jit`, for a ring that cannot go back so far. Inside `jit`,
+            `overflowed` becomes True.
         """
         to = integers(length, "cache.truncate(length)", ("[]", "[B]"))
         shorter = jnp.minimum(self.length, jnp.maximum(to, 0))
         lost = jnp.zeros_like(self.overflowed)
         if self.window is not None:
-            # What the next token will see, and the ring no longer has.
+            # Whether the next token will see tokens that the ring no longer has.
             lost = jnp.maximum(shorter - self.window, 0) < jnp.minimum(self._first, shorter)
             found = concrete(lost)
             if found is not None and found.any():
@@ -204,8 +211,8 @@ class KVCache(Cache):
                 raise ValueError(
                     f"cache.truncate(length): got {int(shorter[row])} in row {row}, expected "
                     f"{least} to {int(self.length[row])}, or 0: a query there sees the "
-                    f"{self.window} tokens before it, and this ring holds none before position "
-                    f"{int(self._first[row])}; create it with rolling(chunk=...)"
+                    f"{self.window} tokens before it, and this ring has none before position "
+                    f"{int(self._first[row])}; create it with a larger rolling(chunk=...)"
                 )
         over = (self.overflowed & (shorter > 0)) | lost
         return replace(self, length=shorter, overflowed=over)
@@ -217,7 +224,7 @@ class KVCache(Cache):
 
     @property
     def _first(self) -> Int[Array, "B"]:
-        """The first position from which on every token is held; the length where none is."""
+        """The first position from which all tokens are held; the length if none is."""
         end = self.length[:, None]
         held = (self.positions >= 0) & (self.positions < end)
         return jnp.where(held, self.positions, end).min(1)
@@ -233,7 +240,7 @@ class KVCache(Cache):
         begins = np.maximum(places - self.window, 0)
         if not (begins < first[:, None]).any():
             return
-        # What is gone is missed only where the mask would have shown it.
+        # A lost token matters only if the mask would have shown it.
         gap = np.arange(begins.min(), first.max(), dtype=np.int32)
         missed = (gap >= begins[:, None, :, None]) & (gap < first[:, None, None, None])
         if mask is not None:
@@ -247,9 +254,9 @@ class KVCache(Cache):
             row, _, query, hole = np.argwhere(missed)[0]
             raise ValueError(
                 f"cache.attend(at): got position {places[row, query]} in row {row}, which sees "
-                f"position {gap[hole]}, and this ring holds {first[row]} to {lengths[row] - 1} "
-                "there; expected the tokens of the last append, or create it with "
-                "rolling(chunk=...) for as many as are asked again"
+                f"position {gap[hole]}, but this ring holds {first[row]} to {lengths[row] - 1} "
+                "there; expected positions of the last append; for older ones create it with a "
+                "larger rolling(chunk=...)"
             )
 
     @property

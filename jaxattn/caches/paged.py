@@ -1,4 +1,4 @@
-"""A cache in pages: rows share memory, and take of it what they need."""
+"""A cache in pages: the rows share memory, and each takes the pages that it needs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class PagedKVCache(Cache):
     """Keys and values in pages that the rows share: long rows take many, short rows few.
 
     Memory is that of `pages`, not of the longest row times the batch. `append` takes pages as it
-    needs them and `free` gives them back.
+    needs them, and `free` returns them.
 
     Attributes:
-      table: int32 `[B, pages a row]`: the pages of each row in order, -1 where it has none.
+      table: int32 `[B, pages_per_row]`: the pages of each row in order, -1 where it has none.
     """
 
     key: tuple[Array, ...]
@@ -48,8 +48,8 @@ class PagedKVCache(Cache):
 
         Args:
           batch: rows B.
-          pages: how many pages all rows share.
-          page: tokens in a page.
+          pages: the number of pages that all rows share.
+          page: the number of tokens in a page.
           pages_per_row: the most that one row can have; by default all of them.
           heads, head_dim, value_dim, dtype, stored: as in `KVCache.create`.
         """
@@ -89,7 +89,7 @@ class PagedKVCache(Cache):
 
     @property
     def available(self) -> Int[Array, ""]:
-        """How many pages nobody has."""
+        """The number of free pages."""
         return (~self._taken()).sum(dtype=jnp.int32)
 
     def _taken(self) -> Bool[Array, "pages"]:
@@ -107,7 +107,7 @@ class PagedKVCache(Cache):
         return gathered(self.key), gathered(self.value)
 
     def allocate(self, counts: Int[ArrayLike, "B"] | int) -> PagedKVCache:
-        """The cache with pages for `counts` more tokens of each row, as far as there are any."""
+        """The cache with pages for `counts` more tokens of each row, as far as pages are free."""
         given = integers(counts, "cache.allocate(counts)", ("[]", "[B]"), 0)
         most = jnp.int32(self.capacity)
         number = jnp.broadcast_to(jnp.minimum(most, given), self.length.shape)
@@ -128,7 +128,7 @@ class PagedKVCache(Cache):
         return PagedKVCache(self.key, self.value, table, self.length, self.overflowed, self.dtype)
 
     def free(self, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
-        """The cache with these rows empty and their pages given back."""
+        """The cache with these rows emptied and their pages free."""
         gone = jnp.asarray(rows)
         if gone.dtype != jnp.bool_ or gone.shape != self.length.shape:
             raise ValueError(

@@ -276,7 +276,7 @@ def unknown_method(thing: Any, name: str) -> AttributeError:
     )
 
 
-def answers(
+def with_remedies(
     words: dict[str, str] = KEYWORDS, name: str | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a function of ours: it answers arguments that it does not have by what is meant.

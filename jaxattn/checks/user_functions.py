@@ -38,7 +38,7 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def code_of(fn: Any) -> CodeType | None:
+def code_object(fn: Any) -> CodeType | None:
     """The code that a user wrote: of a function, of a partial one, or of an object's call."""
     while isinstance(fn, partial):
         fn = fn.func
@@ -76,9 +76,14 @@ def _content(cell: Any) -> Any:
         return None
 
 
+def parameters(fn: Any, first: int) -> list[str]:
+    """The names of a function's parameters from the `first` on."""
+    return list(inspect.signature(fn).parameters)[first:]
+
+
 def place(fn: Any, error: BaseException | None = None) -> str:
     """`file:line` of a function, or of where in it an error came from; "" for built-in ones."""
-    code = code_of(fn)
+    code = code_object(fn)
     if code is None:
         return ""
     line, trace = code.co_firstlineno, None if error is None else error.__traceback__
@@ -148,11 +153,6 @@ def one_bool(result: Any, name: str) -> Any:
     return answer
 
 
-def ours(thing: Any) -> bool:
-    """Whether a function or a type is the library's own; some made by `exec` have no module."""
-    return (getattr(thing, "__module__", None) or "").startswith("jaxattn.")
-
-
 def uncalled(given: Any, where: str) -> None:
     """Raises for a constructor, or a class, where what it makes was meant."""
     name = getattr(given, "__name__", "")
@@ -160,11 +160,13 @@ def uncalled(given: Any, where: str) -> None:
         raise TypeError(
             f"{where}: got the class {name}, expected one made of it; call it: {name}(...)"
         )
-    if ours(given) and name.isidentifier() and not name.startswith("_"):
-        spelled = f"{given.__module__.rpartition('.')[2]}.{name}"
+    # The room of a constructor, `masks` or `scores`: `jaxattn.masks.by_array`, `jaxattn.scores`.
+    package, _, module = (getattr(given, "__module__", None) or "").partition(".")
+    if package == "jaxattn" and name.isidentifier():
+        full = f"{module.partition('.')[0]}.{name}"
         raise TypeError(
-            f"{where}: got the function {spelled}, expected what it returns; call it: "
-            f"{spelled}({'...' * _required(given)})"
+            f"{where}: got the function {full}, expected what it returns; call it: "
+            f"{full}({'...' * _required(given)})"
         )
 
 

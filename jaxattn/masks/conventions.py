@@ -17,7 +17,7 @@ Convention = Literal["attend", "ignore", "additive", "hf", "keras", "flax"]
 _REMOVES = -1e4
 
 
-def kept(array: Any, convention: str) -> Bool[Array, "..."]:
+def kept_pairs(array: Any, convention: str) -> Bool[Array, "..."]:
     """Which cells an array of that convention keeps; `jaxattn.masks.from_array` says the rules."""
     if convention not in get_args(Convention):
         expected = ", ".join(map(repr, get_args(Convention)))

@@ -6,17 +6,18 @@ library is derived from that answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..checks.foreign_names import WORDS, unknown_method
-from ..checks.user_functions import explained, named, one_bool, ours, uncalled
+from ..checks.user_functions import explained, named, one_bool, uncalled
 from ..pytrees import ByStructure, pytree, static
 from ..shapes import Array, ArrayLike, Bool
 from .door import views
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
 Scalar: TypeAlias = Any
 Predicate4 = Callable[[Scalar, Scalar, Scalar, Scalar], Any]
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Mask(ByStructure):
@@ -172,7 +171,7 @@ def check_is_predicate(given: Any, where: str) -> None:
       TypeError: for a score.
     """
     if (remedy := getattr(given, "not_a_mask", None)) is not None:
-        raise TypeError(f"{where}: got {given!r}, expected a mask; {remedy}")
+        raise TypeError(f"{where}: got the score {given!r}, expected a mask; {remedy}")
 
 
 def leaf_repr(leaf: Any) -> str:
@@ -182,22 +181,6 @@ def leaf_repr(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else type(leaf).__name__
 
 
-def repr_as(form: Callable[..., str], *arguments: str) -> Callable[[F], F]:
-    """For the function of a constructor that has another name, or other arguments.
-
-    Args:
-      form: how the repr of the mask reads, given those of its leaves.
-      *arguments: which argument of the constructor each leaf is made of, where its name is another.
-    """
-
-    def register(fn: F) -> F:
-        setattr(fn, "repr_as", form)  # noqa: B010
-        setattr(fn, "arguments", arguments)  # noqa: B010
-        return fn
-
-    return register
-
-
 def attributes(thing: Any) -> str:
     """The repr of a mask or score of a user's own class: `Near(reach=3)`."""
     held = getattr(thing, "__dict__", {}).items()
@@ -205,51 +188,68 @@ def attributes(thing: Any) -> str:
     return f"{type(thing).__name__}({inner})"
 
 
-@pytree
-class Predicate(Mask):
-    """A mask from a function `fn(b, h, q, k, *args) -> bool` and its array arguments.
+# --- masks of the library -------------------------------------------------------------------------
 
-    One of so many `tokens` has that many queries and keys; at positions beyond, nothing is seen.
+
+def constructor(cls: type) -> str:
+    """The name of the function that makes a class: `sliding_window` for `SlidingWindow`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def argument(each: Field[Any]) -> str:
+    """The argument of the constructor that a field is made of: its name, unless it says another."""
+    return str(each.metadata.get("argument", each.name))
+
+
+def call_repr(thing: Any) -> str:
+    """The call that makes a mask or score of the library: `sliding_window(3, 0)`.
+
+    Fields are its arguments, in order; those that have their default, or `repr=False`, are left
+    out.
     """
+    given = []
+    for each in fields(thing):
+        value = getattr(thing, each.name)
+        if each.repr and value is not each.default:
+            keyword = f"{each.name}=" if each.kw_only is True else ""
+            given.append(keyword + _value_repr(value))
+    return f"{constructor(type(thing))}({', '.join(given)})"
 
-    fn: Callable[..., Any] = static()
-    args: tuple[Any, ...] = ()
-    tokens: int | None = static(default=None)
+
+def _value_repr(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return leaf_repr(value)
+    return f"({', '.join(map(leaf_repr, value))}{',' * (len(value) == 1)})"
+
+
+class BuiltInMask(Mask):
+    """A mask of the library: a pytree whose fields are its arguments, and one line of maths."""
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        """Whether the query may attend to the key; one bool."""
+        raise NotImplementedError
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
-        args = (b, h, q, k, *self.args)
-        try:
-            result = self.fn(*args)
-        except Exception as error:
-            clearer = explained(error, self.fn, repr(self), "b, h, q, k", args)
-            if clearer is None:
-                raise
-            raise clearer from error
-        answer = one_bool(result, named(repr(self), self.fn))
-        if self.tokens is None:
-            return answer
-        rows, columns = ((at >= 0) & (at < self.tokens) for at in (q, k))
-        return answer & rows & columns
+        return one_bool(self.formula(b, h, q, k), repr(self))
 
     def __repr__(self) -> str:
-        if isinstance(traced := getattr(self.fn, "name", None), str):
-            return traced
-        if isinstance(self.fn, Mask):
-            return repr(self.fn)
-        name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        leaves = list(map(leaf_repr, jax.tree.leaves(self.args)))
-        if (form := getattr(self.fn, "repr_as", None)) is not None:
-            return str(form(*leaves))
-        inner = ", ".join(leaves)
-        if ours(self.fn):
-            return f"{name.lstrip('_')}({inner})"
-        return f"predicate({', '.join(filter(None, (name, inner)))})"
+        return call_repr(self)
+
+    def required_length(self) -> int | None:
+        """The number of queries, and of keys, that the mask is for; None for any number."""
+        return None
+
+
+def entry(array: Any, *index: Any) -> Any:
+    """`array[index]` with as many trailing indices as the array has axes: `[]`, `[T]`, `[B, T]`."""
+    rank = np.ndim(array)
+    return array[index[len(index) - rank :]] if rank else array
 
 
 def tokens_of(mask: Mask) -> Iterator[tuple[int, Mask]]:
     """The parts of a mask that are for a certain number of tokens, and those numbers."""
-    if isinstance(mask, Predicate) and mask.tokens is not None:
-        yield mask.tokens, mask
+    if isinstance(mask, BuiltInMask) and (length := mask.required_length()) is not None:
+        yield length, mask
     for part in parts_of(mask):
         yield from tokens_of(part)
 
@@ -271,21 +271,53 @@ def check_tokens(mask: Mask, positions: Positions, T: int, S: int) -> None:
     Raises:
       ValueError: for other numbers of queries or keys, where they count from 0.
     """
-    for number, part in tokens_of(mask):
+    for length, part in tokens_of(mask):
         for letter, given, size in (("T", positions.q, T), ("S", positions.k, S)):
-            if given is None and size != number:
+            if given is None and size != length:
                 raise ValueError(
-                    f"mask: got {part!r}, which is for {number} tokens, and {letter} = {size}; "
-                    "expected as many. Tokens before the grid, as a class token, are its prefix="
+                    f"mask: got {part!r}, which is for {length} tokens, and {letter} = {size}; "
+                    f"expected {letter} = {length}. Tokens before the grid, such as a class token, "
+                    "are its prefix="
                 )
 
 
-def _dense(b: Any, h: Any, q: Any, k: Any, array: Any) -> Any:
-    if np.ndim(array) == 2:
-        return array[q, k]
-    # An extent of 1 says "the same for all": which axes those are is known from the shape.
-    index = (0 if n == 1 else at for n, at in zip(array.shape, (b, h, q, k), strict=True))
-    return array[tuple(index)]
+@pytree
+class Dense(BuiltInMask):
+    array: Any
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        if np.ndim(self.array) == 2:
+            return self.array[q, k]
+        # An extent of 1 means "the same for all"; the shape says which axes have it.
+        index = (0 if n == 1 else at for n, at in zip(self.array.shape, (b, h, q, k), strict=True))
+        return self.array[tuple(index)]
+
+
+@pytree
+class Predicate(Mask):
+    """A mask from a user's function `fn(b, h, q, k, *args) -> bool` and its array arguments."""
+
+    fn: Callable[..., Any] = static()
+    args: tuple[Any, ...] = ()
+
+    def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
+        args = (b, h, q, k, *self.args)
+        try:
+            result = self.fn(*args)
+        except Exception as error:
+            clearer = explained(error, self.fn, repr(self), "b, h, q, k", args)
+            if clearer is None:
+                raise
+            raise clearer from error
+        return one_bool(result, named(repr(self), self.fn))
+
+    def __repr__(self) -> str:
+        if isinstance(traced := getattr(self.fn, "name", None), str):
+            return traced
+        if isinstance(self.fn, Mask):
+            return repr(self.fn)
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        return f"predicate({', '.join([name, *map(leaf_repr, jax.tree.leaves(self.args))])})"
 
 
 def dense(array: Bool[ArrayLike, "..."]) -> Mask:
@@ -312,7 +344,7 @@ def dense(array: Bool[ArrayLike, "..."]) -> Mask:
             f"mask: got a boolean array of shape {list(values.shape)}, expected [T, S] or "
             "[B|1, N|1, T|1, S|1]; for [B, S] padding use masks.key_padding(valid)"
         )
-    return Predicate(_dense, (values,))
+    return Dense(values)
 
 
 def _chained(mask: And | Or | Xor, sign: str) -> str:

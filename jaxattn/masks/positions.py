@@ -34,19 +34,19 @@ class Positions(ByStructure):
       q: queries, int `[T]` or `[B, T]`.
       k: keys, int `[S]` or `[B, S]`.
 
-    Any of them may be traced. One mechanism says decoding (`q = length + arange(T)`), ragged
-    batches, ring buffers (`k` in storage order), chunked prefill, shards of a longer sequence and
+    Any of them may be traced. They describe decoding (`q = length + arange(T)`), ragged batches,
+    ring buffers (`k` in storage order), chunked prefill, shards of a longer sequence, and
     bottom-right alignment (`q = arange(T) + S - T`).
 
     Positions are int32, and so are their differences: results are exact where all of them are at
     least 0, or none is further from 0 than 2**30.
 
-    An array that a mask or score reads at a bare `b`, `h`, `q` or `k` has to hold the positions
-    given. Beyond its end, and below 0, known positions raise a `ValueError`; traced ones give False
-    for the cell whatever the mask does with the entry (`~` and `|` included), and NaN for a score:
-    never the last entry. An entry that decides nothing may be missing: under `causal()`, of later
-    keys; where the other part of `|` allows the cell; where `jnp.where(k < n, array[k], ...)` takes
-    its other case. Computed indices follow JAX's rules.
+    An array that a mask or score reads at a bare `b`, `h`, `q` or `k` has to have an entry for each
+    position given. Where it has none, known positions raise a `ValueError`. With traced positions
+    the pair is masked, whatever the mask does with the entry (`~` and `|` included), and a score is
+    NaN; the last entry never stands in. An entry may be missing if nothing depends on it: that of a
+    later key under `causal()`; where the other part of `|` allows the pair; where
+    `jnp.where(k < n, array[k], ...)` takes its other case. Computed indices follow JAX's rules.
     """
 
     b: Int[ArrayLike, "B"] | None = None
@@ -69,8 +69,8 @@ class Positions(ByStructure):
             array = as_given(given)
             if not is_integer(array):
                 raise TypeError(
-                    f"positions.{name}: got dtype {array.dtype}, expected integers; positions are "
-                    "counted, not measured: use .astype(jnp.int32)"
+                    f"positions.{name}: got dtype {array.dtype}, expected integers: use "
+                    ".astype(jnp.int32)"
                 )
             if array.shape not in shapes:
                 expected = " or ".join(str(list(shape)) for shape in shapes)
@@ -80,12 +80,12 @@ class Positions(ByStructure):
             if (far := beyond(array)) is not None:
                 raise ValueError(
                     f"positions.{name}: got {far}, expected numbers from -2**31 to 2**31 - 1: "
-                    "positions are int32; count them from a nearer origin"
+                    "positions are int32; subtract the same number from all of them"
                 )
             return narrowed(array)
 
         b, h = check("b", self.b, (B,)), check("h", self.h, (N,))
-        # One row for all, as `checked` itself leaves it, is checked again unchanged.
+        # `[1, T]`, one row for all, is what `checked` returns: it may be checked again.
         q = check("q", self.q, (T,), (B, T), (1, T))
         k = check("k", self.k, (S,), (B, S), (1, S))
         return Positions(
@@ -102,15 +102,15 @@ class Positions(ByStructure):
         def count(array: Any, n: int) -> Array:
             return jnp.arange(n, dtype=jnp.int32) if array is None else array
 
-        # Rows of their own, or one for all; not reshape(-1, T), which T = 0 leaves undecided.
+        # Not reshape(-1, T), which does not work for T = 0.
         q, k = (jnp.atleast_2d(count(x, n)) for x, n in ((given.q, T), (given.k, S)))
         return Filled(count(given.b, B), count(given.h, N), q, k)
 
 
 def over_grid(fn: Callable[..., Any], positions: Filled) -> Any:
-    """`fn(b, h, q, k)` for every cell: results `[B, N, T, S, ...]`."""
+    """`fn(b, h, q, k)` for every pair: results `[B, N, T, S, ...]`."""
     q, k = positions.q, positions.k
-    # An extent of 1 is left out of the batch's vmap: what does not vary is not computed again.
+    # An extent of 1 is left out of the batch's vmap, so that it is computed once.
     axes = [None if x.shape[0] == 1 else 0 for x in (q, k)]
     q, k = (x[0] if axis is None else x for x, axis in zip((q, k), axes, strict=True))
     over_k = jax.vmap(fn, (None, None, None, 0))

@@ -26,21 +26,22 @@ def attention_fn(
     """The `attention_fn` of Flax's `MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
 
     Args:
-      mask: which query may see which key, in every call; with `&` the mask that the module is
-        given, which may be a `Mask`, or Flax's array: `[batch..., N|1, T|1, S|1]`, boolean or
+      mask: which query may see which key, in every call. It is combined by `&` with the mask of
+        the call, which is a `Mask`, or Flax's array: `[batch..., N|1, T|1, S|1]`, boolean or
         float32 of 0 and 1.
       score: what changes the logits, as in `jaxattn.attention`.
-      backend: of `jaxattn.attention`.
-      decode: whether the module decodes, one token at a time, from Flax's cache: then the query
-        stands where that cache ends, at the last key that its mask shows. Must be said where there
-        is a mask or score and one query for several keys, as Flax does not tell.
+      backend: as in `jaxattn.attention`.
+      decode: whether the module decodes from Flax's cache, one token at a time. The query's
+        position is then that of the last key that Flax's mask shows. It has to be given if there
+        is a mask or score and a call has one query for several keys: Flax does not say which of
+        the two it is.
 
-    What Flax's own function does is done, but for these:
+    It does what Flax's own function does, with these exceptions:
 
     | | Flax | here |
     |---|---|---|
-    | a query that sees no key | the mean of all values | output 0 |
-    | NaN or inf in keys and values that nobody sees | NaN everywhere | not felt |
+    | an empty row | the mean of all values | output 0 |
+    | NaN or inf in masked keys and values | NaN everywhere | changes nothing |
     | softmax of 16-bit inputs | in 16 bits, unless `force_fp32_for_softmax` | float32 |
     | weights and output of 16 bits | float32 if `force_fp32_for_softmax` | the same |
     | float32 products on GPU and TPU | the platform's default precision | true float32 |
@@ -61,8 +62,9 @@ def attention_fn(
     def positions(flax_mask: Any, at: Any, B: int, T: int, S: int) -> Positions | None:
         if at is not None and T != 1:
             raise ValueError(
-                f"attention_fn(input_positions): got some for {T} queries, expected None: they are "
-                "for rotary embeddings; ja.nn.nnx.MultiHeadAttention(rope=ja.nn.RoPE()) has those"
+                f"attention_fn(input_positions): got positions for {T} queries, expected None: "
+                "Flax uses them for rotary embeddings, which are "
+                "ja.nn.nnx.MultiHeadAttention(rope=ja.nn.RoPE()) here"
             )
         if at is not None:
             return Positions(q=jnp.broadcast_to(jnp.asarray(at, jnp.int32), (B, 1)))
@@ -70,9 +72,9 @@ def attention_fn(
             return None
         if decode is None:
             raise ValueError(
-                f"attention_fn(decode): got None with one query for {S} keys, expected True where "
-                "Flax's cache is decoded from, so that the query stands at its end, or False where "
-                "queries count from 0"
+                f"attention_fn(decode): got None with one query for {S} keys, expected True if the "
+                "module decodes from Flax's cache, so that the query stands at its end, or "
+                "False if queries count from 0"
             )
         if not decode:
             return None
@@ -81,13 +83,13 @@ def attention_fn(
                 "attention_fn(decode): got True without the mask of Flax's cache, expected the "
                 "module to decode (decode=True there too), or positions as input_positions"
             )
-        # Flax shows the keys up to its index: the query stands at the last of them.
+        # Flax's mask shows the keys up to its index: the query stands at the last of them.
         shown = jnp.broadcast_to(flax_mask != 0, (*flax_mask.shape[:-1], S))
         shown = shown.reshape(-1, shown.shape[-3], S).any(1)
         last = S - 1 - jnp.argmax(shown[:, ::-1], axis=1)
         return Positions(q=jnp.broadcast_to(last[:, None], (B, 1)))
 
-    # Every name is spelled out: linen drops the arguments that the signature does not name.
+    # Every name is written out: linen drops arguments that the signature does not name.
     def attend(
         query: Array,
         key: Array,
@@ -117,11 +119,11 @@ def attention_fn(
             if given is not None:
                 raise ValueError(
                     f"attention_fn({name}): got {given!r}, expected None: the products are "
-                    "jaxattn's own; use Flax's attention_fn for quantised ones"
+                    "jaxattn's own; for quantised products use Flax's own attention_fn"
                 )
         query, key, value = (promote_dtype or _promoted)((query, key, value), dtype=dtype)
         if force_fp32_for_softmax:
-            # Flax's weights are float32 then, and so is what they are multiplied with.
+            # Flax's weights are then float32, and so are the values they are multiplied by.
             query, key, value = _promoted(
                 (query, key, value), jnp.promote_types(query.dtype, jnp.float32)
             )
@@ -153,7 +155,7 @@ def attention_fn(
             if backend not in ("auto", "dense"):
                 raise ValueError(
                     f"attention_fn(backend): got {backend!r} with sow_weights, expected 'dense' or "
-                    "'auto': only the dense backend has weights to show"
+                    "'auto': only the dense backend computes all weights"
                 )
             weights = attention_weights(query, key, **options).astype(query.dtype)
             _sow(module, weights.reshape(*lead, N, T, S))

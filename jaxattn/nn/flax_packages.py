@@ -1,4 +1,4 @@
-"""Flax's two dialects, which the modules here are written in and jaxattn itself does without."""
+"""Flax's two dialects, linen and nnx; jaxattn itself works without Flax."""
 
 from __future__ import annotations
 

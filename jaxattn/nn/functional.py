@@ -1,9 +1,9 @@
-"""What attention modules do between their projections, whichever Flax they are written in."""
+"""What attention modules do between their projections; linen and nnx share it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,27 @@ from ..masks.mask import Mask, as_mask
 from ..masks.positions import Positions
 from ..scores import Score
 from ..shapes import Array, Float, Int
+
+C = TypeVar("C", bound=Cache)
+
+
+class AttentionOptions(TypedDict, total=False):
+    """Keyword arguments of `MultiHeadAttention`, apart from `cache`, for type checkers."""
+
+    mask: Any
+    score: Any
+    positions: Any
+    rope_positions: Array | None
+    counts: Array | None
+    deterministic: bool | None
+    sow_weights: bool
+
+
+class BlockOptions(AttentionOptions, total=False):
+    """Keyword arguments of `TransformerBlock`, apart from `cache`, for type checkers."""
+
+    memory: Array | Cache | None
+    memory_mask: Any
 
 
 def sizes(
@@ -29,7 +50,7 @@ def sizes(
     if head_dim is None and features % num_heads:
         raise ValueError(
             f"{module}(qkv_features): got {features}, expected a multiple of "
-            f"num_heads={num_heads}; or say head_dim"
+            f"num_heads={num_heads}; or give head_dim"
         )
     if kv_heads < 1 or num_heads % kv_heads:
         raise ValueError(
@@ -39,10 +60,10 @@ def sizes(
 
 
 def made(module: str, name: str, attribute: Any) -> Any:
-    """A mask or score given as a module's attribute: itself, or what its factory makes.
+    """The mask or score of a module's attribute: the attribute itself, or what its factory makes.
 
     Raises:
-      ValueError: for one with arrays: as part of a module they would be constants of the program.
+      ValueError: for one with arrays: in a module they would be constants of the program.
     """
     if attribute is None:
         return None
@@ -58,17 +79,18 @@ def made(module: str, name: str, attribute: Any) -> Any:
 
 
 def check_norm(norm: str) -> None:
-    """Checks where a block has its norms."""
+    """Checks the name that says where a block has its norms."""
     if norm not in ("pre", "post"):
         raise ValueError(f"TransformerBlock(norm): got {norm!r}, expected 'pre' or 'post'")
 
 
 def check_inputs(name: str, given: Any, width: int | None) -> None:
-    """Checks what is projected: an array of so many features, where that is known.
+    """Checks an array to be projected: its features, where their number is known.
 
     Raises:
-      TypeError: for what is no array of numbers; a mask, which is given by name, is told so.
-      ValueError: for other features, and for other than one batch axis or none.
+      TypeError: for anything but an array of numbers; for a mask, the message says to give it by
+        name.
+      ValueError: for another number of features, and for more than one batch axis.
     """
     shape, dtype = getattr(given, "shape", None), getattr(given, "dtype", None)
     if isinstance(given, Mask) or dtype == jnp.bool_ or (shape is None and callable(given)):
@@ -91,7 +113,7 @@ def check_inputs(name: str, given: Any, width: int | None) -> None:
 
 
 def _check_cache(name: str, cache: Cache, query: Array, key: Array | None) -> None:
-    """Checks that a cache is one of this module and of this batch."""
+    """Checks that a cache fits this module and this batch."""
     batch, (K, H) = cache.length.shape[0], cache.key[0].shape[1::2]
     B, _, N, width = query.shape
     fits = (batch, H, N % K) == (B, width, 0)
@@ -112,7 +134,7 @@ def _check_cache(name: str, cache: Cache, query: Array, key: Array | None) -> No
 
 
 def both(first: Any, second: Any) -> Any:
-    """The mask that both allow; `None` stands for everything."""
+    """The mask of the pairs that both allow; `None` allows all."""
     if first is None or second is None:
         return second if first is None else first
     return as_mask(first) & second
@@ -123,7 +145,7 @@ def remembered(
     value: Float[Array, "B S K Hv"],
     rope: Callable[[Array, Array], Array] | None,
 ) -> KVCache:
-    """Projected keys and values, to be read by any number of calls."""
+    """A cache with projected keys and values, for any number of calls."""
     if key.ndim != 4:
         raise ValueError(
             f"remember(inputs_kv): got keys of shape {list(key.shape)}, expected a batch: "
@@ -152,10 +174,10 @@ def attend(
     """Rotary embeddings, the cache, and attention, in that order.
 
     Args:
-      query, key, value: projected; no key and value where there is a memory.
-      memory: what is attended to as it is.
-      cache: what key and value are appended to.
-      sow: is given the weights.
+      query, key, value: projected; key and value are None if there is a memory.
+      memory: a cache to attend to, to which nothing is appended.
+      cache: a cache to which key and value are appended.
+      sow: a function to which the weights are given.
       **options: those of `attention`.
 
     Returns:
@@ -165,15 +187,19 @@ def attend(
     T = query.shape[-3]
     if cache is not None and (memory is not None or positions is not None):
         name = "inputs_kv" if memory is not None else "positions"
-        raise ValueError(f"{name}: got a {type(cache).__name__} too; a cache says where keys stand")
+        raise ValueError(
+            f"{name}: got a value, and cache= a {type(cache).__name__}; expected only one of them: "
+            "a cache has the positions of its keys"
+        )
     if counts is not None and cache is None:
         raise ValueError(
-            "counts: got some without a cache, expected None: they say what a cache keeps; without "
-            "one, mask=masks.key_padding(lengths=counts) hides padding"
+            "counts: got a value without a cache, expected None: counts are the tokens that a "
+            "cache keeps; without one, use mask=masks.key_padding(lengths=counts)"
         )
     if memory is not None and (given.b, given.h, given.k) != (None, None, None):
         raise ValueError(
-            "positions: got more than q with a memory, which says where its keys stand"
+            "positions: got more than q with a memory, expected only q: the memory has the "
+            "positions of its keys"
         )
     if (cache is not None or memory is not None) and query.ndim != 4:
         raise ValueError(
@@ -202,7 +228,7 @@ def attend(
         if sow is not None:
             sow(attention_weights(query, key, positions=given, **_seen(options)))
         return attention(query, key, value, positions=given, **options), None
-    # Without a backend the cache takes the one that is made for few queries.
+    # Without a named backend, the cache takes the one made for few queries.
     asked = {n: o for n, o in options.items() if (n, o) != ("backend", "auto")}
     q_at = jnp.broadcast_to(q_at, query.shape[:2])
     if memory is not None:
@@ -221,7 +247,7 @@ def attend(
 
 
 def _seen(options: dict[str, Any]) -> dict[str, Any]:
-    """What the weights depend on."""
+    """The options that the weights depend on."""
     return {name: options[name] for name in ("mask", "score", "sinks", "precision")}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 
@@ -15,6 +15,7 @@ from ..shapes import Array, Float, Int
 from . import functional
 from .attention_fn import attention_fn
 from .flax_packages import linen as nn
+from .functional import C
 from .rope import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -23,7 +24,7 @@ __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 class MultiHeadAttention(nn.Module):
     """Multi-head attention: projections, `jaxattn.attention`, and a projection back.
 
-    `out = concat_h(attention(x W_q, y W_k, y W_v)) W_o`, with the parameters named and shaped as in
+    `out = concat_h(attention(x W_q, y W_k, y W_v)) W_o`. Parameters have the names and shapes of
     `flax.linen.MultiHeadDotProductAttention`, so that a checkpoint of one is one of the other:
     `query`, `key`, `value` with kernels `[features, heads, head dim]`, `out` with
     `[heads, head dim, features]`, `query_ln` and `key_ln` where `normalize_qk`.
@@ -32,24 +33,24 @@ class MultiHeadAttention(nn.Module):
       num_heads: query heads N.
       num_kv_heads: key and value heads K, a divisor of N (grouped queries); N by default.
       qkv_features: N times the head dimension; by default the features of `inputs_q`.
-      head_dim: H, where it is not `qkv_features / num_heads`.
-      out_features: of the output; by default the features of `inputs_q`.
+      head_dim: H, if it is not `qkv_features / num_heads`.
+      out_features: the features of the output; by default those of `inputs_q`.
       mask: a mask without arrays, or a factory `() -> mask`, used in every call, with `&` the
         mask of the call.
-      score: a score without arrays, or a factory `() -> score`, used where the call gives none.
+      score: a score without arrays, or a factory `() -> score`, used in calls that give none.
       rope: turns queries and keys by their positions: a `RoPE`, or any function of
         `[B, T, N, H]` and positions `[T]` or `[B, T]`.
-      sinks: whether each head learns a logit that takes weight and gives no value.
+      sinks: whether each head learns a logit that takes weight and has no value.
       normalize_qk: whether queries and keys pass a LayerNorm first (2302.05442).
-      dropout_rate: of the attention weights; drawn from the rng collection "dropout".
+      dropout_rate: the rate for attention weights; seeds come from the rng collection "dropout".
       deterministic: True turns dropout off; may be given in the call instead.
       use_bias: whether projections have a bias.
       dtype: of the computation; by default promoted from inputs and parameters.
       param_dtype: of the parameters.
-      precision: of all matrix products.
+      precision: the precision of all matrix products.
       kernel_init, bias_init: initialisers of the projections.
-      out_kernel_init, out_bias_init: of the last one, where they differ.
-      sharding: names of mesh axes for (features, heads, head dimension) of all parameters, as
+      out_kernel_init, out_bias_init: those of the last projection, if they differ.
+      sharding: the mesh axes for (features, heads, head dimension) of all parameters, such as
         `("data", "model", None)`; kept as `flax.linen.Partitioned`.
       backend: of `jaxattn.attention`.
 
@@ -79,6 +80,26 @@ class MultiHeadAttention(nn.Module):
     sharding: tuple[str | None, str | None, str | None] | None = None
     backend: str = "auto"
 
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: None = None,
+        **options: Unpack[functional.AttentionOptions],
+    ) -> Float[Array, "*B T out_features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: C,
+        **options: Unpack[functional.AttentionOptions],
+    ) -> tuple[Float[Array, "*B T out_features"], C]: ...
+
     def __call__(
         self,
         inputs_q: Float[Array, "*B T features"],
@@ -99,16 +120,16 @@ class MultiHeadAttention(nn.Module):
           inputs_q: `[B, T, features]` or `[T, features]`.
           inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention; or what `remember`
             made of it, so that it is projected once and not at every step.
-          mask: which query may see which key, as in `jaxattn.attention`. With a cache it sees
-            positions in the whole sequence: an array of padding that is as long as the prompt knows
-            nothing of later tokens; `counts` needs none.
+          mask: which query may see which key, as in `jaxattn.attention`. With a cache it is asked
+            about positions in the whole sequence, so an array of padding has to be as long as the
+            cache; with `counts` no mask of the padding is needed.
           score: what changes the logits, as in `jaxattn.attention`.
-          positions: what masks, scores and `rope` see, as in `jaxattn.attention`.
-          rope_positions: what `rope` sees instead, of queries and of keys: positions within packed
-            documents, depths in a tree of drafts.
-          cache: keys and values of the tokens before; those of this call are appended.
-          counts: how many of the tokens of each row are real, `[B]`, the first ones: padding after
-            a prompt is neither kept in the cache nor given a position.
+          positions: the positions in masks, scores and `rope`, as in `jaxattn.attention`.
+          rope_positions: other positions of queries and keys for `rope` alone: positions within
+            packed documents, depths in a tree of drafts.
+          cache: keys and values of earlier tokens; those of this call are appended.
+          counts: how many tokens of each row are real, `[B]`; they come first. Padding after a
+            prompt is not kept in the cache and gets no position.
           deterministic: True turns dropout off.
           sow_weights: put the weights `[B, N, T, S]`, before dropout, into the collection
             "intermediates" as "attention_weights": O(T * S) memory.
@@ -133,9 +154,9 @@ class MultiHeadAttention(nn.Module):
         )
 
     def remember(self, inputs_kv: Float[Array, "B S kv_features"]) -> KVCache:
-        """Keys and values of `inputs_kv`, to be given as `inputs_kv` to any number of calls.
+        """Keys and values of `inputs_kv`, to pass as `inputs_kv` to any number of calls.
 
-        Needs `head_dim` or `qkv_features` where the queries' features are not those of `inputs_kv`.
+        Needs `head_dim` or `qkv_features` if queries have other features than `inputs_kv`.
         """
         return self._all(None, inputs_kv)
 
@@ -232,7 +253,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def _width(module: nn.Module, name: str) -> int | None:
-    """Features that a projection of the module takes; `None` while it is being made."""
+    """The input features of a projection of the module; `None` before they are known."""
     made = module.variables.get("params", {}).get(name)
     return None if made is None else int(nn.unbox(made["kernel"]).shape[0])
 
@@ -244,11 +265,12 @@ class TransformerBlock(nn.Module):
     1706.03762).
 
     Attributes:
-      attention: makes the attention, as `partial(MultiHeadAttention, num_heads=8)`; given a `name`.
-      mlp_features: width of the feed-forward network.
+      attention: a function that makes the attention and takes a `name`, such as
+        `partial(MultiHeadAttention, num_heads=8)`.
+      mlp_features: the width of the feed-forward network.
       norm: "pre" or "post".
-      activation: of the feed-forward network.
-      dropout_rate: of what is added, drawn from the rng collection "dropout".
+      activation: the activation of the feed-forward network.
+      dropout_rate: the rate for what is added; keys come from the rng collection "dropout".
       deterministic: True turns dropout off; may be given in the call instead.
       dtype, param_dtype: of the norms and of the feed-forward network.
     """
@@ -261,6 +283,24 @@ class TransformerBlock(nn.Module):
     deterministic: bool | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: None = None,
+        **options: Unpack[functional.BlockOptions],
+    ) -> Float[Array, "*B T features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: C,
+        **options: Unpack[functional.BlockOptions],
+    ) -> tuple[Float[Array, "*B T features"], C]: ...
 
     def __call__(
         self,
@@ -283,7 +323,7 @@ class TransformerBlock(nn.Module):
           x: `[B, T, features]` or `[T, features]`.
           mask, score, positions, rope_positions, cache, counts: of self-attention, as in
             `MultiHeadAttention`.
-          memory: what cross-attention attends to, `[B, S, features]`, or what `remember` made of
+          memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
           memory_mask: which query may see which part of the memory.
           deterministic: True turns dropout off.
@@ -296,7 +336,7 @@ class TransformerBlock(nn.Module):
         return self._all(x, memory, own, {"mask": memory_mask, **both})
 
     def remember(self, memory: Float[Array, "B S memory_features"]) -> KVCache:
-        """Keys and values of the memory, to be given as `memory` to any number of calls."""
+        """Keys and values of the memory, to pass as `memory` to any number of calls."""
         return self._all(None, memory, {}, {})
 
     @nn.compact

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 
@@ -14,6 +14,7 @@ from ..shapes import Array, Float, Int
 from . import functional
 from .attention_fn import attention_fn
 from .flax_packages import nnx
+from .functional import C
 from .rope import RoPE
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
@@ -22,10 +23,14 @@ _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
 
+class _AttentionOptions(functional.AttentionOptions, total=False):
+    rngs: nnx.Rngs | None
+
+
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention: projections, `jaxattn.attention`, and a projection back.
 
-    `out = concat_h(attention(x W_q, y W_k, y W_v)) W_o`, with the parameters named and shaped as in
+    `out = concat_h(attention(x W_q, y W_k, y W_v)) W_o`. Parameters have the names and shapes of
     `flax.nnx.MultiHeadAttention`, so that a checkpoint of one is one of the other: `query`, `key`,
     `value` with kernels `[features, heads, head dim]`, `out` with `[heads, head dim, features]`,
     `query_ln` and `key_ln` where `normalize_qk`.
@@ -36,14 +41,14 @@ class MultiHeadAttention(nnx.Module):
       num_kv_heads: key and value heads K, a divisor of N (grouped queries); N by default.
       in_kv_features: features of `inputs_kv`; by default `in_features`.
       qkv_features: N times the head dimension; by default `in_features`.
-      head_dim: H, where it is not `qkv_features / num_heads`.
+      head_dim: H, if it is not `qkv_features / num_heads`.
       out_features: of the output; by default `in_features`.
       mask: a mask without arrays, or a factory `() -> mask`, used in every call, with `&` the
         mask of the call.
-      score: a score without arrays, or a factory `() -> score`, used where the call gives none.
+      score: a score without arrays, or a factory `() -> score`, used in calls that give none.
       rope: turns queries and keys by their positions: a `RoPE`, or any function of
         `[B, T, N, H]` and positions `[T]` or `[B, T]`.
-      sinks: whether each head learns a logit that takes weight and gives no value.
+      sinks: whether each head learns a logit that takes weight and has no value.
       normalize_qk: whether queries and keys pass a LayerNorm first (2302.05442).
       dropout_rate: of the attention weights; drawn from the rng stream "dropout".
       deterministic: True turns dropout off; may be given in the call instead, and is what
@@ -51,9 +56,9 @@ class MultiHeadAttention(nnx.Module):
       use_bias: whether projections have a bias.
       dtype: of the computation; by default promoted from inputs and parameters.
       param_dtype: of the parameters.
-      precision: of all matrix products.
+      precision: the precision of all matrix products.
       kernel_init, bias_init: initialisers of the projections.
-      out_kernel_init, out_bias_init: of the last one, where they differ.
+      out_kernel_init, out_bias_init: those of the last projection, if they differ.
       sharding: names of mesh axes for (features, heads, head dimension) of all parameters, as
         `("data", "model", None)`; kept as the metadata of `flax.nnx.with_partitioning`.
       backend: of `jaxattn.attention`.
@@ -146,6 +151,26 @@ class MultiHeadAttention(nnx.Module):
         if dropout_rate > 0:
             self.rngs = rngs.dropout.fork()
 
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: None = None,
+        **options: Unpack[_AttentionOptions],
+    ) -> Float[Array, "*B T out_features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        inputs_q: Float[Array, "*B T features"],
+        inputs_kv: Float[Array, "*B S kv_features"] | Cache | None = None,
+        *,
+        cache: C,
+        **options: Unpack[_AttentionOptions],
+    ) -> tuple[Float[Array, "*B T out_features"], C]: ...
+
     def __call__(
         self,
         inputs_q: Float[Array, "*B T features"],
@@ -167,16 +192,16 @@ class MultiHeadAttention(nnx.Module):
           inputs_q: `[B, T, features]` or `[T, features]`.
           inputs_kv: `[B, S, features]` or `[S, features]`, for cross attention; or what `remember`
             made of it, so that it is projected once and not at every step.
-          mask: which query may see which key, as in `jaxattn.attention`. With a cache it sees
-            positions in the whole sequence: an array of padding that is as long as the prompt knows
-            nothing of later tokens; `counts` needs none.
+          mask: which query may see which key, as in `jaxattn.attention`. With a cache it is asked
+            about positions in the whole sequence, so an array of padding has to be as long as the
+            cache; with `counts` no mask of the padding is needed.
           score: what changes the logits, as in `jaxattn.attention`.
-          positions: what masks, scores and `rope` see, as in `jaxattn.attention`.
-          rope_positions: what `rope` sees instead, of queries and of keys: positions within packed
-            documents, depths in a tree of drafts.
-          cache: keys and values of the tokens before; those of this call are appended.
-          counts: how many of the tokens of each row are real, `[B]`, the first ones: padding after
-            a prompt is neither kept in the cache nor given a position.
+          positions: the positions in masks, scores and `rope`, as in `jaxattn.attention`.
+          rope_positions: other positions of queries and keys for `rope` alone: positions within
+            packed documents, depths in a tree of drafts.
+          cache: keys and values of earlier tokens; those of this call are appended.
+          counts: how many tokens of each row are real, `[B]`; they come first. Padding after a
+            prompt is not kept in the cache and gets no position.
           deterministic: True turns dropout off.
           sow_weights: keep the weights `[B, N, T, S]`, before dropout, as the `nnx.Intermediate`
             "attention_weights": O(T * S) memory.
@@ -237,7 +262,7 @@ class MultiHeadAttention(nnx.Module):
         return self.key_ln(key) if self.normalize_qk else key, self.value(inputs)
 
     def remember(self, inputs_kv: Float[Array, "B S kv_features"]) -> KVCache:
-        """Keys and values of `inputs_kv`, to be given as `inputs_kv` to any number of calls."""
+        """Keys and values of `inputs_kv`, to pass as `inputs_kv` to any number of calls."""
         return functional.remembered(*self._keys_and_values(inputs_kv), self.rope)
 
 
@@ -251,10 +276,10 @@ class TransformerBlock(nnx.Module):
       in_features: features of input and output.
       attention: makes the attention, as `partial(MultiHeadAttention, num_heads=8)`; is given
         `in_features` and `rngs`.
-      mlp_features: width of the feed-forward network.
+      mlp_features: the width of the feed-forward network.
       memory_features: of the memory of cross-attention; None: there is none.
       norm: "pre" or "post".
-      activation: of the feed-forward network.
+      activation: the activation of the feed-forward network.
       dropout_rate: of what is added, drawn from the rng stream "dropout".
       deterministic: True turns dropout off; may be given in the call instead, and is what
         `module.train()` and `module.eval()` set.
@@ -297,6 +322,24 @@ class TransformerBlock(nnx.Module):
             # Only then, so that a module without dropout has no state but its parameters.
             self.dropout = nnx.Dropout(dropout_rate, rngs=rngs)
 
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: None = None,
+        **options: Unpack[functional.BlockOptions],
+    ) -> Float[Array, "*B T features"]: ...
+
+    @overload
+    def __call__(
+        self,
+        x: Float[Array, "*B T features"],
+        *,
+        cache: C,
+        **options: Unpack[functional.BlockOptions],
+    ) -> tuple[Float[Array, "*B T features"], C]: ...
+
     def __call__(
         self,
         x: Float[Array, "*B T features"],
@@ -318,7 +361,7 @@ class TransformerBlock(nnx.Module):
           x: `[B, T, features]` or `[T, features]`.
           mask, score, positions, rope_positions, cache, counts: of self-attention, as in
             `MultiHeadAttention`.
-          memory: what cross-attention attends to, `[B, S, features]`, or what `remember` made of
+          memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
           memory_mask: which query may see which part of the memory.
           deterministic: True turns dropout off.
@@ -368,5 +411,5 @@ class TransformerBlock(nnx.Module):
         return (x, *after) if after else x
 
     def remember(self, memory: Float[Array, "B S memory_features"]) -> KVCache:
-        """Keys and values of the memory, to be given as `memory` to any number of calls."""
+        """Keys and values of the memory, to pass as `memory` to any number of calls."""
         return self.cross_attention.remember(memory)

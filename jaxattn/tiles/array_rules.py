@@ -1,4 +1,4 @@
-"""Rules of operations that rearrange arrays, and of reads: see `rules.py`."""
+"""Rules of operations that rearrange arrays, and of reads; see `elementwise_rules`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tracing.hashing import Type
 from ..tracing.pointwise import pointwise
 from .elementwise_rules import Interval, Rule, greatest_of, least_of, unless
 
-# Tables are searched where indices can be, up to so many elements: as many as a tile has rows.
+# A table is searched along at most this many indices: as many as a tile has rows.
 _LONGEST = 512
 
 
@@ -127,8 +127,8 @@ def _range_along(table: Interval, at: Interval, axis: int) -> Interval:
         i = jnp.minimum(first + n, last)
         return jnp.minimum(found[0], pick(lo, i)), jnp.maximum(found[1], pick(hi, i))
 
-    # A tile meets few blocks of a table, one after the other. Where indices jump about, what they
-    # enclose says little: there the bounds of the whole axis do.
+    # The indices of a tile are mostly few and next to each other. Where they are far apart the
+    # bounds between them are loose: the bounds of the whole axis are taken instead.
     longest = jnp.minimum((last - first).max() + 1, _LONGEST)
     least, greatest = lax.fori_loop(1, longest, extend, (pick(lo, first), pick(hi, first)))
     if lo.shape[2] > _LONGEST:

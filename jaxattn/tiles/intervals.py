@@ -1,7 +1,8 @@
 """Intervals: what a residue can be on a whole tile, from the bounds of its operands.
 
-Every value of the residue is held between two bounds for each tile, by the rules of `rules.py`. An
-operation without a rule gives anything; `and`, `or` and `select` may still decide.
+Every value of the residue is held between two bounds for each tile, by the rules of
+`elementwise_rules` and `array_rules`. The result of an operation without a rule may be anything;
+`and`, `or` and `select` may still decide.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def states(
     operands = [op._replace(array=lax.optimization_barrier(op.array)) for op in operands]
     cut_q, cut_k = _cuts(split, operands, tile_q, tile_k, T, S)
     block_q, block_k = tile_q // cut_q, tile_k // cut_k
-    bounds = [_bounds(op, block_q, block_k, T, S) for op in operands]
+    bounds = [bounds_of(op, block_q, block_k, T, S) for op in operands]
     some, all_ = interpret(split, bounds)[::-1]
     shape = (-(-T // block_q), -(-S // block_k))
 
@@ -152,7 +153,7 @@ def _inner(split: Split[Any]) -> list[Type]:
     return [split.program.types[ref] for step in split.program.steps for ref in step.outs]
 
 
-def _bounds(operand: Operand, block_q: int, block_k: int, T: int, S: int) -> Interval | None:
+def bounds_of(operand: Operand, block_q: int, block_k: int, T: int, S: int) -> Interval | None:
     """Bounds of an operand on every block, or `None` where it has no order."""
     kind, array = operand
     if not is_ordered(array.dtype):

@@ -24,8 +24,8 @@ from ..masks.positions import Positions
 from ..mesh import automatic
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayOrStruct, Bool, Int, Shaped
-from ..tracing.captures import canonicalize
-from ..tracing.out_of_range import within
+from ..tracing.canonical import canonicalize
+from ..tracing.out_of_range import guarded
 from ..tracing.split import Operand, Split, split
 from . import intervals
 
@@ -202,7 +202,7 @@ def tile_map(
     stand = jax.tree.map(jnp.asarray, positions or Positions())
     plain = as_mask(mask.mask if isinstance(mask, TileMap) else mask)
     check_tokens(plain, given, T, S)
-    canonical = within(canonicalize(plain), stand, (B, N, T, S))
+    canonical = guarded(canonicalize(plain), stand, (B, N, T, S))
     found = _states(split(canonical, given), given, (B, N, T, S), tiles, exact)
     return TileMap(canonical, found, tiles, (B, N, T, S), counts(given), stand)
 

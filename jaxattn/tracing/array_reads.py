@@ -49,7 +49,7 @@ class Read(NamedTuple):
     at: tuple[Ref, ...]
 
 
-class Extent(NamedTuple):
+class AxisRead(NamedTuple):
     """An axis that is read at a bare position: counted from 0 that has its extent, else the
     positions that are given have to lie within."""
 
@@ -59,22 +59,22 @@ class Extent(NamedTuple):
     position: str
 
 
-class Recogniser(Builder):
+class ReadBuilder(Builder):
     """A builder that brings reads to one form.
 
     Attributes:
       bare: the values that are positions counted from 0, and their letters.
       given: the values that are positions which the caller gives, and their letters.
-      extents: the axes read at bare positions, counted or given.
-      within: of reads at given positions, which of them have to lie in 0 to how many.
+      axis_reads: the axes read at bare positions, counted or given.
+      bounds: for each read at given positions, these positions and the extents they are read in.
     """
 
     def __init__(self, *, differentiated: bool = False) -> None:
         super().__init__(differentiated=differentiated)
         self.bare: dict[Ref, str] = {}
         self.given: dict[Ref, str] = {}
-        self.extents: list[Extent] = []
-        self.within: dict[Ref, list[tuple[Ref, int]]] = {}
+        self.axis_reads: list[AxisRead] = []
+        self.bounds: dict[Ref, list[tuple[Ref, int]]] = {}
         self._rules: dict[str, Callable[[Any, Sequence[Ref], Type], Ref | None]] = {
             "squeeze": self._squeeze,
             "gather": self._gather,
@@ -107,7 +107,7 @@ class Recogniser(Builder):
             array = inner.array
         index = dict(sorted(index.items()))
         shape = self.type(array).shape
-        within = [(at, shape[axis]) for axis, at in index.items() if at in self.given]
+        bounds = [(at, shape[axis]) for axis, at in index.items() if at in self.given]
         if not all(isinstance(at, Const) or at in self.bare for at in index.values()):
             first = {
                 axis: at
@@ -123,8 +123,8 @@ class Recogniser(Builder):
                     if axis not in first
                 }
         found = self._emit_read(array, index)
-        if within:
-            self.within[found] = within
+        if bounds:
+            self.bounds[found] = bounds
         return found
 
     def _emit_read(self, array: Ref, index: dict[int, Ref]) -> Ref:
@@ -246,11 +246,11 @@ class Recogniser(Builder):
             return Const(np.int32(min(max(value, 0), extent - 1)))
         bare = self._uncast(plain)
         if bare in self.bare:
-            self.extents.append(Extent(array, axis, extent, self.bare[bare]))
+            self.axis_reads.append(AxisRead(array, axis, extent, self.bare[bare]))
             return bare
         inner = self._uncast(self._inner(at, extent))
         if inner in self.given and not answered:
-            self.extents.append(Extent(array, axis, extent, self.given[inner]))
+            self.axis_reads.append(AxisRead(array, axis, extent, self.given[inner]))
             return inner
         if extent == 1 and not filled:
             return Const(np.int32(0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -11,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checks.user_functions import ours
 from ..masks.mask import Mask
 from ..masks.positions import Positions
 from ..scores import Score
-from .array_reads import Extent, Recogniser
-from .captures import arguments, struct
+from .array_reads import AxisRead, ReadBuilder
+from .canonical import arguments, struct
 from .hashing import RULED, Const, Ref, Type, has_body
+from .labels import labels
 from .program import Builder, Program, Step, needed
 
 Kind: TypeAlias = Literal["row", "column", "head", "grid", "diagonal"]
@@ -62,7 +61,7 @@ _CHEAP = frozenset(
 )
 
 
-class Feature(NamedTuple):
+class OperandRecipe(NamedTuple):
     """How an operand is computed: the steps from its sources, positions and views of arrays."""
 
     kind: Kind
@@ -85,9 +84,9 @@ class SplitPlan:
     types: tuple[Type, ...]
     free: tuple[Step, ...]
     views: dict[int, tuple[Ref, tuple[int | str, ...]]]
-    features: tuple[Feature, ...]
+    recipes: tuple[OperandRecipe, ...]
     residue: Program
-    extents: tuple[tuple[str, Extent], ...]
+    axis_reads: tuple[tuple[str, AxisRead], ...]
     counted: tuple[bool, ...]
     reasons: tuple[str, ...]
 
@@ -142,17 +141,17 @@ def signature_of(given: Mask | Score, positions: Positions, logit: Any = False) 
     )
 
 
-class Code(NamedTuple):
+class TracedSteps(NamedTuple):
     """A mask or score as steps.
 
     Attributes:
-      steps: the steps, with what was recognised.
+      builder: the steps, and the reads of arrays among them.
       logits, positions, leaves: its inputs; before those that it closes over.
       out: its result.
       labels: what to call the leaves.
     """
 
-    steps: Recogniser
+    builder: ReadBuilder
     logits: list[int]
     positions: list[int]
     leaves: list[int]
@@ -161,13 +160,13 @@ class Code(NamedTuple):
 
     def label(self, array: Ref) -> str:
         """What to call the array that a read is from: the leaf it came from, if one."""
-        while isinstance(array, int) and array in self.steps.source:
-            step, _ = self.steps.source[array]
+        while isinstance(array, int) and array in self.builder.source:
+            step, _ = self.builder.source[array]
             array = step.args[0] if step.args else Const(0)
         return self.labels.get(array, "an array") if isinstance(array, int) else "an array"
 
 
-def code_of(signature: Signature) -> Code:
+def trace_signature(signature: Signature) -> TracedSteps:
     """The steps of a mask or score."""
     structs = [jax.ShapeDtypeStruct(s, d, weak_type=w) for s, d, w in signature.leaves]
     lead = arguments(signature.logit)
@@ -177,29 +176,31 @@ def code_of(signature: Signature) -> Code:
         return jax.tree.unflatten(signature.tree, args[len(lead) :])(*args[: len(lead)])
 
     jaxpr = jax.make_jaxpr(call)(*lead, *structs)
-    steps = Recogniser(differentiated=signature.logit is not None)
+    steps = ReadBuilder(differentiated=signature.logit is not None)
     inputs = [steps.input(Type(v.shape, v.dtype)) for v in jaxpr.in_avals]
     logits, positions = inputs[: len(lead) - 4], inputs[len(lead) - 4 : len(lead)]
     for ref, letter, counted in zip(positions, "bhqk", signature.counted, strict=True):
         (steps.bare if counted else steps.given)[ref] = letter
     (out,) = steps.inline(jaxpr, inputs)
     own = inputs[len(lead) :]
-    return Code(steps, logits, positions, own, out, dict(zip(own, labels(given), strict=True)))
+    return TracedSteps(
+        steps, logits, positions, own, out, dict(zip(own, labels(given), strict=True))
+    )
 
 
 @lru_cache(maxsize=256)
-def plan_of(signature: Signature) -> SplitPlan:
+def split_plan(signature: Signature) -> SplitPlan:
     """The plan of a mask or score; cached."""
-    return Planner(signature).plan()
+    return SplitAnalysis(signature).plan()
 
 
-class Planner:
+class SplitAnalysis:
     """Finds the dependence of every value, the operands, and the residue."""
 
     def __init__(self, signature: Signature) -> None:
         self.signature, counted = signature, signature.counted
-        traced = self.traced = code_of(signature)
-        code = self.code = traced.steps
+        traced = self.traced = trace_signature(signature)
+        code = self.code = traced.builder
         positions, logits = traced.positions, traced.logits
         self.positions = dict(zip(positions, "bhqk", strict=True))
         self.logits = logits
@@ -281,13 +282,13 @@ class Planner:
             tuple(code.types),
             "residue",
         )
-        features = [self._feature(kind, ref) for ref, kind in found.items()]
-        sources = {ref for feature in features for ref in feature.sources}
+        recipes = [self._feature(kind, ref) for ref, kind in found.items()]
+        sources = {ref for recipe in recipes for ref in recipe.sources}
         views = {ref: view for ref in sources if (view := self._as_view(ref)) is not None}
         free = {
             ref
-            for feature in features
-            for ref in (feature.ref, *(arg for step in feature.steps for arg in step.args))
+            for recipe in recipes
+            for ref in (recipe.ref, *(arg for step in recipe.steps for arg in step.args))
             if isinstance(ref, int) and not self._depends(ref)
         } | {array for array, _ in views.values()}
         captured = dict(
@@ -301,9 +302,9 @@ class Planner:
             tuple(code.types),
             needed(code.steps, free),
             views,
-            tuple(features),
+            tuple(recipes),
             residue,
-            tuple(dict.fromkeys((self.traced.label(e.array), e) for e in code.extents)),
+            tuple(dict.fromkeys((self.traced.label(e.array), e) for e in code.axis_reads)),
             self.counted,
             tuple(dict.fromkeys(self._reason(s) for s in steps if not _is_scalar(code, s))),
         )
@@ -348,7 +349,7 @@ class Planner:
         letters = [letter for letter in layout if letter and isinstance(letter, str)]
         return (read.array, tuple(layout)) if len(letters) == len(set(letters)) else None
 
-    def _feature(self, kind: Kind, ref: Ref) -> Feature:
+    def _feature(self, kind: Kind, ref: Ref) -> OperandRecipe:
         sources: dict[int, None] = {}
         inner: set[Ref] = set()
 
@@ -365,7 +366,7 @@ class Planner:
 
         visit(ref)
         steps = tuple(s for s in needed(self.code.steps, [ref]) if inner.intersection(s.outs))
-        return Feature(kind, ref, tuple(sources), steps)
+        return OperandRecipe(kind, ref, tuple(sources), steps)
 
     def _reason(self, step: Step) -> str:
         if step.prim.name == "read":
@@ -385,51 +386,3 @@ def _is_scalar(code: Builder, step: Step) -> bool:
     types = [code.type(ref) for ref in (*step.args, *step.outs)]
     plain = all(t.shape == () and not jnp.issubdtype(t.dtype, jax.dtypes.extended) for t in types)
     return plain and not any(map(has_body, step.params.values()))
-
-
-def labels(given: Any, *, own: bool = False) -> list[str]:
-    """What to call the leaves of a mask or score, as its user wrote them: `causal(offset)`.
-
-    With `own`, an argument alone, by the name that the function itself has for it.
-    """
-    labels = []
-    for path, _ in jax.tree_util.tree_flatten_with_path(given)[0]:
-        at, part = given, ""
-        names: list[str] = []
-        index = None
-        for key in path:
-            if isinstance(key, jax.tree_util.GetAttrKey):
-                if (fn := getattr(at, "fn", None)) is not None:
-                    part, names = _spoken(at), _arguments(fn, key.name == "params", own)
-                at = getattr(at, key.name)
-                continue
-            index = getattr(key, "idx", None)
-            if part:
-                break
-            at = at[getattr(key, "idx", getattr(key, "key", None))]
-        name = names[index] if index is not None and index < len(names) else ""
-        if own:
-            labels.append(name.partition("`")[2].partition("`")[0] or name or "an array")
-        elif "`" in name:
-            labels.append(name)
-        else:
-            whole = f"an array of {part}" if part else "an array"
-            labels.append(f"{part}({name})" if name and part else whole)
-    return labels
-
-
-def _spoken(part: Any) -> str:
-    """The name of a mask or score that is a function: the constructor's, or the user's own."""
-    if isinstance(part.fn, Program):
-        return part.fn.name
-    if ours(part.fn):
-        return repr(part).partition("(")[0]
-    return str(getattr(part.fn, "__name__", type(part.fn).__name__))
-
-
-def _arguments(fn: Any, score: bool, own: bool) -> list[str]:
-    """The names of a function's arguments after the positions (and the logit)."""
-    if isinstance(fn, Program):
-        return list(fn.labels)
-    said = list(getattr(fn, "arguments", ()))
-    return said if said and not own else list(inspect.signature(fn).parameters)[4 + score :]

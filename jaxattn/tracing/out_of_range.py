@@ -1,14 +1,14 @@
-"""What lies beyond an array: positions that are given may be where a mask or a score has no entry.
+"""Positions beyond an array: where a mask or a score has no entry for a given position.
 
-An array read at a bare position has to reach as far as the positions do. Where they are known, one
-that does not is an error. Where they are traced nobody is asked: a cell of the mask is then not
-visible, and a logit is NaN, if what they are hangs on an entry that is not there.
+An array that is read at a bare position has to reach as far as the positions do. Where the
+positions are known, an array that does not raises an error. Where they are traced there is no one
+to raise it to: a pair is then masked, and a logit is NaN, if it depends on a missing entry.
 
-What hangs on it is decided by Kleene's logic: `a & b` does not if `a` is known to be False, `a | b`
-does not if `a` is known to be True, and a selection does where the case that is taken does. So
-`causal() & segments(ids)` may be asked about keys that nobody sees yet, `sliding_window(w) |
-global_tokens(flags)` goes on as a window, and `jnp.where(k < n, valid[k], True)` says itself what
-stands beyond.
+Kleene's logic decides what depends on a missing entry. `a & b` does not if `a` is known to be
+False, `a | b` does not if `a` is known to be True, and a selection does only where the case that is
+taken does. So `causal() & segments(ids)` may be used where later keys have no ids yet,
+`sliding_window(w) | global_tokens(flags)` is a window beyond the flags, and
+`jnp.where(k < n, valid[k], True)` gives its own answer beyond the array.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..masks.mask import Mask, Predicate
 from ..masks.positions import Filled, Positions, over_grid
 from ..scores import Score, Scored
 from ..shapes import Array, Bool
-from .array_reads import Extent, Recogniser
-from .captures import canonicalize, constant
-from .dependence import Signature, code_of, signature_of
+from .array_reads import AxisRead, ReadBuilder
+from .canonical import canonicalize, constant
+from .dependence import Signature, signature_of, trace_signature
 from .hashing import Const, Ref, Type
 from .program import Program, Step, needed
 
@@ -39,7 +39,7 @@ _FLAG = Type((), np.dtype(bool))
 _FALSE = Const(np.bool_(False))
 
 
-def within(
+def guarded(
     given: M,
     positions: Positions,
     sizes: tuple[int, int, int, int],
@@ -47,43 +47,43 @@ def within(
     mask: Mask | None = None,
     logit: Any = False,
 ) -> M:
-    """A mask or score whose answers never hang on what lies beyond its arrays.
+    """The same mask or score, but False or NaN where it depends on a missing entry of an array.
 
     Args:
-      given: the mask or score; itself the answer where no positions are given, and where they are
+      given: the mask or score; returned as it is where no positions are given, and where they are
         known.
       positions: as the user gave them.
       sizes: numbers `(B, N, T, S)` of batch rows, query heads, queries and keys.
-      mask: for a score, the mask of the call: what nobody sees may hang on anything.
+      mask: for a score, the mask of the call: masked pairs may depend on anything.
       logit: for a score, the dtype of the logits.
 
     Raises:
-      ValueError: where positions are known, and an answer hangs on an entry that is not there.
+      ValueError: where positions are known, and a pair depends on a missing entry.
     """
     if all(getattr(positions, letter) is None for letter in "bhqk"):
         return given
     canonical = canonicalize(given)
-    reach = _reach(signature_of(canonical, positions, logit))
-    if reach is None:
+    found = _out_of_range(signature_of(canonical, positions, logit))
+    if found is None:
         return given
-    leaves = (*jax.tree.leaves(canonical), *reach.captured)
-    values = {e.position: concrete(getattr(positions, e.position)) for _, e in reach.extents}
-    beyond = [(label, e) for label, e in reach.extents if _leaves(values[e.position], e.extent)]
+    leaves = (*jax.tree.leaves(canonical), *found.captured)
+    values = {e.position: concrete(getattr(positions, e.position)) for _, e in found.axis_reads}
+    beyond = [(name, e) for name, e in found.axis_reads if _leaves(values[e.position], e.extent)]
     settled = not beyond
     if beyond:
-        args = tuple(leaf if i in reach.read else None for i, leaf in enumerate(leaves))
-        hangs = Predicate(reach.hangs, args)
-        asked, letters = (hangs, reach.letters) if mask is None else (mask & hangs, "bhqk")
-        settled = not reach.hangs_on_logit and _tellable(asked, positions, letters)
-        cell = _first(asked, positions, letters, sizes) if settled else None
-        if cell is not None:
-            raise ValueError(_message(beyond, cell))
+        args = tuple(leaf if i in found.read else None for i, leaf in enumerate(leaves))
+        depends = Predicate(found.depends, args)
+        asked, letters = (depends, found.letters) if mask is None else (mask & depends, "bhqk")
+        settled = not found.depends_on_logit and _is_known(asked, positions, letters)
+        pair = _first(asked, positions, letters, sizes) if settled else None
+        if pair is not None:
+            raise ValueError(_message(beyond, pair))
     if settled and all(value is not None for value in values.values()):
         return given
-    guarded = replace(reach.guarded, name=repr(given))
+    program = replace(found.guarded, name=repr(given))
     if isinstance(given, Score):
-        return cast(M, Scored(guarded, leaves))
-    return cast(M, Predicate(guarded, tuple(map(constant, leaves))))
+        return cast(M, Scored(program, leaves))
+    return cast(M, Predicate(program, tuple(map(constant, leaves))))
 
 
 def _leaves(values: np.ndarray | None, extent: int) -> bool:
@@ -91,29 +91,29 @@ def _leaves(values: np.ndarray | None, extent: int) -> bool:
     return values is not None and bool(((values < 0) | (values >= extent)).any())
 
 
-def _message(beyond: list[tuple[str, Extent]], cell: dict[str, int]) -> str:
-    """What to say of the first cell that hangs on an entry that is not there."""
-    label, extent = next((label, e) for label, e in beyond if not 0 <= cell[e.position] < e.extent)
-    return missing(label, extent, cell)
+def _message(beyond: list[tuple[str, AxisRead]], pair: dict[str, int]) -> str:
+    """The error message for the first pair that depends on a missing entry."""
+    name, read = next((name, e) for name, e in beyond if not 0 <= pair[e.position] < e.extent)
+    return missing_entry(name, read, pair)
 
 
-def missing(label: str, extent: Extent, cell: dict[str, int]) -> str:
-    """What to say of an array that has no entry for a cell."""
-    _, axis, n, at = extent
+def missing_entry(name: str, read: AxisRead, pair: dict[str, int]) -> str:
+    """The error message for an array that has no entry for a pair."""
+    _, axis, n, at = read
     return (
-        f"{label}: got position {at} = {cell[at]}, expected 0 to {n - 1}: axis {axis} is read at "
-        f"`{at}` and has extent {n}, and the answer for query {cell['q']} and key {cell['k']} "
-        f"hangs on it (row {cell['b']}, head {cell['h']}); grow the array to the positions that "
-        "are to come, or use a function of positions, such as masks.key_padding(lengths=...) or "
+        f"{name}: got position {at} = {pair[at]}, expected 0 to {n - 1}: axis {axis} is read at "
+        f"`{at}` and has extent {n}, and the answer for query {pair['q']} and key {pair['k']} "
+        f"(row {pair['b']}, head {pair['h']}) depends on that entry; give an array that covers "
+        "all positions, or a function of positions, such as masks.key_padding(lengths=...) or "
         "jnp.where(k < n, array[k], ...)"
     )
 
 
-# --- asking where positions are known -------------------------------------------------------------
+# --- where positions are known --------------------------------------------------------------------
 
 
-def _tellable(mask: Mask, positions: Positions, letters: str) -> bool:
-    """Whether a mask can be asked about positions here and now."""
+def _is_known(mask: Mask, positions: Positions, letters: str) -> bool:
+    """Whether the values of a mask at these positions can be computed here and now."""
     asked = [*jax.tree.leaves(mask), *(getattr(positions, letter) for letter in letters)]
     inside = bool(jax.sharding.get_abstract_mesh().manual_axes)
     traced = any(isinstance(each, jax.core.Tracer) for each in asked)
@@ -125,11 +125,11 @@ def _tellable(mask: Mask, positions: Positions, letters: str) -> bool:
 def _first(
     mask: Mask, positions: Positions, letters: str, sizes: tuple[int, int, int, int]
 ) -> dict[str, int] | None:
-    """The first cell, by query, that a mask allows, as its positions."""
+    """The positions of the first pair, by query, for which a mask is True."""
     extents = dict(zip("bhqk", sizes, strict=True))
 
     def values(at: str) -> Any:
-        # What the mask does not ask for is the same everywhere, traced or not.
+        # A position that the mask does not depend on need not be known.
         given = getattr(positions, at) if at in letters else None
         found = None if given is None else concrete(given)
         found = np.arange(extents[at]) if found is None else found
@@ -143,9 +143,9 @@ def _first(
         if not rows.any():
             return None
         t = int(rows.argmax())
-        cells = np.asarray(over_grid(mask, at._replace(q=at.q[:, t : t + 1])))
+        pairs = np.asarray(over_grid(mask, at._replace(q=at.q[:, t : t + 1])))
     rows_at, heads, queries, keys = at
-    i, j, _, s = (int(n) for n in np.argwhere(cells)[0])
+    i, j, _, s = (int(n) for n in np.argwhere(pairs)[0])
     return {
         "b": int(rows_at[i]),
         "h": int(heads[j]),
@@ -160,67 +160,70 @@ def _rows(mask: Mask, at: Filled) -> Bool[Array, "T"]:
     return lax.map(lambda q: over_grid(mask, at._replace(q=q[:, None])).any(), at.q.T)
 
 
-# --- what hangs on what ---------------------------------------------------------------------------
+# --- what depends on a missing entry --------------------------------------------------------------
 
 
-class _Reach(NamedTuple):
+class _OutOfRange(NamedTuple):
     """How a mask or score reads arrays at positions that are given.
 
     Attributes:
-      extents: the axes that are read, and what to call the arrays.
-      guarded: the program that gives False or NaN where its answer hangs on what is not there.
-      hangs: `(b, h, q, k, *leaves, *captured)`: whether it does.
-      letters, read: the positions and the leaves that `hangs` depends on.
-      hangs_on_logit: whether it depends on the logit too; then it can't be asked.
+      axis_reads: the axes that are read, and what to call the arrays.
+      guarded: the program that gives False or NaN where it depends on a missing entry.
+      depends: `(b, h, q, k, *leaves, *captured)`: whether it does.
+      letters, read: the positions and the leaves that `depends` reads.
+      depends_on_logit: whether `depends` reads the logit too; then no value is known here.
       captured: the arrays that the function closes over.
     """
 
-    extents: tuple[tuple[str, Extent], ...]
+    axis_reads: tuple[tuple[str, AxisRead], ...]
     guarded: Program
-    hangs: Program
+    depends: Program
     letters: str
     read: frozenset[int]
-    hangs_on_logit: bool
+    depends_on_logit: bool
     captured: tuple[Any, ...]
 
 
 @lru_cache(maxsize=256)
-def _reach(signature: Signature) -> _Reach | None:
+def _out_of_range(signature: Signature) -> _OutOfRange | None:
     """How a mask or score reads arrays at positions that are given; None where it does not."""
-    traced = code_of(signature)
-    code = traced.steps
-    flag = Flags(code).of(traced.out)
+    traced = trace_signature(signature)
+    builder = traced.builder
+    flag = MissingEntries(builder).of(traced.out)
     if flag is None:
         return None
-    given = set(code.given.values())
-    extents = tuple(dict.fromkeys((traced.label(e.array), e) for e in code.extents))
-    out = code.array(traced.out)
-    dtype = code.type(out).dtype
+    given = set(builder.given.values())
+    reads = tuple(dict.fromkeys((traced.label(e.array), e) for e in builder.axis_reads))
+    out = builder.array(traced.out)
+    dtype = builder.type(out).dtype
     nothing = Const(np.zeros((), dtype) if signature.logit is None else np.full((), np.nan, dtype))
-    chosen = code.bind(primitives.select_n_p, {}, [flag, out, nothing], code.type(out))
-    kept, unknown = needed(code.steps, [chosen]), needed(code.steps, [flag])
-    types = tuple(code.types)
+    chosen = builder.bind(primitives.select_n_p, {}, [flag, out, nothing], builder.type(out))
+    kept, unknown = needed(builder.steps, [chosen]), needed(builder.steps, [flag])
+    types = tuple(builder.types)
     used = {flag, *(arg for step in unknown for arg in step.args)}
-    inputs = [ref for ref in code.inputs if ref not in traced.logits]
+    inputs = [ref for ref in builder.inputs if ref not in traced.logits]
     rest = inputs[4:]
-    return _Reach(
-        tuple((label, e) for label, e in extents if e.position in given),
-        Program(tuple(code.inputs), kept, (chosen,), types),
+    return _OutOfRange(
+        tuple((name, e) for name, e in reads if e.position in given),
+        Program(tuple(builder.inputs), kept, (chosen,), types),
         Program(tuple(inputs), unknown, (flag,), types),
         "".join(at for at, ref in zip("bhqk", traced.positions, strict=True) if ref in used),
         frozenset(i for i, ref in enumerate(rest) if ref in used),
         bool(used.intersection(traced.logits)),
-        tuple(code.captured),
+        tuple(builder.captured),
     )
 
 
-class Flags:
-    """For every value, whether it hangs on what is not there: a value too, or None for never."""
+class MissingEntries:
+    """For every value, whether it depends on a missing entry: a boolean value, or None for never.
 
-    def __init__(self, code: Recogniser) -> None:
-        self.code = code
+    The flags become steps of the same program.
+    """
+
+    def __init__(self, builder: ReadBuilder) -> None:
+        self.builder = builder
         self.flags: dict[Ref, Ref] = {}
-        for step in list(code.steps):
+        for step in list(builder.steps):
             flag = self._flag(step)
             if flag is not None:
                 self.flags.update(dict.fromkeys(step.outs, flag))
@@ -234,11 +237,11 @@ class Flags:
         own = self._outside(step)
         if own is None and not any(flag is not None for flag in flags):
             return None
-        scalar = all(self.code.type(arg).shape == () for arg in step.args)
-        boolean = self.code.type(step.outs[0]).dtype == np.bool_
+        scalar = all(self.builder.type(arg).shape == () for arg in step.args)
+        boolean = self.builder.type(step.outs[0]).dtype == np.bool_
         if name in ("and", "or") and boolean and scalar:
             return self._decided(step.args, name == "and")
-        if name == "select_n" and self.code.type(step.args[0]).shape == ():
+        if name == "select_n" and self.builder.type(step.args[0]).shape == ():
             which, *cases = flags
             case = None
             if any(each is not None for each in cases):
@@ -248,25 +251,26 @@ class Flags:
         return self._either(own, *flags)
 
     def _outside(self, step: Step) -> Ref | None:
-        """Whether a read at given positions is beyond its array."""
+        """Whether a read at given positions lies beyond its array."""
         found = None
-        for at, extent in self.code.within.get(step.outs[0], ()):
+        for at, extent in self.builder.bounds.get(step.outs[0], ()):
             below = self._op("lt", at, Const(np.int32(0)))
             above = self._op("ge", at, Const(np.int32(extent)))
             found = self._either(found, below, above)
         return found
 
     def _decided(self, args: tuple[Ref, ...], conjunction: bool) -> Ref | None:
-        """Of `a & b` (or `a | b`): one hangs, and the other does not decide."""
+        """Of `a & b` (or `a | b`): whether one depends on a missing entry, and the other does not
+        decide."""
         found = None
         for mine, other in (args, args[::-1]):
             flag = self.of(mine)
             if flag is None:
                 continue
-            open_ = other if conjunction else self._op("not", other)
+            undecided = other if conjunction else self._op("not", other)
             theirs = self.of(other)
-            open_ = open_ if theirs is None else self._op("or", open_, theirs)
-            found = self._either(found, self._op("and", flag, open_))
+            undecided = undecided if theirs is None else self._op("or", undecided, theirs)
+            found = self._either(found, self._op("and", flag, undecided))
         return found
 
     def _either(self, *flags: Ref | None) -> Ref | None:
@@ -278,4 +282,4 @@ class Flags:
 
     def _op(self, name: str, *args: Ref) -> Ref:
         prim = getattr(primitives, f"{name}_p")
-        return cast(Ref, self.code.bind(prim, {}, list(args), _FLAG))
+        return cast(Ref, self.builder.bind(prim, {}, list(args), _FLAG))

@@ -186,7 +186,7 @@ class Program:
       outputs: the values it returns; a single one is returned bare.
       types: shape and dtype of every value.
       name: what to call it in messages; programs of other names may be equal.
-      labels: what to call its last inputs there.
+      labels: what the user's function calls its last inputs; "" where it has no name.
     """
 
     inputs: tuple[int, ...]

@@ -25,8 +25,8 @@ from ..masks.positions import Positions
 from ..pytrees import pytree, static
 from ..scores import Score
 from ..shapes import Array, Shaped
-from .captures import canonicalize, constant
-from .dependence import Feature, Kind, SplitPlan, plan_of, signature_of
+from .canonical import canonicalize, constant
+from .dependence import Kind, OperandRecipe, SplitPlan, signature_of, split_plan
 from .hashing import Const, Ref
 from .pointwise import pointwise
 from .program import Program, run
@@ -35,6 +35,7 @@ __all__ = ["Kind", "Operand", "Split", "canonicalize", "pointwise", "split"]
 
 
 G = TypeVar("G", bound=Mask | Score)
+X = TypeVar("X")
 
 # --- the split ------------------------------------------------------------------------------------
 
@@ -61,29 +62,77 @@ class Operand(NamedTuple):
 
         Args:
           q, k: the first query and the first key, possibly traced; the tile lies within the array.
-          tile_q, tile_k: how many of each.
+          tile_q, tile_k: numbers of queries and keys of the tile.
           S: the number of keys.
         """
-        kind, array = self
-        if kind == "head":
-            return lax.expand_dims(array, (2, 3))
-        if kind == "diagonal":
-            n = tile_q + tile_k - 1
-            near = lax.dynamic_slice_in_dim(array, q - k - tile_k + S, n, 2)
-            return skewed(jnp.flip(near, 2), tile_q, tile_k)
-        if kind != "column":
-            array = lax.dynamic_slice_in_dim(array, q, tile_q, 2)
-        else:
-            array = lax.expand_dims(array, (2,))
-        if kind != "row":
-            return lax.dynamic_slice_in_dim(array, k, tile_k, 3)
-        return lax.expand_dims(array, (3,))
+        kind, part = self
+        starts, sizes = tile_slice(kind, q, k, tile_q, tile_k, S)
+        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 2):
+            part = lax.dynamic_slice_in_dim(part, start, size, axis)
+        return as_tile(kind, part, 2, tile_q, tile_k)
+
+
+def along(kind: Kind, of_queries: X, of_keys: X, of_distances: X) -> tuple[X, ...]:
+    """One entry for each axis of an operand after those of batch rows and heads.
+
+    The axis goes with queries, with keys, or with distances `q - k`; a head has none of them.
+    """
+    match kind:
+        case "row":
+            return (of_queries,)
+        case "column":
+            return (of_keys,)
+        case "grid":
+            return of_queries, of_keys
+        case "diagonal":
+            return (of_distances,)
+    return ()
+
+
+def tile_slice(
+    kind: Kind, q: Any, k: Any, tile_q: int, tile_k: int, S: int
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Where a tile's part of an operand starts, and its extents, along the axes of `along`.
+
+    Args:
+      kind: of the operand.
+      q, k: the first query and the first key, possibly traced.
+      tile_q, tile_k: numbers of queries and keys of the tile.
+      S: the number of keys that the operand is for, with padding where it is padded.
+    """
+    # The smallest distance of a tile is that of its first query and its last key. Computed only
+    # where it is needed: under a trace it would be three operations.
+    first = S - tile_k + q - k if kind == "diagonal" else None
+    return along(kind, q, k, first), along(kind, tile_q, tile_k, tile_q + tile_k - 1)
+
+
+def as_tile(
+    kind: Kind, part: Shaped[Array, "..."], axis: int, tile_q: int, tile_k: int
+) -> Shaped[Array, "..."]:
+    """A tile's part of an operand, as it broadcasts to a tile of queries and keys.
+
+    Args:
+      kind: of the operand.
+      part: what `tile_slice` selects.
+      axis: the number of axes of batch rows and heads; those of the tile follow.
+      tile_q, tile_k: numbers of queries and keys of the tile.
+    """
+    match kind:
+        case "row":
+            return lax.expand_dims(part, (axis + 1,))
+        case "column":
+            return lax.expand_dims(part, (axis,))
+        case "head":
+            return lax.expand_dims(part, (axis, axis + 1))
+        case "diagonal":
+            return skewed(jnp.flip(part, axis), tile_q, tile_k)
+    return part
 
 
 def skewed(
     line: Shaped[Array, "*lead distances"], rows: int, columns: int
 ) -> Shaped[Array, "*lead rows columns"]:
-    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather would cost ten times."""
+    """`out[.., r, c] = line[.., c - r + rows - 1]`, by reshapes: a gather is ten times slower."""
     lead = line.shape[:-1]
     period = rows + columns
     gap = jnp.zeros((*lead, 1), line.dtype)
@@ -112,7 +161,7 @@ class Split(Generic[G]):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of the operands, in order."""
-        return tuple(feature.kind for feature in self.plan.features)
+        return tuple(recipe.kind for recipe in self.plan.recipes)
 
     @property
     def program(self) -> Program:
@@ -160,8 +209,8 @@ class Split(Generic[G]):
         for ref, (array, layout) in plan.views.items():
             sources[ref] = _view(_value(values, array), layout, sizes)
         return tuple(
-            Operand(feature.kind, _operand(plan, feature, values, sources, T, S))
-            for feature in plan.features
+            Operand(recipe.kind, _operand(plan, recipe, values, sources, T, S))
+            for recipe in plan.recipes
         )
 
     def check_extents(self, B: int, N: int, T: int, S: int) -> None:
@@ -173,7 +222,7 @@ class Split(Generic[G]):
         sizes = {"b": B, "h": N, "q": T, "k": S}
         letters = {"b": "B", "h": "N", "q": "T", "k": "S"}
         counted = dict(zip("bhqk", self.plan.counted, strict=True))
-        for label, (_, axis, extent, at) in self.plan.extents:
+        for label, (_, axis, extent, at) in self.plan.axis_reads:
             if not counted[at] or extent == sizes[at]:
                 continue
             if extent == 1:
@@ -217,7 +266,7 @@ def split(given: G, positions: Positions | None = None, *, logit: Any = False) -
     """
     given = canonicalize(given, np.float32 if isinstance(logit, bool) else logit)
     signature = signature_of(given, positions or Positions(), logit)
-    return Split(plan_of(signature), given)
+    return Split(split_plan(signature), given)
 
 
 def _counted(positions: Positions) -> tuple[bool, ...]:
@@ -280,30 +329,30 @@ def _view(array: Any, layout: tuple[int | str, ...], sizes: dict[str, int]) -> A
 
 def _operand(
     plan: SplitPlan,
-    feature: Feature,
+    recipe: OperandRecipe,
     values: dict[int, Any],
     sources: dict[int, Any],
     T: int,
     S: int,
 ) -> Any:
     """The array of one operand."""
-    if not feature.sources:
-        return lax.expand_dims(jnp.asarray(_value(values, feature.ref)), (0, 1))
-    if feature.kind == "diagonal":
+    if not recipe.sources:
+        return lax.expand_dims(jnp.asarray(_value(values, recipe.ref)), (0, 1))
+    if recipe.kind == "diagonal":
         distance = jnp.arange(1 - S, T, dtype=jnp.int32)[None, None]
         at = {"q": distance, "k": jnp.zeros((1, 1, 1), jnp.int32)}
         sources = sources | {
             ref: at[letter] for ref, letter in plan.positions.items() if letter in at
         }
-    arrays = [sources[ref] for ref in feature.sources]
-    if feature.sources == (feature.ref,):
+    arrays = [sources[ref] for ref in recipe.sources]
+    if recipe.sources == (recipe.ref,):
         array = arrays[0]
     else:
 
         def element(*elements: Any) -> Any:
-            start = values | dict(zip(feature.sources, elements, strict=True))
-            return _value(run(feature.steps, start), feature.ref)
+            start = values | dict(zip(recipe.sources, elements, strict=True))
+            return _value(run(recipe.steps, start), recipe.ref)
 
-        ranks = [len(plan.types[ref].shape) for ref in feature.sources]
+        ranks = [len(plan.types[ref].shape) for ref in recipe.sources]
         array = pointwise(element, arrays, ranks)
-    return lax.squeeze(array, (2,)) if feature.kind == "head" else array
+    return lax.squeeze(array, (2,)) if recipe.kind == "head" else array

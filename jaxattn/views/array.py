@@ -9,7 +9,7 @@ import numpy as np
 from ..masks.mask import Mask, check_tokens
 from ..masks.positions import Positions, over_grid
 from ..shapes import Array, Bool
-from ..tracing.out_of_range import within
+from ..tracing.out_of_range import guarded
 from ..tracing.split import split
 
 
@@ -24,5 +24,5 @@ def dense(
     check_tokens(mask, given, T, S)
     parts = split(mask, given)
     parts.check_extents(batch, heads, T, S)
-    found = within(parts.given, given, (batch, heads, T, S))
+    found = guarded(parts.given, given, (batch, heads, T, S))
     return over_grid(found, given.filled(batch, heads, T, S))

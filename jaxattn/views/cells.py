@@ -1,4 +1,4 @@
-"""What every picture of a mask is made of: cells, each a pair of positions or a tile of many."""
+"""The cells of a picture of a mask: each cell is one pair, or one tile of many pairs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..masks.mask import And, Mask, Not, Or, PerHead, Xor, tokens_of
 from ..masks.positions import Positions
 from ..shapes import Int
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
-from ..tracing.captures import canonicalize
+from ..tracing.canonical import canonicalize
 from ..tracing.dependence import SplitPlan
 from ..tracing.hashing import Const
 from ..tracing.split import split
 
-# Of cells, in pictures that have colours: told apart without any, too, by how light they are.
+# Colours of cells. Their lightness differs too, so that they can be told apart in grey.
 COLORS = {EMPTY: "#f4f1ec", PARTIAL: "#f0b429", FULL: "#1f7a8c"}
 
 _SIGNS = {And: "&", Or: "|", Xor: "^"}
 
-# Four windows, chunks or prefixes show what repeats and what ends; 16 tokens show a diagonal.
+# Four windows, chunks or prefixes show what repeats; 16 tokens are enough for a diagonal.
 _TIMES, _FEW = 4, 16
-# A number above is a way to say "no limit", and says nothing of a size.
+# A larger number usually means "no limit", so it suggests no size.
 _MANY = 2**20
 
 
@@ -53,7 +53,7 @@ class Cells(NamedTuple):
         return self.tile == (1, 1)
 
     def density(self) -> tuple[float, float]:
-        """The least and the largest share of pairs that may be allowed; equal where exact."""
+        """The least and the largest share of pairs that can be visible; equal where exact."""
         extents = zip(self.tile, (self.T, self.S), self.states.shape, strict=True)
         q, k = (np.minimum(size, n - size * np.arange(count)) for size, n, count in extents)
         area = np.outer(q, k) / (self.T * self.S)
@@ -61,7 +61,7 @@ class Cells(NamedTuple):
         return float((area * full).sum()), float((area * some).sum())
 
     def caption(self) -> str:
-        """Sizes, and how many pairs are allowed."""
+        """The sizes, and how many pairs are visible."""
         where = f", row {self.b}, head {self.h}" if (self.b, self.h) != (0, 0) else ""
         least, most = self.density()
         if self.exact:
@@ -88,17 +88,17 @@ def cells(
 
     Args:
       mask: what is shown.
-      T, S: numbers of queries and of keys; None for what `sizes` finds in the mask.
+      T, S: numbers of queries and of keys; with None, `sizes` finds them in the mask.
       b, h: batch row and query head.
-      most: up to so many queries and keys every pair is a cell.
-      grid: beyond, at most so many lines and columns of cells, whose states bounds decide: nothing
-        of T x S is built.
-      name: of the caller, for errors.
+      most: with at most this many queries and keys, every pair is a cell.
+      grid: with more, the largest numbers of lines and columns of cells. A cell is then a tile,
+        whose state is found from bounds; no array T x S is built.
+      name: the function to name in errors.
 
     Raises:
       TypeError: for a batch row or a head that is not an integer.
-      ValueError: for sizes below 1 or not those of the mask's arrays, and for a batch row or a head
-        that they do not have.
+      ValueError: for sizes below 1, for sizes that the mask's arrays do not have, and for a batch
+        row or a head that they do not have.
     """
     T, S = sizes(mask, T, S, name)
     check_row_and_head(mask, b, h, name)
@@ -120,19 +120,19 @@ def tile_of(T: int, S: int, most: int, grid: tuple[int, int]) -> tuple[int, int]
 def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int]:
     """Numbers of queries and of keys.
 
-    Those that are not given are what the mask's arrays say. Where they say nothing, and neither is
-    given, the mask's numbers do: four times the largest (a window, a chunk, a prefix, a number that
-    is written in a function), or all that a table of blocks covers; at least 16.
+    A number that is not given is taken from the extents of the mask's arrays. If these do not say
+    it, it is four times the largest number in the mask (a window, a chunk, a prefix, a literal in a
+    function), or the number of tokens that a table of blocks covers, and at least 16.
     """
     if isinstance(mask, TileMap) and T is None and S is None:
         T, S = mask.sizes[2:]
     if T is None or S is None:
         plan = _plan(mask)
-        extents = {extent.position: extent.extent for _, extent in plan.extents}
+        extents = {extent.position: extent.extent for _, extent in plan.axis_reads}
         for tokens, _ in tokens_of(mask):
             extents = {"q": tokens, "k": tokens} | extents
         T = extents.get("q", extents.get("k", S)) if T is None else T
-        T = _telling(mask, plan) if T is None else T
+        T = _default_length(mask, plan) if T is None else T
         S = extents.get("k", T) if S is None else S
     for letter, size in (("T", T), ("S", S)):
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
@@ -141,7 +141,7 @@ def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int
 
 
 def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
-    """Checks that there is such a batch row, and such a head; raises as `cells` says."""
+    """Checks that the batch row and the head exist; raises as `cells` does."""
     for letter, at in (("b", b), ("h", h)):
         if isinstance(at, (bool, np.bool_)) or not isinstance(at, (int, np.integer)):
             raise TypeError(f"{name}({letter}): got {at!r}, expected an integer")
@@ -150,7 +150,7 @@ def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
     if (b, h) == (0, 0):
         return
     asked = {"b": (b, "batch rows"), "h": (h, "heads")}
-    for label, extent in _plan(mask).extents:
+    for label, extent in _plan(mask).axis_reads:
         at, what = asked.get(extent.position, (-1, ""))
         if at >= extent.extent:
             raise ValueError(
@@ -163,25 +163,25 @@ def _plan(mask: Mask) -> SplitPlan:
     return split(canonicalize(mask), Positions()).plan
 
 
-def _telling(mask: Mask, plan: SplitPlan) -> int:
-    """How many tokens show the shape of a mask whose arrays do not say; see `sizes`."""
+def _default_length(mask: Mask, plan: SplitPlan) -> int:
+    """The number of tokens for a mask whose arrays do not say it; see `sizes`."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(mask) if concrete(leaf) is not None]
-    numbers = [n for n in (*_numbers(leaves), *_written(plan)) if 0 < n <= _MANY]
+    numbers = [n for n in (*_numbers(leaves), *_literals(plan)) if 0 < n <= _MANY]
     largest = max(numbers, default=0)
     blocks = [axis for leaf in leaves if leaf.dtype == np.bool_ for axis in leaf.shape[-2:]]
     return max(_FEW, largest * max(_TIMES, *blocks, 0))
 
 
 def _numbers(leaves: list[np.ndarray]) -> Iterator[int]:
-    """The integers that a mask was made of, lists of them included."""
+    """The integers among the leaves of a mask, those in vectors included."""
     for leaf in leaves:
         if leaf.dtype.kind in "iu" and leaf.ndim < 2:
             yield from map(int, leaf.reshape(-1))
 
 
-def _written(plan: SplitPlan) -> Iterator[int]:
-    """The integers that are written in a mask's functions."""
-    for step in (*plan.free, *plan.residue.steps, *(s for f in plan.features for s in f.steps)):
+def _literals(plan: SplitPlan) -> Iterator[int]:
+    """The integers that are literals in the mask's functions."""
+    for step in (*plan.free, *plan.residue.steps, *(s for r in plan.recipes for s in r.steps)):
         for arg in step.args:
             if isinstance(arg, Const) and np.ndim(arg.value) == 0:
                 value = np.asarray(arg.value)
@@ -190,8 +190,11 @@ def _written(plan: SplitPlan) -> Iterator[int]:
 
 
 def parts(mask: Mask, h: int) -> tuple[str, list[Mask]]:
-    """The parts that a mask is composed of, and the sign between them; nothing of a mask that is
-    one line of maths. Chains of one sign are one list; of `per_head` it is the head's own part."""
+    """The parts of a composed mask, and the sign between them.
+
+    A mask that is not composed has no parts. A chain of one sign is one list. Of `per_head`, the
+    parts are those of the head's own mask.
+    """
     match mask:
         case TileMap():
             return parts(mask.mask, h)

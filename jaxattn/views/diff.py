@@ -13,7 +13,7 @@ from ..tiles.tile_map import EMPTY, tile_map
 from .cells import check_row_and_head, sizes, tile_of
 from .text import CELLS, GRID, grid_of
 
-# Masks of so many pairs are compared pair by pair; larger ones by bounds first.
+# Masks of at most this many pairs are compared pair by pair; larger ones by bounds first.
 _COMPARED = 2**22
 
 
@@ -22,8 +22,8 @@ class Diff:
     """Where two masks differ, to be printed.
 
     Attributes:
-      same: whether they allow the same pairs.
-      first: the first pair `(q, k)`, by query, that only one of them allows; None without any.
+      same: whether the same pairs are visible in both.
+      first: the first pair `(q, k)`, by query, that is visible in only one; None without any.
       text: what is printed.
     """
 
@@ -50,7 +50,7 @@ def diff(
     h: int = 0,
     color: bool | None = None,
 ) -> Diff:
-    """`jaxattn.masks.diff`, which says what it does."""
+    """The work of `jaxattn.masks.diff`, whose docstring describes it."""
     left, right = as_mask(first, "first"), as_mask(second, "second")
     T, S = sizes(left, T, T if S is None else S, "diff")
     for mask in (left, right):
@@ -95,7 +95,7 @@ def diff(
 def _first(
     either: Mask, states: np.ndarray, tile: tuple[int, int], T: int, S: int, at: Positions
 ) -> tuple[int, int]:
-    """The first pair, by query, that is allowed in the tiles that are not empty."""
+    """The first visible pair, by query, in the tiles that are not EMPTY."""
     line = int(np.argmax((states != EMPTY).any(1)))
     rows = np.arange(line * tile[0], min(line * tile[0] + tile[0], T))
     found = (T, S)  # beyond all of them

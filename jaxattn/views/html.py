@@ -1,4 +1,4 @@
-"""Pictures of masks in notebooks and pages: HTML that says why when a cell is pointed at."""
+"""Pictures of masks as HTML: a cell says why the pair is visible or masked when pointed at."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from html import escape
 import jax
 import numpy as np
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
 from .cells import COLORS, Cells, cells, parts
 from .why import Asked
 
-# Up to so many queries and keys every pair is a cell and says why; a megabyte of words at most.
+# With at most this many queries and keys every pair is a cell; a megabyte of text at most.
 _CELLS, _GRID = 64, (64, 64)
-# Pixels: of a picture, and of the largest cell.
+# Sizes of a picture and of the largest cell, in pixels.
 _SIDE, _CELL = 320, 24
 
 _NAMES = {EMPTY: "none may be seen", PARTIAL: "some may be seen", FULL: "all may be seen"}
@@ -31,7 +31,7 @@ class Html(str):
         return str(self)
 
 
-@answers(VIEWS, "html")
+@with_remedies(VIEWS, "html")
 def html(
     mask: MaskLike,
     /,
@@ -42,17 +42,17 @@ def html(
     h: int = 0,
     labels: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> Html:
-    """A mask as HTML, self-contained: a cell that is pointed at says why, as `mask.why` does.
+    """A mask as self-contained HTML: a cell that is pointed at shows the text of `mask.why`.
 
     Args:
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
-      T, S: numbers of queries and of keys. By default what the mask's arrays say, else four times
-        its largest number (a window, a chunk, a prefix), at least 16: enough to show its shape.
+      T, S: numbers of queries and of keys. By default the extents of the mask's arrays, else four
+        times its largest number (a window, a chunk, a prefix), and at least 16.
       b, h: batch row and query head.
-      labels: a word for each query and for each key, where every pair has a cell.
+      labels: a word for each query and for each key; shown where every pair has a cell.
 
-    A composed mask is drawn as its parts, and what they make together, side by side. Up to 64 by
-    64, every pair is a cell; beyond, a cell is a tile, mixed where bounds cannot tell.
+    The parts of a composed mask are drawn beside the whole mask. Up to 64 by 64, every pair is a
+    cell; beyond, a cell is a tile, whose state is found from bounds.
 
     Raises:
       TypeError: for a mask whose arrays are traced, and for a batch row or a head that is not an
@@ -81,7 +81,7 @@ def html(
 
 
 def default(mask: Mask) -> str | None:
-    """What a notebook shows for a mask by itself; nothing for one that is being traced."""
+    """What a notebook shows for a mask, or None for a traced one."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(mask)):
         return None
     return html(mask)
@@ -113,7 +113,7 @@ def _figure(title: str, mask: Mask, found: Cells, labels: object) -> str:
 
 
 def _words(mask: Mask, found: Cells) -> list[list[str]]:
-    """What each cell says when it is pointed at."""
+    """The text of each cell."""
     lines, columns = found.states.shape
     if found.exact:
         asked = Asked(mask, np.arange(found.T), np.arange(found.S), found.b, found.h)
@@ -133,7 +133,7 @@ def _words(mask: Mask, found: Cells) -> list[list[str]]:
 
 
 def _marks(found: Cells, labels: object, side: int) -> tuple[int, int, str]:
-    """Room on the left and on top, and the words there."""
+    """The space for labels on the left and on top, and their SVG."""
     if not isinstance(labels, tuple) or not found.exact:
         return 0, 0, ""
     for name, given, count in zip(("queries", "keys"), labels, (found.T, found.S), strict=True):

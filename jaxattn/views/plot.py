@@ -7,22 +7,22 @@ from typing import Any
 
 import numpy as np
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..shapes import Array, Float
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
 from .cells import COLORS, Cells, cells, parts
 
-# Up to so many queries and keys every pair is a cell: as many as a figure has room to show.
+# With at most this many queries and keys every pair is a cell: as many as a figure can show.
 _CELLS, _GRID = 256, (128, 128)
 
 _NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}
 
-# Inches of a panel.
+# The width of a panel in inches.
 _PANEL = 3.6
 
 
-@answers(VIEWS, "plot")
+@with_remedies(VIEWS, "plot")
 def plot(
     mask: MaskLike,
     /,
@@ -40,28 +40,28 @@ def plot(
 
     Args:
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
-      ax: the axes to draw into. By default a new figure; a composed mask then is drawn as its
-        parts, and what they make together, side by side.
-      T, S: numbers of queries and of keys. By default what the mask's arrays say, else four times
-        its largest number (a window, a chunk, a prefix), at least 16: enough to show its shape.
+      ax: the axes to draw into. By default a new figure is made; it shows the parts of a composed
+        mask beside the whole mask.
+      T, S: numbers of queries and of keys. By default the extents of the mask's arrays, else four
+        times its largest number (a window, a chunk, a prefix), and at least 16.
       b, h: batch row and query head.
-      labels: a word for each query and for each key, where every pair has a cell.
+      labels: a word for each query and for each key; shown where every pair has a cell.
       tiles: a `TileMap`, or the size of a tile: drawn over the mask, each coloured by its state.
       weights: attention weights `[T, S]`, or `[N, T, S]` or `[B, N, T, S]`, of which row `b` and
-        head `h` are shown: drawn on the cells that are allowed.
+        head `h` are shown: drawn over the mask. A weight of 0 is not drawn.
 
     Returns:
       The axes of the whole mask; its figure is `.figure`.
 
-    Up to 256 by 256, every pair is a cell. Beyond, a cell is a tile, mixed where bounds cannot
-    tell; nothing of T x S is built.
+    Up to 256 by 256, every pair is a cell. Beyond, a cell is a tile, whose state is found from
+    bounds; no array T x S is built.
 
     Raises:
       ImportError: without matplotlib, which `pip install "jaxattn[plot]"` brings.
       TypeError: for a batch row or a head that is not an integer.
       ValueError: for sizes below 1 or not those of the mask's arrays, for a row or a head
-        that these do not have, for labels or weights that do not fit, and for a `TileMap` of other
-        sizes.
+        that these do not have, for labels or weights that do not fit, and for a `TileMap` made for
+        other sizes.
     """
     whole = as_mask(mask)
     found = _cells(whole, T, S, b, h)
@@ -96,7 +96,7 @@ def _pyplot() -> Any:
 
 
 def _panels(whole: Mask, found: Cells, labels: Any) -> Any:
-    """A new figure: the parts are drawn, and the axes of the whole returned."""
+    """Draws the parts in a new figure, and returns the axes for the whole."""
     sign, pieces = parts(whole, found.h)
     count = len(pieces) + 1
     _, axes = _pyplot().subplots(
@@ -116,7 +116,7 @@ def _draw(ax: Any, found: Cells, labels: tuple[Sequence[str], Sequence[str]] | N
     from matplotlib.colors import ListedColormap
 
     colors = ListedColormap([COLORS[state] for state in (EMPTY, PARTIAL, FULL)])
-    # In positions, so that tiles and weights fit whatever a cell is.
+    # In positions, not in cells, so that tiles and weights fit at any size of a cell.
     extent = (-0.5, found.S - 0.5, found.T - 0.5, -0.5)
     lines, columns = (n * t for n, t in zip(found.states.shape, found.tile, strict=True))
     ax.imshow(
@@ -161,7 +161,7 @@ def _weights(given: Any, found: Cells) -> np.ndarray:
 
 
 def _draw_weights(ax: Any, weights: np.ndarray, found: Cells) -> None:
-    # What may not be seen has no weight to show, so that a leak would stand out.
+    # Weights of 0 are transparent, so that a weight on a masked pair would stand out.
     hidden = weights == 0
     extent = (-0.5, found.S - 0.5, found.T - 0.5, -0.5)
     picture = ax.imshow(
@@ -204,5 +204,5 @@ def _draw_tiles(ax: Any, mask: Mask, given: Any, found: Cells) -> None:
 
 
 def _short(text: str, most: int = 46) -> str:
-    """A title that its panel has room for."""
+    """A title that fits its panel."""
     return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..checks.foreign_names import VIEWS, answers
+from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import MaskLike, as_mask
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
 from .cells import cells
 
-# Up to so many queries and keys every pair is a cell; beyond, a cell is a tile.
+# With at most this many queries and keys every pair is a cell; beyond, a cell is a tile.
 CELLS = 64
-# A screen of a terminal: lines, and cells of two characters in a line.
+# The screen of a terminal: its lines, and the cells of two characters in a line.
 GRID = 32, 64
 
 _SIGNS = {EMPTY: "·", PARTIAL: "▒", FULL: "█"}
@@ -28,7 +28,7 @@ _COLORS = {
 }
 
 
-@answers(VIEWS, "show")
+@with_remedies(VIEWS, "show")
 def text(
     mask: MaskLike,
     /,
@@ -44,15 +44,15 @@ def text(
 
     Args:
       mask: a mask, a callable `(b, h, q, k) -> bool`, or a boolean array.
-      T, S: numbers of queries and of keys. By default what the mask's arrays say, else four times
-        its largest number (a window, a chunk, a prefix), at least 16: enough to show its shape.
+      T, S: numbers of queries and of keys. By default the extents of the mask's arrays, else four
+        times its largest number (a window, a chunk, a prefix), and at least 16.
       b, h: batch row and query head.
-      labels: a word for each query and for each key, where every pair has a cell.
+      labels: a word for each query and for each key; shown where every pair has a cell.
       color: whether to colour by ANSI codes; by default on a terminal, unless `NO_COLOR` is set.
 
-    Up to 64 by 64, every pair is a cell, `█` where the query may see the key and `·` where not.
-    Beyond, a cell is a tile, `▒` where it is mixed or may be; bounds decide, nothing of T x S is
-    built.
+    Up to 64 by 64, every pair is a cell: `█` where the query may see the key, `·` where not.
+    Beyond, a cell is a tile, `▒` where it is mixed or may be. Its state is found from bounds; no
+    array T x S is built.
 
     Raises:
       TypeError: for a batch row or a head that is not an integer.

@@ -1,6 +1,7 @@
-"""`mask.why(q, k)`: which parts of a mask allow a pair, which forbid it, and by what numbers.
+"""`mask.why(q, k)`: which parts of a mask allow a pair, which forbid it, and the numbers compared.
 
-No mask has words of its own: a part is traced, run for one pair, and what it compared is read off.
+The explanation is not written by hand for any mask: each part is traced and run for the pair, and
+its comparisons are read from the trace.
 """
 
 from __future__ import annotations
@@ -14,23 +15,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checks.integers import MOST
-from ..masks.mask import And, Mask, MaskLike, Not, Or, PerHead, Predicate, Xor, as_mask
+from ..masks.mask import (
+    And,
+    BuiltInMask,
+    Mask,
+    MaskLike,
+    Not,
+    Or,
+    PerHead,
+    Predicate,
+    Xor,
+    as_mask,
+)
 from ..masks.positions import Positions
 from ..shapes import Int
 from ..tiles.tile_map import TileMap
 from ..tracing import out_of_range
-from ..tracing.array_reads import Extent
-from ..tracing.captures import canonicalize
-from ..tracing.dependence import Code, code_of, labels, signature_of
+from ..tracing.array_reads import AxisRead
+from ..tracing.canonical import canonicalize
+from ..tracing.dependence import TracedSteps, signature_of, trace_signature
 from ..tracing.hashing import Const, Ref
+from ..tracing.labels import labels
 from ..tracing.program import run
 
 _COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "//", "rem": "%"}
-# What is a number as its argument is, for whoever reads it.
+# Operations whose result is the same number as their argument.
 _SAME = ("convert_element_type", "reshape", "squeeze", "broadcast_in_dim", "stop_gradient")
 _HERE = np.zeros((), np.int32)
-# Longer expressions say less than their value.
+# A longer expression is harder to read than its value.
 _LONGEST = 40
 
 
@@ -40,7 +53,7 @@ class Why:
 
     Attributes:
       allowed: whether the query may see the key.
-      lines: what each part says, indented by how deep it stands.
+      lines: the answer of each part, indented by its depth.
     """
 
     allowed: bool
@@ -65,8 +78,8 @@ def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
 
     Raises:
       TypeError: for positions that are not integers, and for a mask whose arrays are traced.
-      ValueError: for negative positions and those beyond int32, and where the answer hangs on an
-        entry that an array of the mask does not have.
+      ValueError: for negative positions and those beyond int32, and where the answer depends on
+        an entry that an array of the mask does not have.
 
     Example:
       >>> from jaxattn import masks
@@ -88,16 +101,14 @@ def why(mask: MaskLike, q: int, k: int, b: int = 0, h: int = 0) -> Why:
 
 
 class Asked:
-    """A mask asked about every pair of some queries and keys: run once, read pair by pair."""
+    """The explanations of all pairs of some queries and keys: run once, read pair by pair."""
 
     def __init__(
         self, mask: MaskLike, q: Int[np.ndarray, "T"], k: Int[np.ndarray, "S"], b: int, h: int
     ) -> None:
         self.mask = as_mask(mask)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self.mask)):
-            raise TypeError(
-                "why(mask): got arrays that are traced, expected values; ask outside jit"
-            )
+            raise TypeError("why(mask): got traced arrays, expected values; call why outside jit")
         self.q, self.k, self.b, self.h = q, k, b, h
         self._readers: dict[int, _Reader] = {}
         self._missing = ""
@@ -114,8 +125,10 @@ class Asked:
         return Why(allowed, (pair, *lines))
 
     def _walk(self, part: Mask, at: tuple[int, int], depth: int, lines: list[str]) -> bool | None:
-        """Whether a part allows the pair, `None` if it has no entry for it; its reasons are added
-        to `lines`."""
+        """Whether a part allows the pair, or None if an array of it has no entry for the pair.
+
+        Its reasons are added to `lines`.
+        """
         indent = "  " * depth
         match part:
             case TileMap():
@@ -145,7 +158,7 @@ class Asked:
         if (missing := reader.missing(at)) is not None:
             cell = {"b": self.b, "h": self.h, "q": int(self.q[at[0]]), "k": int(self.k[at[1]])}
             label, extent = next(m for m in missing if not 0 <= cell[m[1].position] < m[1].extent)
-            self._missing = out_of_range.missing(label, extent, cell)
+            self._missing = out_of_range.missing_entry(label, extent, cell)
             lines.append(f"{indent}{_name(part)} has no entry for it")
             return None
         allowed, reasons = reader.read(at)
@@ -155,15 +168,16 @@ class Asked:
         return allowed
 
     def _run(self, part: Mask) -> _Reader:
-        """A part that is a function, run for all pairs."""
+        """Runs a part that is a function for all pairs."""
         if jax.tree_util.all_leaves([part]):
-            part = canonicalize(part)  # what a class of the user's holds is no leaf otherwise
+            # Otherwise the arrays that a user's class holds are no leaves.
+            part = canonicalize(part)
         leaves = jax.tree.leaves(part)
         arrays = [jnp.asarray(leaf) for leaf in leaves]
-        traced = code_of(signature_of(part, Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)))
-        code = traced.steps
-        flag = out_of_range.Flags(code).of(traced.out)
-        # Of arrays only the name is said.
+        traced = trace_signature(signature_of(part, Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)))
+        code = traced.builder
+        flag = out_of_range.MissingEntries(code).of(traced.out)
+        # Arrays are printed by name only, so that their values are not needed.
         said = [ref for ref, type in enumerate(code.types) if type.shape == ()]
         row, head = jnp.int32(self.b), jnp.int32(self.h)
 
@@ -186,7 +200,7 @@ class Asked:
 
 
 def _all(results: Sequence[bool | None]) -> bool | None:
-    """Whether all hold; `None` if that hangs on one that is not known."""
+    """Whether all hold; None if that depends on one that is not known."""
     return False if False in results else None if None in results else True
 
 
@@ -195,31 +209,37 @@ def _opposite(result: bool | None) -> bool | None:
 
 
 def _name(part: Mask) -> str:
-    fn = getattr(part, "fn", None)
-    if isinstance(part, Predicate) and fn is not None:
-        said, name = repr(part).partition("(")[0], getattr(fn, "__name__", "<")
-        return said if said != "predicate" else "the function" if name[0] == "<" else name
-    return type(part).__name__
+    if not isinstance(part, (BuiltInMask, Predicate)):
+        return type(part).__name__
+    constructor = repr(part).partition("(")[0]
+    if constructor != "predicate":
+        return constructor
+    name = str(getattr(getattr(part, "fn", None), "__name__", "<"))
+    return "the function" if name[0] == "<" else name
 
 
 class _Reader:
-    """Reads off a program that has run what decided its result, pair by pair."""
+    """Reads from a program that has run what decided its result, pair by pair."""
 
     def __init__(
-        self, traced: Code, flag: Ref | None, values: dict[int, np.ndarray], names: dict[int, str]
+        self,
+        traced: TracedSteps,
+        flag: Ref | None,
+        values: dict[int, np.ndarray],
+        names: dict[int, str],
     ) -> None:
-        self.code, self.out, self.flag = traced.steps, traced.out, flag
-        self.extents = [(traced.label(e.array), e) for e in traced.steps.extents]
+        self.code, self.out, self.flag = traced.builder, traced.out, flag
+        self.extents = [(traced.label(e.array), e) for e in traced.builder.axis_reads]
         self.values, self.names = values, names
         self.at = (0, 0)
 
-    def missing(self, at: tuple[int, int]) -> list[tuple[str, Extent]] | None:
-        """The axes that are read, where the answer for the pair hangs on what one has not."""
+    def missing(self, at: tuple[int, int]) -> list[tuple[str, AxisRead]] | None:
+        """The axes that are read, if the answer depends on an entry that one of them lacks."""
         self.at = at
         return self.extents if self.flag is not None and bool(self.value(self.flag)) else None
 
     def read(self, at: tuple[int, int]) -> tuple[bool, list[str]]:
-        """Whether the pair is allowed, and what decided it."""
+        """Whether the pair is visible, and what decided it."""
         self.at = at
         return bool(self.value(self.out)), self.reasons(self.out)
 
@@ -227,7 +247,7 @@ class _Reader:
         return np.asarray(ref.value)[()] if isinstance(ref, Const) else self.values[ref][self.at]
 
     def reasons(self, ref: Ref) -> list[str]:
-        """What made a boolean what it is, in words."""
+        """What decided a boolean, in words."""
         step = None if isinstance(ref, Const) else self.code.source.get(ref, (None, 0))[0]
         holds = bool(self.value(ref))
         if step is None:
@@ -235,7 +255,7 @@ class _Reader:
             return [f"{name} is {str(holds).lower()}"] if name else []
         name, args = step.prim.name, step.args
         if name in ("and", "or"):
-            # One that fails is enough against `and`, one that holds enough for `or`.
+            # One false argument decides `and`; one true argument decides `or`.
             decisive = [arg for arg in args if bool(self.value(arg)) == holds]
             chosen = args if holds == (name == "and") else decisive
             return list(dict.fromkeys(reason for arg in chosen for reason in self.reasons(arg)))
@@ -264,7 +284,7 @@ class _Reader:
         return f"{value:g}" if isinstance(value, np.floating) else str(value).lower()
 
     def expression(self, ref: Ref) -> str:
-        """How a value is computed, while that is short; else nothing."""
+        """How a value is computed, or an empty string if that is long."""
         if isinstance(ref, Const):
             return self._number(ref)
         if ref in self.names:

@@ -61,6 +61,8 @@ def states_of(
 
 def _resized(states: Array, axis: int, old: int, new: int, count: int) -> Array:
     extent = states.shape[axis]
+    if extent == count and old == new:
+        return states
     if extent == 1 or old % new == 0:
         # Of a tile cut into smaller ones no more is known of each than of the whole.
         states = jnp.repeat(states, count if extent == 1 else old // new, axis)

@@ -1,8 +1,8 @@
-"""Kernels for Hopper GPUs, in Pallas Mosaic GPU: flash attention over lists of active tiles.
+"""The kernels for Hopper GPUs, in Pallas Mosaic GPU: flash attention over lists of active tiles.
 
-In every kernel one warpgroup does nothing but load: it runs ahead through the list, a few tiles
-deep. The others compute, 64 rows each: first the PARTIAL tiles of the list, which evaluate the
-mask, then the FULL ones, which don't. No atomics add anything up: every run gives the same bits.
+In every kernel one warpgroup only loads: it runs through the list, a few tiles ahead of the others.
+These compute 64 rows each: first the PARTIAL tiles of the list, where the mask is evaluated, then
+the FULL ones. There are no atomic additions: every run gives the same bits.
 
     forward   s = q k'          p = 2^(s - m)     l, acc rescaled, acc += p v
     dq        p = 2^(s - lse)   ds = p (do v' - delta)   dq += ds k
@@ -21,96 +21,100 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...shapes import Array
+from ..flash.gpu import LOG2E
 from ..problem import Config
-from .parts import (
-    LOG2E,
-    LOW,
+from .memory import (
     ROWS,
     STEP,
-    Arrays,
-    Backward,
-    Elements,
-    Extents,
+    WGMMA,
     Ring,
     across,
     added,
     buffer,
     columns,
     compiled,
-    d_logits,
-    learned_kinds,
-    own_rows,
+    load,
+    over_list,
+    plgpu,
     products,
     put,
     registers,
     ring,
-    row_of,
     stages_for,
-    two_loops,
-    weights,
     zeros,
 )
-from .tiles import plgpu
+from .tiles import (
+    LOW,
+    BackwardInputs,
+    KernelInputs,
+    KernelSizes,
+    TileFunctions,
+    d_logits,
+    learned_kinds,
+    row_of,
+    weights,
+)
 
 # --- forward --------------------------------------------------------------------------------------
 
 
-def forward(config: Config, interpret: bool, z: Extents, x: Arrays) -> tuple[Array, Array]:
+def forward(
+    config: Config, interpret: bool, sizes: KernelSizes, x: KernelInputs
+) -> tuple[Array, Array]:
     """Output `[B, T, N, Hv]` and natural-log LSE `[B, N, T]`."""
-    wgs, _ = z.groups
-    width = jnp.dtype(z.dtype).itemsize
-    fixed = z.tq * (z.H + z.Hv) * width
-    stages = stages_for(fixed, z.tk * (z.H + z.Hv) * width)
-    elements = Elements.of(config, z, "row", slopes=False)
+    wgs, _ = sizes.warpgroups
+    row_bytes = (sizes.Hp + sizes.Hvp) * jnp.dtype(sizes.dtype).itemsize
+    stages = stages_for(sizes.tq * row_bytes, sizes.tk * row_bytes)
+    functions = TileFunctions.of(config, sizes, "row", slopes=False)
 
-    def body(x: Arrays, out_ref: Any, lse_ref: Any, q_smem: Any, o_smem: Any, lse_smem: Any,
+    def body(x: KernelInputs, out_ref: Any, lse_ref: Any, q_smem: Any, o_smem: Any, lse_smem: Any,
              q_ready: Any, keys: Ring, values: Ring) -> None:  # fmt: skip
         b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
         # Under a causal mask the last rows have the longest lists: they begin first.
-        i = z.T // z.tq - 1 - lax.axis_index("i")
-        kh = lax.div(h, jnp.int32(z.N // z.K))
+        i = sizes.Tp // sizes.tq - 1 - lax.axis_index("i")
+        kh = lax.div(h, jnp.int32(sizes.N // sizes.K))
         tiles, counts = row_of(x, b, h, i)
 
         @pl.when(wg < wgs)
         def _() -> None:
             registers(wgs, loads=False)
-            row = i * z.tq + wg * ROWS
+            row = i * sizes.tq + wg * ROWS
             own_q = q_smem.at[wg]
             rows = pl.ds(row, ROWS)
             plgpu.copy_gmem_to_smem(x.query.at[b, rows, h], own_q, q_ready.at[wg])
             scale = x.scale[b if x.scale.shape[0] != 1 else 0]
-            place = elements.at(x, b, h, row)
+            tile_row = functions.at(x, b, h, row)
             plgpu.barrier_wait(q_ready.at[wg])
 
             def step(masked: bool, n: Any, carry: Any) -> Any:
                 acc, m, l = carry
-                column = tiles[n] * z.tk
+                column = tiles[n] * sizes.tk
                 (k,) = keys.take(n)
                 (s,) = products((own_q, k.transpose((1, 0))))
                 keys.release(n)
-                s, _ = weights(place, masked, s, scale, column, None)
+                s, _ = weights(tile_row, masked, s, scale, column, None)
                 top = jnp.maximum(m, s.max(axis=1))
-                # Rows that have seen nothing so far are measured from 0: -inf - -inf is NaN.
+                # Rows without any visible key so far are measured from 0: -inf - -inf is NaN.
                 none = top == jnp.full_like(top, LOW)
                 level = jnp.where(none, jnp.zeros_like(top), top)
                 fade = jnp.exp2(m - level)
-                p = jnp.exp2(s - across(level, z.tk))
+                p = jnp.exp2(s - across(level, sizes.tk))
                 l = l * fade + p.sum(axis=1)
                 if config.dropout:
-                    p = p * place.kept(column, p.shape)
-                acc = acc * across(fade, z.Hv)
+                    p = p * tile_row.dropout_factors(column, p.shape)
+                acc = acc * across(fade, sizes.Hvp)
                 (v,) = values.take(n)
-                (acc,) = added(interpret, (acc, p.astype(z.dtype), v))
+                (acc,) = added(interpret, (acc, p.astype(sizes.dtype), v))
                 values.release(n)
                 return acc, top, l
 
-            start = zeros(ROWS, z.Hv), zeros(ROWS, fill=LOW), zeros(ROWS)
-            acc, m, l = two_loops(counts, step, start)
+            start = zeros(ROWS, sizes.Hvp), zeros(ROWS, fill=LOW), zeros(ROWS)
+            acc, m, l = over_list(counts, step, start)
             seen = l != jnp.zeros_like(l)
             total = jnp.where(seen, l, jnp.ones_like(l))
-            out = acc / across(total, z.Hv)
-            out = jnp.where(across(seen, z.Hv), out, jnp.zeros_like(out))
-            o_smem.at[wg][...] = out.astype(z.dtype)
+            out = acc / across(total, sizes.Hvp)
+            out = jnp.where(across(seen, sizes.Hvp), out, jnp.zeros_like(out))
+            o_smem.at[wg][...] = out.astype(sizes.dtype)
             lse = (m + jnp.log2(total)) * (1 / LOG2E)
             lse_smem.at[wg][...] = jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
             plgpu.commit_smem()
@@ -122,13 +126,13 @@ def forward(config: Config, interpret: bool, z: Extents, x: Arrays) -> tuple[Arr
         def _() -> None:
             registers(wgs, loads=True)
 
-            def load(n: Any, _: None) -> None:
-                at = pl.ds(tiles[n] * z.tk, z.tk)
+            def fill(n: Any, _: None) -> None:
+                at = pl.ds(tiles[n] * sizes.tk, sizes.tk)
                 keys.fill(n, x.key.at[b, at, kh])
                 values.fill(n, x.value.at[b, at, kh])
 
             total = counts[0] + counts[1]
-            lax.fori_loop(jnp.int32(0), total, load, None)
+            lax.fori_loop(jnp.int32(0), total, fill, None)
             keys.drain(total)
             values.drain(total)
 
@@ -137,18 +141,17 @@ def forward(config: Config, interpret: bool, z: Extents, x: Arrays) -> tuple[Arr
         interpret,
         body=body,
         out_type=(
-            jax.ShapeDtypeStruct((z.B, z.T, z.N, z.Hv), z.dtype),
-            jax.ShapeDtypeStruct((z.B, z.N, z.T), jnp.float32),
+            jax.ShapeDtypeStruct((sizes.B, sizes.Tp, sizes.N, sizes.Hvp), sizes.dtype),
+            jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.Tp), jnp.float32),
         ),
         scratch_types=[
-            buffer(wgs, ROWS, z.H, dtype=z.dtype),
-            buffer(wgs, ROWS, z.Hv, dtype=z.dtype),
+            *_matrices(sizes, wgs, ROWS),
             plgpu.SMEM((wgs, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=wgs),
-            ring(stages, wgs, buffer(stages, z.tk, z.H, dtype=z.dtype)),
-            ring(stages, wgs, buffer(stages, z.tk, z.Hv, dtype=z.dtype)),
+            ring(stages, wgs, buffer(stages, sizes.tk, sizes.Hp, dtype=sizes.dtype)),
+            ring(stages, wgs, buffer(stages, sizes.tk, sizes.Hvp, dtype=sizes.dtype)),
         ],
-        grid=(z.N, z.T // z.tq, z.B),
+        grid=(sizes.N, sizes.Tp // sizes.tq, sizes.B),
         grid_names=("h", "i", "b"),
         num_threads=wgs + 1,
     )
@@ -156,48 +159,53 @@ def forward(config: Config, interpret: bool, z: Extents, x: Arrays) -> tuple[Arr
     return out, lse
 
 
+def _matrices(sizes: KernelSizes, number: int, rows: int) -> tuple[Any, ...]:
+    """Shared memory for matrices as wide as queries, and for matrices as wide as values."""
+    return tuple(buffer(number, rows, width, dtype=sizes.dtype) for width in (sizes.Hp, sizes.Hvp))
+
+
 # --- backward -------------------------------------------------------------------------------------
 
 
 def d_query(
-    config: Config, interpret: bool, z: Extents, x: Arrays, y: Backward
+    config: Config, interpret: bool, sizes: KernelSizes, x: KernelInputs, y: BackwardInputs
 ) -> tuple[Array, list[Array]]:
     """Gradient of queries before the scale, `[B, T, N, H]` in float32, and sums over keys.
 
     The sums, `[B, N, T]`, are for operands of the score that don't depend on keys, in order.
     """
-    wgs, _ = z.groups
-    width = jnp.dtype(z.dtype).itemsize
-    stages = stages_for(z.tq * (z.H + z.Hv) * width, STEP * (z.H + z.Hv) * width)
-    elements = Elements.of(config, z, "row", slopes=True)
+    wgs, _ = sizes.warpgroups
+    row_bytes = (sizes.Hp + sizes.Hvp) * jnp.dtype(sizes.dtype).itemsize
+    stages = stages_for(sizes.tq * row_bytes, STEP * row_bytes)
+    functions = TileFunctions.of(config, sizes, "row", slopes=True)
     ours = [at for at, kind in enumerate(learned_kinds(config)) if kind != "column"]
-    parts_of_tile = z.tk // STEP
+    parts_of_tile = sizes.tk // STEP
     shape = (ROWS, STEP)
 
-    def body(x: Arrays, y: Backward, dq_ref: Any, sums_ref: Any, q_smem: Any, do_smem: Any,
-             ready: Any, keys: Ring) -> None:  # fmt: skip
+    def body(x: KernelInputs, y: BackwardInputs, dq_ref: Any, sums_ref: Any, q_smem: Any,
+             do_smem: Any, ready: Any, keys: Ring) -> None:  # fmt: skip
         b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
-        i = z.T // z.tq - 1 - lax.axis_index("i")
-        kh = lax.div(h, jnp.int32(z.N // z.K))
+        i = sizes.Tp // sizes.tq - 1 - lax.axis_index("i")
+        kh = lax.div(h, jnp.int32(sizes.N // sizes.K))
         tiles, counts = row_of(x, b, h, i)
         counts = tuple(count * parts_of_tile for count in counts)
 
         def start(n: Any) -> Any:
             tile, part = lax.div(n, jnp.int32(parts_of_tile)), lax.rem(n, jnp.int32(parts_of_tile))
-            return tiles[tile] * z.tk + part * STEP
+            return tiles[tile] * sizes.tk + part * STEP
 
         @pl.when(wg < wgs)
         def _() -> None:
             registers(wgs, loads=False)
-            row = i * z.tq + wg * ROWS
+            row = i * sizes.tq + wg * ROWS
             rows = pl.ds(row, ROWS)
             q, do = q_smem.at[wg], do_smem.at[wg]
             plgpu.copy_gmem_to_smem(x.query.at[b, rows, h], q, ready.at[wg])
             plgpu.copy_gmem_to_smem(y.d_out.at[b, rows, h], do, ready.at[wg])
             scale = x.scale[b if x.scale.shape[0] != 1 else 0]
-            lines = [own_rows(y.lines.at[b, h, line, rows]) for line in (0, 1)]
+            lines = [load(y.lines.at[b, h, line, rows], WGMMA.reduce(1)) for line in (0, 1)]
             lse, delta = (partial(across, line, STEP) for line in lines)
-            place = elements.at(x, b, h, row)
+            tile_row = functions.at(x, b, h, row)
             plgpu.barrier_wait(ready.at[wg])
 
             def step(masked: bool, n: Any, carry: Any) -> Any:
@@ -205,16 +213,16 @@ def d_query(
                 column = start(n)
                 k, v = keys.take(n)
                 s, dp = products((q, k.transpose((1, 0))), (do, v.transpose((1, 0))))
-                p, slopes = weights(place, masked, s, scale, column, lse)
-                keep = place.kept(column, shape) if config.dropout else None
-                ds, terms = d_logits(config, masked, p, dp, keep, slopes, delta)
+                p, slopes = weights(tile_row, masked, s, scale, column, lse)
+                factors = tile_row.dropout_factors(column, shape) if config.dropout else None
+                ds, terms = d_logits(masked, p, dp, factors, slopes, delta)
                 sums = [a + terms[at].sum(axis=1) for a, at in zip(sums, ours, strict=True)]
-                (dq,) = added(interpret, (dq, ds.astype(z.dtype), k))
+                (dq,) = added(interpret, (dq, ds.astype(sizes.dtype), k))
                 keys.release(n)
                 return dq, sums
 
-            first = zeros(ROWS, z.H), [zeros(ROWS) for _ in ours]
-            dq, sums = two_loops(counts, step, first)
+            first = zeros(ROWS, sizes.Hp), [zeros(ROWS) for _ in ours]
+            dq, sums = over_list(counts, step, first)
             put(dq_ref.at[b, rows, h], dq)
             for ref, total in zip(sums_ref, sums, strict=True):
                 put(ref.at[b, h, rows], total)
@@ -223,12 +231,12 @@ def d_query(
         def _() -> None:
             registers(wgs, loads=True)
 
-            def load(n: Any, _: None) -> None:
+            def fill(n: Any, _: None) -> None:
                 at = pl.ds(start(n), STEP)
                 keys.fill(n, x.key.at[b, at, kh], x.value.at[b, at, kh])
 
             total = counts[0] + counts[1]
-            lax.fori_loop(jnp.int32(0), total, load, None)
+            lax.fori_loop(jnp.int32(0), total, fill, None)
             keys.drain(total)
 
     kernel = compiled(
@@ -236,21 +244,15 @@ def d_query(
         interpret,
         body=body,
         out_type=(
-            jax.ShapeDtypeStruct((z.B, z.T, z.N, z.H), jnp.float32),
-            [jax.ShapeDtypeStruct((z.B, z.N, z.T), jnp.float32) for _ in ours],
+            jax.ShapeDtypeStruct((sizes.B, sizes.Tp, sizes.N, sizes.Hp), jnp.float32),
+            [jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.Tp), jnp.float32) for _ in ours],
         ),
         scratch_types=[
-            buffer(wgs, ROWS, z.H, dtype=z.dtype),
-            buffer(wgs, ROWS, z.Hv, dtype=z.dtype),
+            *_matrices(sizes, wgs, ROWS),
             plgpu.Barrier(num_arrivals=2, num_barriers=wgs),
-            ring(
-                stages,
-                wgs,
-                buffer(stages, STEP, z.H, dtype=z.dtype),
-                buffer(stages, STEP, z.Hv, dtype=z.dtype),
-            ),
+            ring(stages, wgs, *_matrices(sizes, stages, STEP)),
         ],
-        grid=(z.N, z.T // z.tq, z.B),
+        grid=(sizes.N, sizes.Tp // sizes.tq, sizes.B),
         grid_names=("h", "i", "b"),
         num_threads=wgs + 1,
     )
@@ -259,27 +261,26 @@ def d_query(
 
 
 def d_keys(
-    config: Config, interpret: bool, z: Extents, x: Arrays, y: Backward
+    config: Config, interpret: bool, sizes: KernelSizes, x: KernelInputs, y: BackwardInputs
 ) -> tuple[Array, Array, list[Array]]:
     """Gradients of keys and values, `[B, S, K, H]` and `[B, S, K, Hv]`, and sums over queries.
 
     Lists of tiles are those of columns, grids are transposed. The sums, `[B, N, S]`, are for
     operands of the score that go with keys, in order.
     """
-    _, wgs = z.groups
-    width = jnp.dtype(z.dtype).itemsize
-    each = STEP * (z.H + z.Hv) * width + 2 * STEP * 4
-    stages = stages_for(z.tk * (z.H + z.Hv) * width, each)
-    elements = Elements.of(config, z, "column", slopes=True)
+    _, wgs = sizes.warpgroups
+    row_bytes = (sizes.Hp + sizes.Hvp) * jnp.dtype(sizes.dtype).itemsize
+    stages = stages_for(sizes.tk * row_bytes, STEP * row_bytes + 2 * STEP * 4)
+    functions = TileFunctions.of(config, sizes, "column", slopes=True)
     ours = [at for at, kind in enumerate(learned_kinds(config)) if kind == "column"]
-    parts_of_tile = z.tq // STEP
+    parts_of_tile = sizes.tq // STEP
     shape = (ROWS, STEP)
-    G = z.N // z.K
+    G = sizes.N // sizes.K
     # Whether to start d_p late: slopes and factors of dropout would wait for it in registers.
     lean = config.score is None and not config.dropout
 
-    def body(x: Arrays, y: Backward, dk_ref: Any, dv_ref: Any, sums_ref: Any, k_smem: Any,
-             v_smem: Any, ready: Any, queries: Ring) -> None:  # fmt: skip
+    def body(x: KernelInputs, y: BackwardInputs, dk_ref: Any, dv_ref: Any, sums_ref: Any,
+             k_smem: Any, v_smem: Any, ready: Any, queries: Ring) -> None:  # fmt: skip
         b, kh, j, wg = (lax.axis_index(name) for name in ("b", "h", "j", "wg"))
 
         def list_of(g: Any) -> tuple[Any, Callable[[Any], Any], Any]:
@@ -288,7 +289,7 @@ def d_keys(
 
             def start(n: Any) -> Any:
                 part = lax.rem(n, jnp.int32(parts_of_tile))
-                return tiles[lax.div(n, jnp.int32(parts_of_tile))] * z.tq + part * STEP
+                return tiles[lax.div(n, jnp.int32(parts_of_tile))] * sizes.tq + part * STEP
 
             return h, start, tuple(count * parts_of_tile for count in counts)
 
@@ -303,7 +304,7 @@ def d_keys(
         @pl.when(wg < wgs)
         def _() -> None:
             registers(wgs, loads=False)
-            row = j * z.tk + wg * ROWS
+            row = j * sizes.tk + wg * ROWS
             rows = pl.ds(row, ROWS)
             k, v = k_smem.at[wg], v_smem.at[wg]
             plgpu.copy_gmem_to_smem(x.key.at[b, rows, kh], k, ready.at[wg])
@@ -314,42 +315,42 @@ def d_keys(
             def head(g: Any, carry: Any) -> Any:
                 before, dk, dv = carry
                 h, start, counts = list_of(g)
-                place = elements.at(x, b, h, row)
+                tile_row = functions.at(x, b, h, row)
 
                 def step(masked: bool, n: Any, carry: Any) -> Any:
                     dk, dv, sums = carry
                     q, do, line = queries.take(before + n)
                     column = start(n)
-                    factors = (k, q.transpose((1, 0))), (v, do.transpose((1, 0)))
-                    s, *dp = products(*factors[: 1 if lean else 2])
+                    pairs = (k, q.transpose((1, 0))), (v, do.transpose((1, 0)))
+                    s, *dp = products(*pairs[: 1 if lean else 2])
                     # Loaded where they are needed: there are no registers for both.
                     lse, delta = (partial(columns, line.at[at], shape) for at in (0, 1))
-                    p, slopes = weights(place, masked, s, scale, column, lse)
-                    keep = place.kept(column, shape) if config.dropout else None
-                    kept = p if keep is None else p * keep
+                    p, slopes = weights(tile_row, masked, s, scale, column, lse)
+                    factors = tile_row.dropout_factors(column, shape) if config.dropout else None
+                    kept = p if factors is None else p * factors
                     # Gradients of values at once with what comes next: d_p, or gradients of keys.
-                    early = [(dv, kept.astype(z.dtype), do)]
+                    early = [(dv, kept.astype(sizes.dtype), do)]
                     if lean:
-                        dv, *dp = added(interpret, *early, (zeros(*shape), *factors[1]))
+                        dv, *dp = added(interpret, *early, (zeros(*shape), *pairs[1]))
                         early = []
-                    ds, terms = d_logits(config, masked, p, dp[0], keep, slopes, delta)
+                    ds, terms = d_logits(masked, p, dp[0], factors, slopes, delta)
                     sums = [a + terms[at].sum(axis=1) for a, at in zip(sums, ours, strict=True)]
-                    *dvs, dk = added(interpret, *early, (dk, ds.astype(z.dtype), q))
+                    *dvs, dk = added(interpret, *early, (dk, ds.astype(sizes.dtype), q))
                     (dv,) = dvs or (dv,)
                     # The lines were read by plain loads, which a copy may overtake.
                     plgpu.commit_smem()
                     queries.release(before + n)
                     return dk, dv, sums
 
-                dk, dv, sums = two_loops(counts, step, (dk, dv, [zeros(ROWS) for _ in ours]))
+                dk, dv, sums = over_list(counts, step, (dk, dv, [zeros(ROWS) for _ in ours]))
                 for ref, total in zip(sums_ref, sums, strict=True):
                     put(ref.at[b, h, rows], total)
                 return before + counts[0] + counts[1], dk, dv
 
-            first = jnp.int32(0), zeros(ROWS, z.H), zeros(ROWS, z.Hv)
+            first = jnp.int32(0), zeros(ROWS, sizes.Hp), zeros(ROWS, sizes.Hvp)
             _, dk, dv = each_head(head, first)
-            k[...] = (dk * scale).astype(z.dtype)
-            v[...] = dv.astype(z.dtype)
+            k[...] = (dk * scale).astype(sizes.dtype)
+            v[...] = dv.astype(sizes.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(k, dk_ref.at[b, rows, kh])
             plgpu.copy_smem_to_gmem(v, dv_ref.at[b, rows, kh])
@@ -362,7 +363,7 @@ def d_keys(
             def head(g: Any, before: Any) -> Any:
                 h, start, counts = list_of(g)
 
-                def load(n: Any, _: None) -> None:
+                def fill(n: Any, _: None) -> None:
                     at = pl.ds(start(n), STEP)
                     queries.fill(
                         before + n,
@@ -372,7 +373,7 @@ def d_keys(
                     )
 
                 total = counts[0] + counts[1]
-                lax.fori_loop(jnp.int32(0), total, load, None)
+                lax.fori_loop(jnp.int32(0), total, fill, None)
                 return before + total
 
             queries.drain(each_head(head, jnp.int32(0)))
@@ -382,23 +383,21 @@ def d_keys(
         interpret,
         body=body,
         out_type=(
-            jax.ShapeDtypeStruct((z.B, z.S, z.K, z.H), z.dtype),
-            jax.ShapeDtypeStruct((z.B, z.S, z.K, z.Hv), z.dtype),
-            [jax.ShapeDtypeStruct((z.B, z.N, z.S), jnp.float32) for _ in ours],
+            jax.ShapeDtypeStruct((sizes.B, sizes.Sp, sizes.K, sizes.Hp), sizes.dtype),
+            jax.ShapeDtypeStruct((sizes.B, sizes.Sp, sizes.K, sizes.Hvp), sizes.dtype),
+            [jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.Sp), jnp.float32) for _ in ours],
         ),
         scratch_types=[
-            buffer(wgs, ROWS, z.H, dtype=z.dtype),
-            buffer(wgs, ROWS, z.Hv, dtype=z.dtype),
+            *_matrices(sizes, wgs, ROWS),
             plgpu.Barrier(num_arrivals=2, num_barriers=wgs),
             ring(
                 stages,
                 wgs,
-                buffer(stages, STEP, z.H, dtype=z.dtype),
-                buffer(stages, STEP, z.Hv, dtype=z.dtype),
+                *_matrices(sizes, stages, STEP),
                 plgpu.SMEM((stages, 2, STEP), jnp.float32),
             ),
         ],
-        grid=(z.K, z.S // z.tk, z.B),
+        grid=(sizes.K, sizes.Sp // sizes.tk, sizes.B),
         grid_names=("h", "j", "b"),
         num_threads=wgs + 1,
     )

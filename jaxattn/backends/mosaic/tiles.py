@@ -1,304 +1,359 @@
-"""Residues of masks and scores on a tile that lies in the registers of a warpgroup.
+"""A tile in a Mosaic kernel: what a kernel is given, and the mask, score and dropout of a tile.
 
 A tile is `[rows, columns]` in the layout in which wgmma leaves its results. Its rows are queries,
-or keys in the kernel of dK and dV. What goes with rows is laid out as a sum over columns would be,
-and the other way round: spreading it over the tile then moves nothing between threads.
+or keys in the kernel of dK and dV. A number of each row is laid out as a sum over columns is, and
+a number of each column as a sum over rows: broadcasting it to the tile then moves no data between
+threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
 from ...shapes import Array
-from ...tracing.hashing import Const
-from ...tracing.program import Program, Step, trace
-from ..problem import Residue
+from ...tracing.program import Program
+from ...tracing.split import Kind
+from .. import base
+from ..flash.gpu import LOG2E
+from ..flash.operands import head_index, learned
+from ..flash.tile_sizes import TileSizes
+from ..problem import Config, Residue
+from .memory import ROWS, WGMMA, across, load, plgpu
+from .programs import evaluate, scored
 
-# Untyped: it changes from one version of JAX to the next.
-plgpu: Any = mosaic_gpu
+LOW = float("-inf")
 
-WGMMA = plgpu.Layout.WGMMA
+# Head dimensions of matrices in shared memory; others are padded to the next.
+WIDTHS = 64, 128
 
-# --- the programs of kernels ----------------------------------------------------------------------
-
-
-def learns(residue: Residue | None) -> tuple[int, ...]:
-    """Which operands of a score have gradients."""
-    if residue is None:
-        return ()
-    program = residue.program
-    types = [program.types[ref].dtype for ref in program.inputs[1:]]
-    return tuple(n for n, dtype in enumerate(types) if jnp.issubdtype(dtype, jnp.floating))
-
-
-@lru_cache(maxsize=1024)
-def scored(residue: Residue, slopes: bool) -> Program:
-    """A score in float32; with `slopes` also its derivatives by the logit and by what learns."""
-    program = residue.program
-    learned = learns(residue)
-
-    def score(logit: Array, *operands: Array) -> Any:
-        def of(logit: Array, learnt: Sequence[Array]) -> Array:
-            given = list(operands)
-            for n, value in zip(learned, learnt, strict=True):
-                given[n] = value
-            return program(logit, *given).astype(jnp.float32)
-
-        if not slopes:
-            return of(logit, [operands[n] for n in learned])
-        value, pull = jax.vjp(of, logit, [operands[n] for n in learned])
-        by_logit, by_learnt = pull(np.float32(1))
-        return value, by_logit, *(d.astype(jnp.float32) for d in by_learnt)
-
-    args = [jax.ShapeDtypeStruct((), program.types[ref].dtype) for ref in program.inputs]
-    traced, captured = trace(score, args, "score")
-    assert not captured
-    return traced
+# The operands of dropout: those of `DROPOUT`, and `1 / (1 - rate)`.
+DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head", "head")
+_DROPOUT_TYPES = jnp.uint32, jnp.uint32, jnp.int32, jnp.float32, jnp.float32
 
 
-# --- evaluating them ------------------------------------------------------------------------------
-
-# What leaves a single element as it is. Sums over no axes come from gradients under a mesh.
-_SAME = frozenset(["reshape", "squeeze", "broadcast_in_dim", "copy", "reduce_sum"])
-
-# What Mosaic GPU compiles on tiles, with one warpgroup to a tile.
-OPERATIONS = _SAME | {
-    "abs",
-    "add",
-    "add_any",
-    "and",
-    "clamp",
-    "convert_element_type",
-    "cos",
-    "div",
-    "eq",
-    "exp",
-    "exp2",
-    "ge",
-    "gt",
-    "integer_pow",
-    "le",
-    "log",
-    "log2",
-    "logistic",
-    "lt",
-    "max",
-    "min",
-    "mul",
-    "ne",
-    "neg",
-    "not",
-    "one_minus_square",
-    "or",
-    "rem",
-    "round",
-    "rsqrt",
-    "select_n",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-    "sign",
-    "sin",
-    "sqrt",
-    "square",
-    "sub",
-    "tanh",
-    "xor",
-}
-
-TYPES = frozenset(map(np.dtype, (np.bool_, np.int32, np.uint32, np.float32)))
+def width(n: int) -> int:
+    """What a head dimension is padded to."""
+    return next(width for width in WIDTHS if n <= width)
 
 
-def unsupported(program: Program) -> str | None:
-    """What in a program can't be evaluated here."""
-    for step in program.steps:
-        name = step.prim.name
-        if name not in OPERATIONS:
-            return f"`{name}` has no counterpart in a Mosaic kernel"
-        # Of what is inlined later on, the types are asked then.
-    used = {ref for step in program.steps for ref in (*step.args, *step.outs)}
-    for ref in (*program.inputs, *(ref for ref in used if isinstance(ref, int))):
-        shape, dtype = program.types[ref]
-        if shape:
-            return "its tile is not computed element by element"
-        if np.dtype(dtype) not in TYPES:
-            return f"it computes with {np.dtype(dtype).name}"
-    return None
+@dataclass(frozen=True)
+class KernelSizes(TileSizes):
+    """The sizes of a problem, and of the arrays and tiles of a kernel.
 
-
-def spread(value: Any, shape: tuple[int, ...]) -> Array:
-    """A value for all of a tile."""
-    if np.shape(value) == shape:
-        return value
-    return jnp.full(shape, value, np.asarray(value).dtype if np.isscalar(value) else value.dtype)
-
-
-def evaluate(program: Program, inputs: Sequence[Any], shape: tuple[int, ...]) -> list[Any]:
-    """The results of a program of single elements on a tile, or scalars where all are the same.
-
-    Args:
-      program: the program.
-      inputs: tiles, and scalars where all elements are the same.
-      shape: of the tile.
+    Attributes:
+      dtype: of matrices.
     """
-    values: dict[int, Any] = dict(zip(program.inputs, inputs, strict=True))
 
-    def read(ref: Any) -> Any:
-        if not isinstance(ref, Const):
-            return values[ref]
-        value = np.asarray(ref.value)
-        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype))[()]
+    dtype: Any
 
-    for step in program.steps:
-        args = [read(ref) for ref in step.args]
-        # What is the same for all elements is computed once, by scalar instructions.
-        if any(np.shape(arg) for arg in args):
-            args = [spread(arg, shape) for arg in args]
-        (out,) = step.outs
-        values[out] = _operation(step, args, program.types[out].dtype)
-    return [read(ref) for ref in program.outputs]
+    @property
+    def Hp(self) -> int:
+        """The width of queries and keys in memory."""
+        return width(self.H)
 
+    @property
+    def Hvp(self) -> int:
+        """The width of values in memory."""
+        return width(self.Hv)
 
-def _operation(step: Step, args: list[Any], dtype: Any) -> Any:
-    """One operation; those on booleans that Mosaic can't compile are spelled otherwise."""
-    name, first = step.prim.name, args[0]
-    boolean = first.dtype == jnp.bool_
-
-    if name in _SAME:
-        return first
-    if name == "add_any":
-        return first + args[1]
-    if name == "not" and boolean:
-        return first ^ jnp.ones_like(first)
-    if name in ("max", "min") and boolean:
-        return first | args[1] if name == "max" else first & args[1]
-    if name == "convert_element_type":
-        if dtype == first.dtype:
-            return first
-        if dtype == jnp.bool_:
-            return first != jnp.zeros_like(first)
-        if boolean:
-            return jnp.where(first, jnp.ones(first.shape, dtype), jnp.zeros(first.shape, dtype))
-    if name == "integer_pow":
-        return _power(first, step.params["y"])
-    if name == "select_n":
-        which, *cases = args
-        chosen = cases[0]
-        for n, case in enumerate(cases[1:], 1):
-            here = which if boolean else which == jnp.full_like(which, n)
-            if dtype == jnp.bool_:
-                chosen = (here & case) | ((here ^ jnp.ones_like(here)) & chosen)
-            else:
-                chosen = jnp.where(here, case, chosen)
-        return chosen
-    return step.prim.bind(*args, **step.params)
+    @property
+    def warpgroups(self) -> tuple[int, int]:
+        """The numbers of warpgroups that compute, by rows of queries and by rows of keys."""
+        return self.tq // ROWS, self.tk // ROWS
 
 
-def _power(x: Array, n: int) -> Array:
-    """`x ** n` by products; Mosaic has few of the exponents."""
-    if n < 0:
-        return jnp.ones_like(x) / _power(x, -n)
-    if n == 0:
-        return jnp.ones_like(x)
-    half = _power(x, n // 2)
-    return half * half * x if n % 2 else half * half
+class KernelInputs(NamedTuple):
+    """What kernels are given, in global memory.
+
+    Attributes:
+      query, key, value: `[B, Tp, N, Hp]`, `[B, Sp, K, Hp]`, `[B, Sp, K, Hvp]`.
+      scale: `[B|1]`.
+      tiles: for each row of tiles, the columns of the PARTIAL ones, then of the FULL ones.
+      counts: the numbers of both.
+      mask, score, dropout: operands, `[B|1, N|1, ...]`.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    scale: Any
+    tiles: Any
+    counts: Any
+    mask: Any
+    score: Any
+    dropout: Any
+
+
+class BackwardInputs(NamedTuple):
+    """What the backward kernels are given beside that.
+
+    Attributes:
+      d_out: `[B, Tp, N, Hvp]`.
+      lines: `[B, N, 2, Tp]`, the `lse` and `delta` of `backward_rows`, the LSE in powers of 2.
+    """
+
+    d_out: Any
+    lines: Any
+
+
+def row_of(x: KernelInputs, b: Any, h: Any, i: Any) -> tuple[Any, tuple[Any, Any]]:
+    """The list of a row of tiles, and the numbers of PARTIAL and FULL ones."""
+    at = (*head_index(x.tiles.shape, b, h), i)
+    return x.tiles.at[at], (x.counts[(*at, 0)], x.counts[(*at, 1)])
 
 
 # --- operands -------------------------------------------------------------------------------------
 
 
-class Operands(NamedTuple):
-    """Operands of a residue in global memory, as a kernel is told of them.
-
-    Attributes:
-      kinds: of the operands.
-      types: of their elements, which may be narrower than the arrays'.
-      rows: the kind that goes with the rows of a tile.
-    """
-
-    kinds: tuple[str, ...]
-    types: tuple[Any, ...]
-    rows: str
-
-
-def stored(kind: str, array: Array) -> Array:
+def stored(kind: Kind, array: Array) -> Array:
     """An operand as a kernel reads it: booleans as integers, single bytes only for whole tiles."""
     if array.dtype == jnp.bool_:
         return array.astype(jnp.int8 if kind == "grid" else jnp.int32)
     return array
 
 
-def held(op: Operands, refs: Sequence[Any], b: Any, h: Any, row: Any, n: int) -> list[Any]:
-    """What stays the same for a warpgroup: operands of its `n` rows from `row` on, and of the head.
-
-    None for the others.
-    """
-    parts: list[Any] = []
-    for kind, dtype, ref in zip(op.kinds, op.types, refs, strict=True):
-        part = None
-        if kind == "head":
-            part = ref[_lead(ref, b, h)]
-        elif kind == op.rows:
-            part = _load(ref.at[(*_lead(ref, b, h), pl.ds(row, n))], WGMMA.reduce(1))
-        parts.append(None if part is None else _typed(part, dtype))
-    return parts
-
-
-def parts(
-    op: Operands,
-    refs: Sequence[Any],
-    fixed: Sequence[Any],
-    b: Any,
-    h: Any,
-    row: Any,
-    column: Any,
-    shape: tuple[int, ...],
-) -> list[Array]:
-    """The operands of a tile, as `evaluate` takes them.
-
-    Args:
-      op, refs: the operands.
-      fixed: what `held` found.
-      b, h: batch row and query head.
-      row, column: where the tile starts.
-      shape: of the tile.
-    """
-    tiles: list[Any] = []
-    for kind, dtype, ref, part in zip(op.kinds, op.types, refs, fixed, strict=True):
-        if kind == "head":
-            tile = part
-        elif kind == op.rows:
-            tile = lax.broadcast_in_dim(part, shape, (0,))
-        elif kind == "grid":
-            cells = pl.ds(row, shape[0]), pl.ds(column, shape[1])
-            tile = _typed(_load(ref.at[(*_lead(ref, b, h), *cells)], WGMMA), dtype)
-        else:
-            along = pl.ds(column, shape[1])
-            part = _typed(_load(ref.at[(*_lead(ref, b, h), along)], WGMMA.reduce(0)), dtype)
-            tile = lax.broadcast_in_dim(part, shape, (1,))
-        tiles.append(tile)
-    return tiles
-
-
-def _lead(ref: Any, b: Any, h: Any) -> tuple[Any, Any]:
-    return b if ref.shape[0] != 1 else 0, h if ref.shape[1] != 1 else 0
-
-
-def _load(ref: Any, layout: Any) -> Array:
-    # From global memory there is no load that counts as optimized.
-    return plgpu.load(ref, layout=layout, optimized=False)
-
-
 def _typed(part: Array, dtype: Any) -> Array:
+    """A part of an operand in its dtype, before it was `stored`."""
     if dtype == jnp.bool_ and part.dtype != jnp.bool_:
         return part != jnp.zeros_like(part)
     return part
+
+
+class Operands(NamedTuple):
+    """The operands of a residue in global memory: what a kernel has to know to read them.
+
+    Attributes:
+      kinds: of the operands.
+      dtypes: of their elements, before they were `stored`.
+      rows: the kind that goes with the rows of a tile.
+    """
+
+    kinds: tuple[Kind, ...]
+    dtypes: tuple[Any, ...]
+    rows: str
+
+    @classmethod
+    def of(cls, residue: Residue, rows: str, first: int) -> Operands:
+        """The operands of a residue; `first` is the first of its program's inputs that is one."""
+        program = residue.program
+        dtypes = tuple(program.types[ref].dtype for ref in program.inputs[first:])
+        return cls(residue.kinds, dtypes, rows)
+
+    def fixed(self, refs: Sequence[Any], b: Any, h: Any, row: Any) -> list[Any]:
+        """The parts that are the same for all tiles of a warpgroup and a head; None for others.
+
+        These are the operands of the warpgroup's rows, from `row` on, and of the head.
+        """
+        parts: list[Any] = []
+        for kind, dtype, ref in zip(self.kinds, self.dtypes, refs, strict=True):
+            part, head = None, head_index(ref.shape, b, h)
+            if kind == "head":
+                part = _typed(ref[head], dtype)
+            elif kind == self.rows:
+                part = _typed(load(ref.at[(*head, pl.ds(row, ROWS))], WGMMA.reduce(1)), dtype)
+            parts.append(part)
+        return parts
+
+    def tiles(
+        self, refs: Sequence[Any], fixed: Sequence[Any], b: Any, h: Any, row: Any, column: Any,
+        shape: tuple[int, ...],
+    ) -> list[Any]:  # fmt: skip
+        """The operands of a tile, as `evaluate` takes them.
+
+        Args:
+          refs: the operands in global memory.
+          fixed: what the method of that name returned.
+          b, h: batch row and query head.
+          row, column: where the tile starts.
+          shape: of the tile.
+        """
+        rows, columns = pl.ds(row, shape[0]), pl.ds(column, shape[1])
+        parts: list[Any] = []
+        for kind, dtype, ref, part in zip(self.kinds, self.dtypes, refs, fixed, strict=True):
+            if kind == self.rows:
+                part = across(part, shape[1])
+            elif kind != "head":
+                grid = kind == "grid"
+                at = (rows, columns) if grid else (columns,)
+                layout = WGMMA if grid else WGMMA.reduce(0)
+                part = _typed(load(ref.at[(*head_index(ref.shape, b, h), *at)], layout), dtype)
+                part = part if grid else lax.broadcast_in_dim(part, shape, (1,))
+            parts.append(part)
+        return parts
+
+
+def learned_kinds(config: Config) -> list[Kind]:
+    """The kinds of the score's operands that learn."""
+    return [] if config.score is None else [config.score.kinds[n] for n in learned(config.score)]
+
+
+# --- mask, score and dropout ----------------------------------------------------------------------
+
+
+class TileFunctions(NamedTuple):
+    """The mask, the score and dropout of a kernel, with their operands.
+
+    Attributes:
+      mask, score: programs of single elements; None without.
+      dropout: its operands; None without.
+      keys: the number of keys, if they end within a tile.
+      rows: what the rows of a tile are, "row" for queries or "column" for keys.
+    """
+
+    mask: tuple[Program, Operands] | None
+    score: tuple[Program, Operands] | None
+    dropout: Operands | None
+    keys: int | None
+    rows: str
+
+    @classmethod
+    def of(cls, config: Config, sizes: KernelSizes, rows: str, slopes: bool) -> TileFunctions:
+        """For a kernel with such rows; with `slopes` the score's derivatives are computed too."""
+        mask, score = config.mask, config.score
+        return cls(
+            None if mask is None else (mask.program, Operands.of(mask, rows, 0)),
+            None if score is None else (scored(score, slopes), Operands.of(score, rows, 1)),
+            Operands(DROPOUT, _DROPOUT_TYPES, rows) if config.dropout else None,
+            None if sizes.Sp == sizes.S else sizes.S,
+            rows,
+        )
+
+    def at(self, x: KernelInputs, b: Any, h: Any, row: Any) -> TileRow:
+        """For the rows of one warpgroup, from `row` on, and one head."""
+
+        def fixed(operands: Operands | None, refs: Any) -> Any:
+            return None if operands is None else operands.fixed(refs, b, h, row)
+
+        return TileRow(
+            self,
+            x,
+            b,
+            h,
+            row,
+            fixed(self.mask and self.mask[1], x.mask),
+            fixed(self.score and self.score[1], x.score),
+            fixed(self.dropout, x.dropout),
+        )
+
+
+class TileRow(NamedTuple):
+    """The functions of the tiles of one warpgroup, whose rows and head do not change.
+
+    Attributes:
+      functions, x: what is evaluated, and of which arrays.
+      b, h, row: batch row, query head, and the first row.
+      mask, score, dropout: the parts of operands that do not change.
+    """
+
+    functions: TileFunctions
+    x: KernelInputs
+    b: Any
+    h: Any
+    row: Any
+    mask: Any
+    score: Any
+    dropout: Any
+
+    def _tiles(self, operands: Operands, name: str, column: Any, shape: Any) -> list[Any]:
+        refs, fixed = getattr(self.x, name), getattr(self, name)
+        return operands.tiles(refs, fixed, self.b, self.h, self.row, column, shape)
+
+    def visible(self, column: Any, shape: tuple[int, ...]) -> Array | None:
+        """The mask on the tile from `column` on; None where every pair is visible."""
+        functions, shown = self.functions, None
+        if functions.mask is not None:
+            program, operands = functions.mask
+            (found,) = evaluate(program, self._tiles(operands, "mask", column, shape), shape)
+            shown = found if found.shape else jnp.full(shape, found)
+        if functions.keys is not None:
+            axis = int(functions.rows == "row")
+            at = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
+            within = at + (column if axis else self.row) < functions.keys
+            shown = within if shown is None else shown & within
+        return shown
+
+    def scores(self, logits: Array, column: Any) -> list[Array]:
+        """The score of logits, and its derivatives if the functions have them."""
+        assert self.functions.score is not None
+        program, operands = self.functions.score
+        shape = logits.shape
+        tiles = self._tiles(operands, "score", column, shape)
+        found = evaluate(program, [logits, *tiles], shape)
+        return [value if value.shape else jnp.full(shape, value) for value in found]
+
+    def dropout_factors(self, column: Any, shape: tuple[int, ...]) -> Array:
+        """What weights are multiplied by: 0, or 1 / (1 - rate)."""
+        operands = self.functions.dropout
+        assert operands is not None
+        first, second, k, rate, scale = self._tiles(operands, "dropout", column, shape)
+        keep = base.keeps((first, second), k, rate)
+        return jnp.where(keep, jnp.full(shape, scale), jnp.zeros(shape, jnp.float32))
+
+
+def weights(
+    tile_row: TileRow,
+    masked: bool,
+    s: Array,
+    scale: Any,
+    column: Any,
+    offset: Callable[[], Array] | None,
+) -> tuple[Array, list[Array]]:
+    """Logits in powers of 2, or weights where an `offset` is to be subtracted; slopes of a score.
+
+    Args:
+      tile_row: the functions of the tile.
+      masked: whether the mask is evaluated.
+      s: the tile of products.
+      scale: of the products.
+      column: the first column of the tile.
+      offset: the LSE in powers of 2, as large as the tile, read where it is needed.
+    """
+    shown = tile_row.visible(column, s.shape) if masked else None
+    slopes: list[Array] = []
+    if tile_row.functions.score is None:
+        s = s * (scale * LOG2E)
+    else:
+        s = s * scale
+        if shown is not None:
+            s = jnp.where(shown, s, jnp.zeros_like(s))
+        s, *slopes = tile_row.scores(s, column)
+        s = s * LOG2E
+    if offset is not None:
+        s = s - offset()
+    if shown is not None:
+        s = jnp.where(shown, s, jnp.full_like(s, LOW))
+    return (s if offset is None else jnp.exp2(s)), slopes
+
+
+def d_logits(
+    masked: bool,
+    p: Array,
+    dp: Array,
+    factors: Array | None,
+    slopes: list[Array],
+    delta: Callable[[], Array],
+) -> tuple[Array, list[Array]]:
+    """Gradient of logits before the score, and the terms of that of each operand.
+
+    Args:
+      masked: whether the mask was evaluated.
+      p, dp: weights, and the cotangents of dropped weights.
+      factors: of dropout.
+      slopes: derivatives of the score by the logit and by each operand that learns.
+      delta: that of `backward_rows`, as large as the tile, read where it is needed.
+    """
+    if factors is not None:
+        dp = dp * factors
+    ds = p * (dp - delta())
+    terms = [ds * slope for slope in slopes]
+    if masked or terms:
+        # A masked logit may be too large for the products, or a score infinitely steep there.
+        weighted = p != jnp.zeros_like(p)
+        ds, *terms = (jnp.where(weighted, d, jnp.zeros_like(d)) for d in (ds, *terms))
+    return (terms[0], terms[1:]) if terms else (ds, [])

@@ -16,7 +16,7 @@ from .. import base, problem
 from ..base import Call, unchanged
 from ..flash import transforms
 from ..problem import Config, Engine, Inputs
-from . import loops, steps
+from . import passes, schedule
 
 WHY = "loops of plain XLA over the tiles that the mask allows, in O(T + S) memory"
 
@@ -24,7 +24,7 @@ LIMITS: tuple[str, ...] = ()
 
 prepare = unchanged
 
-ENGINE = Engine(loops.forward, loops.backward, differentiable=loops.forward)
+ENGINE = Engine(passes.forward, passes.backward, differentiable=passes.forward)
 
 
 def refuse(call: Call) -> str | None:
@@ -42,7 +42,7 @@ def footprint(call: Call) -> int:
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
     copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(_factors(call)).itemsize
     sums = B * T * N * (Hv + 2) * width
-    return int(copies + sums + 2 * steps.STEP_CELLS * width)
+    return int(copies + sums + 2 * schedule.STEP_CELLS * width)
 
 
 def run(
@@ -70,7 +70,7 @@ def _tile(
     T, S = call.sizes.T, call.sizes.S
     if tile is None and known is not None and all(64 <= n <= 1024 for n in known.tile):
         tile = known.tile
-    tile = tile or steps.tile_size(T, S, heads)
+    tile = tile or schedule.tile_size(T, S, heads)
     return min(tile[0], T), min(tile[1], S)
 
 

@@ -19,15 +19,13 @@ from ...tiles.tile_map import TileStates
 from ...tracing.split import Split
 from .. import base, problem
 from ..base import Call, unchanged
-from ..flash import transforms
+from ..flash import gpu, transforms
 from ..problem import Config, Inputs
 
 if TYPE_CHECKING:
-    from .tiles import How
+    from .tiles import KernelOptions
 
-WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) memory"
-
-LIMITS: tuple[str, ...] = ("logits are held in powers of 2: below -2.3e38 they are -inf",)
+WHY, LIMITS = gpu.WHY, gpu.LIMITS
 
 prepare = unchanged
 
@@ -53,14 +51,13 @@ def interpreted() -> Iterator[None]:
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: platform, sizes, dtype, or what is on a tile."""
-    if 0 in call.sizes:
-        return f"nothing to compute: the sizes are {call.sizes}"
-    if base.symbolic(*call.sizes):
-        return "sizes are symbolic, and kernels are compiled for known ones"
+    unknown = gpu.unknown_sizes(call)
+    if unknown is not None:
+        return unknown
     if not _interpreted.get():
-        where = base.platform(call)
-        if where not in ("gpu", "cuda"):
-            return f"runs on NVIDIA GPUs; inputs are on {where}"
+        elsewhere = base.not_on_nvidia(call)
+        if elsewhere is not None:
+            return elsewhere
         age = base.capability(call)
         if age is not None and age < (8, 0):
             return f"needs compute capability 8.0 or newer; this GPU's is {age[0]}.{age[1]}"
@@ -71,11 +68,7 @@ def refuse(call: Call) -> str | None:
     widest = max(call.sizes.H, call.sizes.Hv)
     if widest > tiles.WIDEST:
         return f"head dimensions up to {tiles.WIDEST} fit; got {widest}"
-    for name, part in (("mask", call.mask), ("score", call.score)):
-        reason = None if part is None else _unfit(part)
-        if reason is not None:
-            return f"the {name} can't be computed in a kernel: {reason}"
-    return None
+    return gpu.unfit(call, _unfit)
 
 
 def _unfit(parts: Split[Any]) -> str | None:
@@ -91,14 +84,8 @@ def footprint(call: Call) -> int:
     """Bytes of the sums of rows, of the lists of tiles, and of inputs that have to be padded."""
     from . import tiles
 
-    B, T, S, N, K, H, Hv = call.sizes
-    tq, tk = _smallest(call, tiles.How(_interpreted.get()))
-    lists = 4 * B * N * -(-T // tq) * -(-S // tk) if call.mask is not None else 0
-    padded = 0
-    if (tiles.width(H), tiles.width(Hv)) != (H, Hv) or T % tq or S % tk:
-        numbers = B * T * N * tiles.width(H) + B * S * K * (tiles.width(H) + tiles.width(Hv))
-        padded = numbers * jnp.dtype(call.query.dtype).itemsize
-    return int(4 * B * T * N + lists + padded)
+    tile = _smallest(call, tiles.KernelOptions(_interpreted.get()))
+    return gpu.footprint(call, tile, tiles.width)
 
 
 def run(
@@ -117,17 +104,21 @@ def run(
 def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
     """What the kernels are compiled for, and what they are given."""
     from . import kernels
-    from .tiles import How
+    from .tiles import KernelOptions
 
-    how = How(_interpreted.get(), tile)
-    return problem.build(call, kernels.engine(how), call.query.dtype, partial(_tile, call, how))
+    options = KernelOptions(_interpreted.get(), tile)
+    return problem.build(
+        call, kernels.engine(options), call.query.dtype, partial(_tile, call, options)
+    )
 
 
-def _tile(call: Call, how: How, known: TileStates | None, heads: int) -> tuple[int, int]:
+def _tile(
+    call: Call, options: KernelOptions, known: TileStates | None, heads: int
+) -> tuple[int, int]:
     """The tile of the map that came along, if it divides those of the kernels, or the reverse."""
     from . import tiles
 
-    tile = _smallest(call, how)
+    tile = _smallest(call, options)
     if known is not None and all(
         tiles.LEAST <= n <= _COARSEST and n & (n - 1) == 0 for n in known.tile
     ):
@@ -135,9 +126,9 @@ def _tile(call: Call, how: How, known: TileStates | None, heads: int) -> tuple[i
     return min(tile[0], call.sizes.T), min(tile[1], call.sizes.S)
 
 
-def _smallest(call: Call, how: How) -> tuple[int, int]:
+def _smallest(call: Call, options: KernelOptions) -> tuple[int, int]:
     """The size of tiles whose states serve those of all of Triton's kernels."""
     from . import tiles
 
     _, T, S, _, _, H, Hv = call.sizes
-    return tiles.tile_of(how, H, Hv, T, S, call.query.dtype)
+    return tiles.tile_of(options, H, Hv, T, S, call.query.dtype)

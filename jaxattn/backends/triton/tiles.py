@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ from jax.experimental.pallas import triton as plgpu
 
 from ...mesh import varying
 from ...shapes import Array
-from ...tracing.pointwise import pointwise
 from ...tracing.program import Program
+from ...tracing.split import Kind, along
 from .. import base
-from ..problem import Config, Inputs, Residue
-
-LOG2E = math.log2(math.e)
+from ..flash.operands import head_index, padded, padded_operand
+from ..flash.tile_sizes import TileSizes
+from ..problem import DROPOUT, Config, Inputs, Residue
 
 # --- sizes ----------------------------------------------------------------------------------------
 
@@ -76,25 +77,26 @@ def width(n: int) -> int:
     return max(LEAST, 1 << (max(n, 1) - 1).bit_length())
 
 
-class How(NamedTuple):
+class KernelOptions(NamedTuple):
     """How kernels are run.
 
     Attributes:
-      interpret: by JAX, on any platform, in the smallest tiles there are.
-      tile: queries and keys of a tile in all kernels, powers of 2 from 16 on; None for the table's.
+      interpret: by JAX, on any platform, in tiles of 16 x 16.
+      tile: queries and keys of a tile in all kernels, powers of 2 of at least 16; None for those
+        of the table of blocks.
     """
 
     interpret: bool = False
     tile: tuple[int, int] | None = None
 
 
-def blocks_of(how: How, H: int, Hv: int, T: int, S: int, dtype: Any) -> Blocks:
+def blocks_of(options: KernelOptions, H: int, Hv: int, T: int, S: int, dtype: Any) -> Blocks:
     """The tiles for these extents."""
     wide = max(64, width(max(H, Hv)))
-    most_q, most_k = (LEAST, LEAST) if how.interpret else (width(T), width(S))
+    most_q, most_k = (LEAST, LEAST) if options.interpret else (width(T), width(S))
     fitted = []
     for block in _BLOCKS[jnp.dtype(dtype).itemsize, wide]:
-        tq, tk = how.tile or (block.tq, block.tk)
+        tq, tk = options.tile or (block.tq, block.tk)
         fitted.append(block._replace(tq=min(tq, most_q), tk=min(tk, most_k)))
     # Square, as those along a diagonal of the table are added up.
     side = min(fitted[-1].tq, fitted[-1].tk)
@@ -102,30 +104,37 @@ def blocks_of(how: How, H: int, Hv: int, T: int, S: int, dtype: Any) -> Blocks:
     return Blocks(*fitted)
 
 
-def tile_of(how: How, H: int, Hv: int, T: int, S: int, dtype: Any) -> tuple[int, int]:
+def tile_of(options: KernelOptions, H: int, Hv: int, T: int, S: int, dtype: Any) -> tuple[int, int]:
     """The size of tiles whose states serve those of every kernel."""
-    blocks = blocks_of(how, H, Hv, T, S, dtype)
+    blocks = blocks_of(options, H, Hv, T, S, dtype)
     return min(block.tq for block in blocks), min(block.tk for block in blocks)
 
 
-class Shape(NamedTuple):
-    """The extents of a problem as one kernel sees them: padded to whole tiles and powers of two."""
+@dataclass(frozen=True)
+class KernelSizes(TileSizes):
+    """The sizes of a problem, and of the tiles of one kernel.
 
-    B: int
-    T: int
-    S: int
-    K: int
-    G: int
-    H: int
-    Hv: int
-    Tp: int
-    Sp: int
-    Hp: int
-    Hvp: int
-    tq: int
-    tk: int
-    # Whether tiles are `[tk, tq]`: products of weights with queries then need no transposition.
+    Attributes:
+      across: whether a tile of logits is `[tk, tq]`. Products of weights with queries then need no
+        transposition.
+    """
+
     across: bool
+
+    @classmethod
+    def chosen(cls, x: Inputs, block: Block, across: bool = False) -> KernelSizes:
+        """The sizes for a kernel with such blocks."""
+        return cls.of(x, (block.tq, block.tk), across=across)
+
+    @property
+    def Hp(self) -> int:
+        """The width of blocks of queries and keys."""
+        return width(self.H)
+
+    @property
+    def Hvp(self) -> int:
+        """The width of blocks of values."""
+        return width(self.Hv)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -141,88 +150,50 @@ class Shape(NamedTuple):
         return line[:, None] if self.across else line[None, :]
 
     def counted(self, axis: str) -> Array:
-        """0, 1, 2, ... along the queries or the keys of a tile."""
+        """0, 1, 2, ... along the "queries" or the "keys" of a tile."""
         return lax.broadcasted_iota(jnp.int32, self.tile, (axis == "keys") != self.across)
-
-    @property
-    def N(self) -> int:
-        return self.K * self.G
-
-    @property
-    def ragged(self) -> bool:
-        return self.Tp != self.T or self.Sp != self.S
-
-
-def shape_of(x: Inputs, block: Block, across: bool = False) -> Shape:
-    """The extents of a problem, up to whole tiles of a kernel's size."""
-    B, T, K, G, H = x.query.shape
-    _, S, _, Hv = x.value.shape
-    Tp, Sp = -(-T // block.tq) * block.tq, -(-S // block.tk) * block.tk
-    return Shape(B, T, S, K, G, H, Hv, Tp, Sp, width(H), width(Hv), block.tq, block.tk, across)
 
 
 # --- what kernels are given -----------------------------------------------------------------------
 
 
-def grown(array: Array, sizes: dict[int, int], value: Any = 0) -> Array:
-    """An array with zeros, or another value, behind the ends of some axes."""
-    widths = [(0, sizes.get(axis, n) - n) for axis, n in enumerate(array.shape)]
-    if not any(after for _, after in widths):
-        return array
-    return jnp.pad(array, widths, constant_values=jnp.asarray(value, array.dtype))
-
-
-def _grown_operand(z: Shape, kind: str, array: Array) -> Array:
-    """An operand up to whole tiles; edges repeat values that are there, which scores can take."""
-    before, after = z.Sp - z.S, z.Tp - z.T
-    ends: dict[str, list[tuple[int, int]]] = {
-        "row": [(0, after)],
-        "column": [(0, before)],
-        "grid": [(0, after), (0, before)],
-        "diagonal": [(before, after)],
-        # A scalar of each head is read as the one element of a vector.
-        "head": [(0, 0)],
-    }
-    if kind == "head":
-        array = array[..., None]
-    widths = [(0, 0)] * 3 + ends[kind]
-    return jnp.pad(array, widths, mode="edge") if z.ragged and any(map(any, widths)) else array
-
-
-def given_to(config: Config, z: Shape, x: Inputs) -> dict[str, Any]:
+def given_to(config: Config, sizes: KernelSizes, x: Inputs) -> dict[str, Any]:
     """The arrays that every kernel reads, whole: `[B, Tp, K, G, Hp]` and so on."""
 
-    def operands(residue: Residue | None, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        kinds = () if residue is None else residue.kinds
-        return tuple(_grown_operand(z, c, a) for c, a in zip(kinds, arrays, strict=True))
+    def operands(kinds: Sequence[Kind], arrays: Sequence[Array]) -> tuple[Array, ...]:
+        # A number of each head is read as the one element of a vector.
+        return tuple(
+            array[..., None] if kind == "head" else padded_operand(sizes, kind, array)
+            for kind, array in zip(kinds, arrays, strict=True)
+        )
 
-    dropout = x.dropout
-    if dropout:
-        kinds = ("row", "row", "column", "head")
-        dropout = tuple(_grown_operand(z, c, a) for c, a in zip(kinds, dropout, strict=True))
+    def of(residue: Residue | None, arrays: Sequence[Array]) -> tuple[Array, ...]:
+        return operands(() if residue is None else residue.kinds, arrays)
+
     return {
-        "q": grown(x.query, {1: z.Tp, 4: z.Hp}),
-        "k": grown(x.key, {1: z.Sp, 3: z.Hp}),
-        "v": grown(x.value, {1: z.Sp, 3: z.Hvp}),
+        "q": padded(x.query, {1: sizes.Tp, 4: sizes.Hp}),
+        "k": padded(x.key, {1: sizes.Sp, 3: sizes.Hp}),
+        "v": padded(x.value, {1: sizes.Sp, 3: sizes.Hvp}),
         "scale": x.scale,
-        "mask": operands(config.mask, x.mask),
-        "score": operands(config.score, x.score),
-        "dropout": dropout,
+        "mask": of(config.mask, x.mask),
+        "score": of(config.score, x.score),
+        "dropout": operands(DROPOUT if x.dropout else (), x.dropout),
     }
 
 
 class Cotangents(NamedTuple):
-    """What the backward kernels read beside the inputs; rows that see nothing have lse inf."""
+    """What the backward kernels read beside the inputs; see `backward_rows`."""
 
     d_out: Array  # [B, T, K, G, Hv]
     lse: Array  # [B, K, G, T], in powers of 2
     delta: Array  # [B, K, G, T]
 
-    def given(self, z: Shape) -> dict[str, Array]:
+    def given(self, sizes: KernelSizes) -> dict[str, Array]:
+        """The arrays for whole tiles; queries beyond the end take no part."""
         return {
-            "do": grown(self.d_out, {1: z.Tp, 4: z.Hvp}),
-            "lse": grown(self.lse, {3: z.Tp}, jnp.inf),
-            "delta": grown(self.delta, {3: z.Tp}),
+            "do": padded(self.d_out, {1: sizes.Tp, 4: sizes.Hvp}),
+            "lse": padded(self.lse, {3: sizes.Tp}, math.inf),
+            "delta": padded(self.delta, {3: sizes.Tp}),
         }
 
 
@@ -234,63 +205,88 @@ class Head(NamedTuple):
     g: Any
 
 
-def own_of(ref: Any, at: Head) -> tuple[Any, ...]:
-    """Where a head's part is in an array `[B|1, K|1, G|1, ...]`."""
-    return tuple(0 if n == 1 else i for n, i in zip(ref.shape[:3], at, strict=True))
+class KernelTile(NamedTuple):
+    """A tile of a kernel: what is read and evaluated there.
 
+    Attributes:
+      config, sizes: of the problem.
+      refs: the arrays of `given_to`, and what a kernel adds to them.
+      at: the batch row and heads.
+      i, j: the number of the tile of queries, and of the tile of keys.
+    """
 
-def part_of(z: Shape, kind: str, ref: Any, at: Head, i: Any, j: Any) -> Array:
-    """A tile's part of an operand, as it broadcasts to the tile: a line, a tile, or a scalar."""
-    own = own_of(ref, at)
-    rows, columns = pl.ds(i * z.tq, z.tq), pl.ds(j * z.tk, z.tk)
-    match kind:
-        case "row":
-            return z.of_queries(ref[(*own, rows)])
-        case "column":
-            return z.of_keys(ref[(*own, columns)])
-        case "grid":
-            part = ref[(*own, rows, columns)]
-            return part.T if z.across else part
-        case "diagonal":
-            away = z.counted("queries") - z.counted("keys")
-            return ref[(*own, away + (i * z.tq - j * z.tk + (z.Sp - 1)))]
-    return ref[(*own, 0)]
+    config: Config
+    sizes: KernelSizes
+    refs: Any
+    at: Head
+    i: Any
+    j: Any
 
+    @property
+    def queries(self) -> Any:
+        """The tile's queries, as an index."""
+        return pl.ds(self.i * self.sizes.tq, self.sizes.tq)
 
-def parts_of(z: Shape, residue: Residue, refs: Any, at: Head, i: Any, j: Any) -> list[Array]:
-    """A tile's parts of a residue's operands, as they broadcast to the tile."""
-    return [part_of(z, c, ref, at, i, j) for c, ref in zip(residue.kinds, refs, strict=True)]
+    @property
+    def keys(self) -> Any:
+        """The tile's keys, as an index."""
+        return pl.ds(self.j * self.sizes.tk, self.sizes.tk)
 
+    def of_queries(self, name: str) -> Array:
+        """The tile's rows of an array `[B, Tp, K, G, width]`."""
+        return self.refs[name][self.at.b, self.queries, self.at.k, self.at.g, :]
 
-def _evaluated(residue: Residue, *tiles: Array) -> Array:
-    return pointwise(residue.program, tiles, [0] * len(tiles))
+    def of_keys(self, name: str) -> Array:
+        """The tile's rows of an array `[B, Sp, K, width]`."""
+        return self.refs[name][self.at.b, self.keys, self.at.k, :]
 
+    def line(self, name: str) -> Array:
+        """The numbers of the tile's queries in an array `[B, K, G, Tp]`."""
+        return self.refs[name][self.at.b, self.at.k, self.at.g, self.queries]
 
-def visible(config: Config, z: Shape, refs: Any, at: Head, i: Any, j: Any) -> Array:
-    """The mask on a tile, False beyond the ends."""
-    shown = None
-    if config.mask is not None:
-        found = _evaluated(config.mask, *parts_of(z, config.mask, refs["mask"], at, i, j))
-        shown = jnp.broadcast_to(found, z.tile)
-    for axis, left, ragged in (
-        ("queries", z.T - i * z.tq, z.Tp != z.T),
-        ("keys", z.S - j * z.tk, z.Sp != z.S),
-    ):
-        if ragged:
-            within = z.counted(axis) < left
-            shown = within if shown is None else shown & within
-    assert shown is not None
-    return shown
+    def scale(self) -> Any:
+        """The scale of the logits."""
+        scale = self.refs["scale"]
+        return scale[0 if scale.shape[0] == 1 else self.at.b]
 
+    def parts(self, kinds: Sequence[Kind], name: str) -> list[Array]:
+        """The tile's parts of operands, as they broadcast to the tile."""
+        pairs = zip(kinds, self.refs[name], strict=True)
+        return [self._part(kind, ref) for kind, ref in pairs]
 
-def dropped(z: Shape, refs: Any, at: Head, i: Any, j: Any, weights: Array) -> Array:
-    """Weights, or their cotangents, after dropout."""
-    kinds = ("row", "row", "column", "head")
-    first, second, k, rate = (
-        part_of(z, c, ref, at, i, j) for c, ref in zip(kinds, refs["dropout"], strict=True)
-    )
-    factor = base.kept_scale(rate, weights.dtype)
-    return jnp.where(base.keeps((first, second), k, rate), weights * factor, 0)
+    def _part(self, kind: Kind, ref: Any) -> Array:
+        sizes, head = self.sizes, head_index(ref.shape, *self.at)
+        if kind == "head":
+            return ref[(*head, 0)]
+        if kind == "diagonal":
+            away = sizes.counted("queries") - sizes.counted("keys")
+            return ref[(*head, away + (self.i * sizes.tq - self.j * sizes.tk + (sizes.Sp - 1)))]
+        part = ref[(*head, *along(kind, self.queries, self.keys, None))]
+        if kind == "grid":
+            return part.T if sizes.across else part
+        return sizes.of_queries(part) if kind == "row" else sizes.of_keys(part)
+
+    def visible(self) -> Array:
+        """The mask on the tile, False beyond the ends."""
+        config, sizes, shown = self.config, self.sizes, None
+        if config.mask is not None:
+            found = config.mask.evaluated(*self.parts(config.mask.kinds, "mask"))
+            shown = jnp.broadcast_to(found, sizes.tile)
+        for axis, left, ragged in (
+            ("queries", sizes.T - self.i * sizes.tq, sizes.Tp != sizes.T),
+            ("keys", sizes.S - self.j * sizes.tk, sizes.Sp != sizes.S),
+        ):
+            if ragged:
+                within = sizes.counted(axis) < left
+                shown = within if shown is None else shown & within
+        assert shown is not None
+        return shown
+
+    def dropped(self, weights: Array) -> Array:
+        """Weights, or their cotangents, after dropout."""
+        first, second, k, rate = self.parts(DROPOUT, "dropout")
+        factor = base.kept_scale(rate, weights.dtype)
+        return jnp.where(base.keeps((first, second), k, rate), weights * factor, 0)
 
 
 def dot(config: Config, a: Array, b: Array, ca: int, cb: int) -> Array:
@@ -301,16 +297,9 @@ def dot(config: Config, a: Array, b: Array, ca: int, cb: int) -> Array:
     )
 
 
-def scored(config: Config, parts: Sequence[Array], logits: Array) -> Array:
-    """The score of the logits of a tile, in their shape and dtype."""
-    assert config.score is not None
-    found = _evaluated(config.score, logits, *parts)
-    return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
-
-
 def over_list(refs: Any, at: Head, row: Any, step: Any, carry: Any, masked: bool) -> Any:
     """Runs `step(masked, tile, carry)` over the list of a row of tiles."""
-    own = (*own_of(refs["tile"], at), row)
+    own = (*head_index(refs["tile"].shape, *at), row)
     middle, end = refs["ends"][(*own, 0)], refs["ends"][(*own, 1)]
 
     def loop(masked: bool, first: Any, last: Any, carry: Any) -> Any:
@@ -323,16 +312,30 @@ def over_list(refs: Any, at: Head, row: Any, step: Any, carry: Any, masked: bool
     return loop(False, middle, end, carry)
 
 
-def has_masks(config: Config, z: Shape) -> bool:
+def has_masks(config: Config, sizes: KernelSizes) -> bool:
     """Whether there are tiles that need a mask."""
-    return config.mask is not None or z.ragged
+    return config.mask is not None or sizes.ragged
+
+
+class Result(NamedTuple):
+    """An array that a kernel writes, the block of one program, and where that is."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    block: tuple[int | None, ...]
+    where: Callable[..., tuple[Any, ...]]
 
 
 def launch(
-    kernel: Callable[..., None], name: str, interpret: bool, block: Block,
-    grid: tuple[int, ...], given: dict[str, Any], outs: Sequence[tuple[Any, Any, Any, Any]],
-) -> tuple[Array, ...]:  # fmt: skip
-    """Runs a kernel; `outs` are shapes, dtypes, blocks and index maps of its results."""
+    kernel: Callable[..., None],
+    name: str,
+    options: KernelOptions,
+    block: Block,
+    grid: tuple[int, ...],
+    given: dict[str, Any],
+    results: Sequence[Result],
+) -> tuple[Array, ...]:
+    """Runs a kernel: a program for each place of a grid."""
     axes = varying(given["q"])
     like = jax.typeof(given["q"])
     kinds = {"manual_axis_type": like.manual_axis_type} if axes and hasattr(like, "mat") else {}
@@ -342,19 +345,19 @@ def launch(
         kernel,
         grid=grid,
         in_specs=(jax.tree.map(lambda _: pl.BlockSpec(), given),),
-        out_specs=tuple(pl.BlockSpec(cut, at) for _, _, cut, at in outs),
-        out_shape=tuple(jax.ShapeDtypeStruct(s, d, **kinds) for s, d, _, _ in outs),
+        out_specs=tuple(pl.BlockSpec(r.block, r.where) for r in results),
+        out_shape=tuple(jax.ShapeDtypeStruct(r.shape, r.dtype, **kinds) for r in results),
         compiler_params=plgpu.CompilerParams(num_warps=block.warps, num_stages=block.stages),
-        interpret=interpret,
+        interpret=options.interpret,
         name=f"jaxattn_{name}",
     )
     return tuple(run(given))
 
 
-def programs(z: Shape) -> tuple[Any, Head]:
+def programs(sizes: KernelSizes) -> tuple[Any, Head]:
     """The tile and the head of a program in a grid `[tiles, N, B]`."""
     i, n, b = (pl.program_id(axis) for axis in range(3))
-    k, g = (n, jnp.int32(0)) if z.G == 1 else (lax.div(n, z.G), lax.rem(n, z.G))
+    k, g = (n, jnp.int32(0)) if sizes.G == 1 else (lax.div(n, sizes.G), lax.rem(n, sizes.G))
     return i, Head(b, k, g)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks.user_functions import code_of, held_by
+from ..checks.user_functions import code_object, held_by
 from .program import Program
 
 # Local and global layers, or a window a head, are a few values by intent; more come from a loop.
@@ -36,7 +36,7 @@ def watch(fn: Callable[..., Any], name: str, maker: str, program: Program) -> No
       maker: what takes numbers as arguments: "masks.predicate".
       program: what it computes.
     """
-    code = code_of(fn)
+    code = code_object(fn)
     if code is None:
         return
     line = (code.co_filename, code.co_firstlineno, program.outline)
@@ -58,7 +58,7 @@ def _message(fn: Callable[..., Any], name: str, maker: str) -> str:
     }
     said = ", ".join(f"`{name}`, now {value}" for name, value in numbers.items())
     first = next(iter(numbers), "w")
-    code = code_of(fn)
+    code = code_object(fn)
     place = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
     return (
         f"{name}{place}: compiled for {_FEW} values of a Python number that it captures"

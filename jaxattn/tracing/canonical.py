@@ -6,8 +6,7 @@ included, are leaves like any others.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -19,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..checks.user_functions import held_by, one_bool, ours
+from ..checks.user_functions import held_by, one_bool, parameters
 from ..masks.mask import Mask, Predicate
+from ..pytrees import is_registered
 from ..scores import Score, Scored
 from .program import Program, trace
-from .recompilation import watch
+from .recompilation_warning import watch
 
 M = TypeVar("M", bound=Mask | Score)
 
@@ -37,7 +37,7 @@ def canonicalize(given: M, logit: Any = jnp.float32) -> M:
     """
     if _is_canonical(given):
         return jax.tree.map(_wide, given) if isinstance(given, Score) else given
-    if ours(type(given)) and not isinstance(given, (Predicate, Scored)):
+    if is_registered(type(given)) and not isinstance(given, (Predicate, Scored)):
         # Made of others, each of which is canonical alone.
         return _with_parts(given, partial(canonicalize, logit=logit))
     if jax.tree_util.all_leaves([given]):
@@ -77,7 +77,7 @@ def _traced(given: M, logit: Any) -> M:
         call.__wrapped__ = fn if isinstance(fn, FunctionType) else fn.__call__  # type: ignore[attr-defined]
     structs = (*lead, *map(struct, arrays))
     program, captured = trace(call, structs, repr(given), differentiated=isinstance(given, Score))
-    program = replace(program, labels=_labels(given, (*arrays, *captured)))
+    program = replace(program, labels=_names(given, (*arrays, *captured)))
     maker = "scores.score" if isinstance(given, Score) else "masks.predicate"
     watch(fn, repr(given), maker, program)
     if isinstance(given, Score):
@@ -85,29 +85,30 @@ def _traced(given: M, logit: Any) -> M:
     return cast(M, Predicate(program, tuple(map(constant, (*arrays, *captured)))))
 
 
-def _labels(given: Any, arrays: tuple[Any, ...]) -> tuple[str, ...]:
-    """What to call arrays that a function takes or closes over: "`table` of predicate(near)"."""
+def _names(given: Any, arrays: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names that a user's function has for arrays it takes or closes over; "" for none."""
     fn = getattr(given, "fn", given)
     names = {id(value): name for name, value in held_by(fn).items()}
     taken = (*getattr(given, "args", ()), *getattr(given, "params", ()))
     if taken:
-        # The last ones of its signature, after the positions.
-        said = list(inspect.signature(fn).parameters)[4 + isinstance(given, Score) :]
-        names |= {id(value): name for name, value in zip(said, taken, strict=False)}
-    return tuple(
-        f"`{names[id(array)]}` of {given!r}" if id(array) in names else "" for array in arrays
-    )
+        named = zip(parameters(fn, 4 + isinstance(given, Score)), taken, strict=False)
+        names |= {id(value): name for name, value in named}
+    return tuple(names.get(id(array), "") for array in arrays)
 
 
-def _is_canonical(part: Any) -> bool:
-    """Whether every function in a mask or score compares by what it computes."""
-    if isinstance(part, (Mask, Score)):
-        return ours(type(part)) and all(_is_canonical(getattr(part, f.name)) for f in fields(part))  # type: ignore[arg-type]
-    if isinstance(part, tuple):
-        return all(map(_is_canonical, part))
-    if isinstance(part, FunctionType):
-        return ours(part) and "<" not in part.__qualname__
-    return isinstance(part, Program) or not callable(part)
+def _is_canonical(part: Mask | Score) -> bool:
+    """Whether a mask or score compares by what it computes."""
+    if isinstance(part, (Predicate, Scored)):
+        return isinstance(part.fn, Program)
+    return is_registered(type(part)) and all(map(_is_canonical, _parts(part)))
+
+
+def _parts(part: Mask | Score) -> Iterator[Mask | Score]:
+    """The masks or scores that one is made of."""
+    for held in vars(part).values():
+        for each in held if isinstance(held, tuple) else (held,):
+            if isinstance(each, (Mask, Score)):
+                yield each
 
 
 def _with_parts(part: M, change: Callable[[Any], Any]) -> M:

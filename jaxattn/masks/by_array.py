@@ -1,0 +1,410 @@
+"""Masks that read arrays: documents, padding, prompts, tables of blocks, trees.
+
+Every constructor returns a class of one line of maths, its `formula`. The arrays are leaves: they
+may be traced, and new values reuse the compiled program. Where an array may differ by batch row or
+by head its shape says so (`[B, T]`, `[B, N, Q, K]`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..checks.integers import as_given, concrete, identifiers, integers, is_integer, plain
+from ..pytrees import pytree
+from ..shapes import Array, ArrayLike, Bool, Int, Shaped
+from .conventions import Convention, kept_pairs
+from .mask import BuiltInMask, Mask, Scalar, constructor, dense, entry
+
+
+def _booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
+    array = jnp.asarray(given)
+    if array.dtype != jnp.bool_:
+        raise TypeError(
+            f"{name}: got dtype {array.dtype}, expected booleans, True where it is real; "
+            "masks.from_array(array, convention) reads other conventions"
+        )
+    if array.ndim not in [shape.count(",") + 1 for shape in shapes]:
+        raise ValueError(f"{name}: got shape {list(array.shape)}, expected {' or '.join(shapes)}")
+    return array
+
+
+# --- documents, padding, prompts ------------------------------------------------------------------
+
+
+@pytree
+class Segments(BuiltInMask):
+    q_ids: Any
+    k_ids: Any
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        return entry(self.q_ids, b, q) == entry(self.k_ids, b, k)
+
+
+def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | None = None) -> Mask:
+    """Packed documents see only themselves: `q_ids[b, q] == k_ids[b, k]`.
+
+    Args:
+      q_ids: segment ids of the queries, integers `[T]` or `[B, T]`, in any order.
+      k_ids: segment ids of the keys, `[S]` or `[B, S]`; by default those of the queries.
+
+    Ids may have 64 bits, as hashes of documents do: without JAX's x64 they are numbered, where
+    their values are known. Through `jit` they come as wide as JAX keeps them, by default cut to 32
+    bits: make the mask outside and pass it.
+
+    Padding is a segment like any other here: `& key_padding(...)` keeps it from being seen.
+    Source: packing, Krell et al., arXiv 2107.02027; T5, arXiv 1910.10683.
+    """
+    rows, columns = ("[T]", "[B, T]"), ("[S]", "[B, S]")
+    of_queries = (q_ids, "segments(q_ids)", rows)
+    if k_ids is None:
+        return Segments(*identifiers(of_queries) * 2)
+    return Segments(*identifiers(of_queries, (k_ids, "segments(k_ids)", columns)))
+
+
+@pytree
+class KeyPadding(BuiltInMask):
+    valid: Any = None
+    lengths: Any = field(default=None, kw_only=True)
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        if self.lengths is None:
+            return entry(self.valid, b, k)
+        return k < entry(self.lengths, b)
+
+
+def key_padding(
+    valid: Bool[ArrayLike, "*B S"] | None = None,
+    *,
+    lengths: Int[ArrayLike, "*B"] | int | None = None,
+) -> Mask:
+    """Padding keys are seen by nobody: `valid[b, k]`, or `k < lengths[b]`.
+
+    Args:
+      valid: booleans `[S]` or `[B, S]`, True where the key is a real token (on the left, on the
+        right, anywhere).
+      lengths: instead, how many real tokens come before the padding, int or `[B]`.
+
+    For tokens padded on the left, `~key_padding(lengths=pads)` with the numbers of pads says it.
+    """
+    return _padding(KeyPadding, "S", valid, lengths)
+
+
+@pytree
+class QueryPadding(BuiltInMask):
+    valid: Any = None
+    lengths: Any = field(default=None, kw_only=True)
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        if self.lengths is None:
+            return entry(self.valid, b, q)
+        return q < entry(self.lengths, b)
+
+
+def query_padding(
+    valid: Bool[ArrayLike, "*B T"] | None = None,
+    *,
+    lengths: Int[ArrayLike, "*B"] | int | None = None,
+) -> Mask:
+    """Padding queries see nothing: `valid[b, q]`, or `q < lengths[b]`.
+
+    Their output is then 0, their LSE -inf, their gradient 0, and their rows cost nothing.
+
+    Args:
+      valid: booleans `[T]` or `[B, T]`, True where the query is a real token.
+      lengths: instead, how many real tokens come before the padding, int or `[B]`.
+    """
+    return _padding(QueryPadding, "T", valid, lengths)
+
+
+def _padding(
+    kind: type[KeyPadding] | type[QueryPadding], axis: str, valid: Any, lengths: Any
+) -> Mask:
+    name = constructor(kind)
+    if (valid is None) == (lengths is None):
+        got = "neither" if valid is None else "both"
+        raise ValueError(f"{name}: got {got} of `valid` and `lengths`, expected one of them")
+    if valid is not None:
+        return kind(_booleans(valid, f"{name}(valid)", (f"[{axis}]", f"[B, {axis}]")))
+    return kind(lengths=integers(lengths, f"{name}(lengths)", ("[]", "[B]"), 0))
+
+
+@pytree
+class SharedPrefix(BuiltInMask):
+    length: Any
+    ids: Any
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        return (k < entry(self.length, b)) | (entry(self.ids, b, q) == entry(self.ids, b, k))
+
+
+def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T"]) -> Mask:
+    """Several continuations of one prompt: `(k < length[b]) | (ids[b, q] == ids[b, k])`.
+
+    Args:
+      length: number of prompt tokens, int or `[B]`.
+      ids: which continuation each position belongs to, integers `[T]` or `[B, T]`, as wide as in
+        `segments`; the prompt needs an id of its own.
+
+    Compose with `& causal()` to train on or to score many answers to a prompt that is computed
+    once. Source: Hydragen, arXiv 2402.05099.
+    """
+    return SharedPrefix(
+        integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
+        *identifiers((ids, "shared_prefix(ids)", ("[T]", "[B, T]"))),
+    )
+
+
+@pytree
+class GlobalTokens(BuiltInMask):
+    tokens: Any = None
+    counts: Any = field(default=None, kw_only=True)
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        if self.counts is None:
+            return entry(self.tokens, b, q) | entry(self.tokens, b, k)
+        count = entry(self.counts, b)
+        return (q < count) | (k < count)
+
+    def __repr__(self) -> str:
+        number = isinstance(self.counts, int)
+        return f"global_tokens({self.counts})" if number else super().__repr__()
+
+
+def global_tokens(
+    tokens: Bool[ArrayLike, "*B T"] | Int[ArrayLike, ""] | int | None = None,
+    *,
+    counts: Int[ArrayLike, "*B"] | int | None = None,
+) -> Mask:
+    """Global tokens see all and are seen by all: `(q < n[b]) | (k < n[b])`, or `g[b, q] | g[b, k]`.
+
+    Args:
+      tokens: an int, the first `n` tokens; or booleans `[T]` or `[B, T]`, True at global tokens.
+      counts: instead, how many tokens of each row are global, the first ones: int or `[B]`.
+
+    `global_tokens(n) | sliding_window(w, w)` is Longformer (arXiv 2004.05150) and, with
+    `| random_blocks(...)`, BigBird (arXiv 2007.14062);
+    `(global_tokens(4) | sliding_window(w)) & causal()` keeps the attention sinks of StreamingLLM
+    (arXiv 2309.17453).
+
+    Raises:
+      TypeError: for integers `[n]` as `tokens`: positions and numbers a row look the same.
+    """
+    if (tokens is None) == (counts is None):
+        got = "neither" if tokens is None else "both"
+        raise ValueError(f"global_tokens: got {got} of `tokens` and `counts`, expected one of them")
+    if counts is not None:
+        n = integers(counts, "global_tokens(counts)", ("[]", "[B]"), 0)
+        return GlobalTokens(counts=n)
+    array = as_given(tokens)
+    if array.ndim == 0:
+        return GlobalTokens(counts=integers(tokens, "global_tokens(n)", ("[]",), 0))
+    if is_integer(array):
+        raise TypeError(
+            f"global_tokens(tokens): got integers {list(array.shape)}, expected one integer or "
+            "booleans [T] or [B, T]; tokens at these positions are "
+            "global_tokens(jnp.zeros(T, bool).at[positions].set(True)), so many first tokens of "
+            "each row are global_tokens(counts=...)"
+        )
+    flags = _booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
+    return GlobalTokens(flags)
+
+
+# --- tables of blocks, trees ----------------------------------------------------------------------
+
+
+@pytree
+class BlockSparse(BuiltInMask):
+    table: Any
+    block: Any
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        return entry(self.table, b, h, q // self.block, k // self.block)
+
+
+def block_sparse(table: Bool[ArrayLike, "*BN Q K"], block: Int[ArrayLike, ""] | int) -> Mask:
+    """A table of blocks: `table[b, h, q // block, k // block]`.
+
+    Args:
+      table: booleans `[Q, K]`, `[N, Q, K]` or `[B, N, Q, K]`; block (i, j) covers queries
+        `i * block` to `(i + 1) * block - 1` and the keys likewise.
+      block: tokens in a block, at least 1.
+
+    Positions beyond the table use its last row or column (JAX's indexing).
+    Source: Sparse Transformer, arXiv 1904.10509; BigBird, arXiv 2007.14062.
+    """
+    allowed = ("[Q, K]", "[N, Q, K]", "[B, N, Q, K]")
+    return BlockSparse(
+        _booleans(table, "block_sparse(table)", allowed),
+        integers(block, "block_sparse(block)", ("[]",), 1),
+    )
+
+
+def _check_key(key: Any) -> None:
+    """Checks that it is one key of `jax.random`, typed or of the old kind."""
+    dtype, shape = getattr(key, "dtype", None), np.shape(key) if hasattr(key, "shape") else None
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        if shape == ():
+            return
+    elif dtype == jnp.uint32 and shape is not None and len(shape) == 1:
+        return
+    got = repr(key) if dtype is None else f"{dtype}{list(shape or ())}"
+    raise TypeError(
+        f"random_blocks(key): got {got}, expected one key of jax.random, as jax.random.key(0)"
+    )
+
+
+def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | None = None) -> Mask:
+    """Every block of queries sees `count` random blocks of keys: `table[q // block, k // block]`.
+
+    Args:
+      key: a jax random key; the same key gives the same mask.
+      count: blocks seen by each block of queries, drawn without replacement.
+      block: tokens in a block.
+      q_len, k_len: numbers of queries and of keys the table has to cover (`k_len` is `q_len` by
+        default).
+
+    Source: BigBird, arXiv 2007.14062, section 2.
+    """
+    _check_key(key)
+    count, block, q_len, k_len = (
+        plain(size, f"random_blocks({name})", 1)
+        for name, size in (
+            ("count", count),
+            ("block", block),
+            ("q_len", q_len),
+            ("k_len", q_len if k_len is None else k_len),
+        )
+    )
+    table = (-(-q_len // block), -(-k_len // block))
+    if count > table[1]:
+        raise ValueError(
+            f"random_blocks(count): got {count}, expected at most {table[1]}, the number of blocks "
+            f"of {block} in {k_len} keys"
+        )
+    rank = jax.random.uniform(key, table).argsort(axis=-1).argsort(axis=-1)
+    return block_sparse(rank < count, block)
+
+
+@pytree
+class Tree(BuiltInMask):
+    enter: Any = field(metadata={"argument": "parents"})
+    leave: Any = field(metadata={"argument": "parents"}, repr=False)
+    start: Any = field(default=None, kw_only=True)
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        if self.start is None:
+            return self._related(b, q, k)
+        first = entry(self.start, b)
+        # Beyond the tree an index would be clamped to its last node.
+        related = self._related(b, q - first, k - first) & (k - first < self.enter.shape[-1])
+        return jnp.where((q < first) | (k < first), q >= k, related)
+
+    def _related(self, b: Scalar, q: Scalar, k: Scalar) -> Any:
+        at_q, at_k = entry(self.enter, b, q), entry(self.enter, b, k)
+        return (at_k <= at_q) & (at_q < entry(self.leave, b, k))
+
+
+def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*B"] | int | None = None) -> Mask:
+    """A node sees itself and its ancestors: `enter[k] <= enter[q] < leave[k]`.
+
+    `enter` and `leave` number the nodes in depth-first order, so that the descendants of a node
+    are the interval between them.
+
+    Args:
+      parents: integers `[T]` or `[B, T]`, the parent of every node, -1 for a root; parents come
+        before their children.
+      start: an integer or `[B]`: the position of the first node, where a context comes before the
+        tree: it is causal, and every node sees all of it. Without it the tree is all there is.
+
+    Verifies a tree of drafted tokens in one pass. Sources: SpecInfer, arXiv 2305.09781; Medusa,
+    arXiv 2401.10774.
+    """
+    array = integers(parents, "tree(parents)", ("[T]", "[B, T]"), -1)
+    values = concrete(array)
+    if values is not None and (values >= np.arange(array.shape[-1])).any():
+        raise ValueError(
+            "tree(parents): got a node before its parent, expected parents[i] < i; sort the nodes"
+        )
+    number = _depth_first if array.ndim == 1 else jax.vmap(_depth_first)
+    enter, leave = number(array)
+    if start is None:
+        return Tree(enter, leave)
+    return Tree(enter, leave, start=integers(start, "tree(start)", ("[]", "[B]"), 0))
+
+
+def _depth_first(parents: Array) -> tuple[Array, Array]:
+    """Entering and leaving times of every node, for parents that come before their children."""
+    n = parents.shape[0]
+    # Roots hang on a node n of their own.
+    above = jnp.where(parents < 0, n, parents)
+
+    def add(i: Any, sizes: Array) -> Array:
+        node = n - 1 - i
+        return sizes.at[above[node]].add(sizes[node])
+
+    sizes = jax.lax.fori_loop(0, n, add, jnp.ones(n + 1, jnp.int32))
+
+    def place(node: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        enter, free = state
+        at = free[above[node]]
+        free = free.at[above[node]].add(sizes[node]).at[node].set(at + 1)
+        return enter.at[node].set(at), free
+
+    enter, _ = jax.lax.fori_loop(
+        0, n, place, (jnp.zeros(n, jnp.int32), jnp.zeros(n + 1, jnp.int32))
+    )
+    return enter, enter + sizes[:n]
+
+
+# --- arrays of other libraries --------------------------------------------------------------------
+
+
+def from_array(array: Shaped[ArrayLike, "..."], convention: Convention) -> Mask:
+    """A mask from an array of another library's convention.
+
+    Args:
+      array: the array. Rank 4 is `[B|1, N|1, T|1, S|1]`, rank 3 is `[B|1, T|1, S|1]`, and what
+        rank 2 means is the convention's:
+
+        | convention | keeps | removes | dtype | rank 2 | used by |
+        |---|---|---|---|---|---|
+        | `"attend"` | True, 1 | False, 0 | bool, integer | `[T, S]` | `jax.nn`, torch SDPA |
+        | `"ignore"` | False, 0 | True, 1 | bool, int, float | `[T, S]`, or `[B, S]` as said below \
+| the Transformer tutorial, torch `key_padding_mask`, `attn_mask` |
+        | `"additive"` | 0 | -1e4 or less | float | `[T, S]` | torch float masks, T5, Hugging Face \
+inside |
+        | `"hf"` | 1 | 0 | int, bool, float | `[B, S]` | Hugging Face `attention_mask` |
+        | `"keras"` | True, 1 | False, 0 | bool, integer | `[B, S]` | Keras `mask`, `padding_mask` |
+        | `"flax"` | not 0 | 0 | bool, int, float | `[T, S]` | `flax.linen.make_attention_mask` |
+
+        Padding `[B, S]` in the "ignore" convention is told from `[T, S]` by giving it rank 4, as
+        the tutorial does: `padding[:, None, None, :]`.
+      convention: one of the six names.
+
+    Returns:
+      The mask that keeps exactly the cells that the array keeps.
+
+    Raises:
+      TypeError: for a dtype that the convention does not have.
+      ValueError: for values that it does not have (a float array of only 0 and 1 is no additive
+        mask; an additive array with values that neither keep nor remove is a bias and belongs in
+        `jaxattn.scores.bias`), for an unknown convention, and for a rank without a meaning. Values
+        are checked where they are known, that is, outside `jit`.
+    """
+    keep = kept_pairs(array, convention)
+    if keep.ndim == 4:
+        return dense(keep)
+    if keep.ndim == 3:
+        return dense(keep[:, None])
+    if keep.ndim == 2:
+        return key_padding(keep) if convention in ("hf", "keras") else dense(keep)
+    raise ValueError(
+        f"from_array(array): got shape {list(keep.shape)}, expected rank 2, 3 or 4: [T, S] or "
+        "[B, S], [B|1, T|1, S|1], [B|1, N|1, T|1, S|1]"
+    )
