@@ -266,17 +266,17 @@ def public(module: ModuleType) -> list[str]:
 
 
 def test_public_names() -> None:
-    """What `dir` shows is what is documented, and the README shows the main ones."""
+    """What `dir` shows is what is documented, and the guides show the main ones."""
     assert len(set(ja.__all__)) == len(ja.__all__)
     for name in ja.__all__:
         assert getattr(ja, name) is not None
     named = {n for n in vars(ja) if not n.startswith("_") and not inspect.ismodule(getattr(ja, n))}
     assert named <= set(ja.__all__)
-    readme = (ROOT / "README.md").read_text()
+    guides = "".join(path.read_text() for path in GUIDES)
     for name in ("attention", "explain", "Positions", "dot_product_attention",
                  "scaled_dot_product_attention", "masks", "scores"):  # fmt: skip
         assert name in ja.__all__
-        assert name in readme
+        assert name in guides
 
 
 @pytest.mark.parametrize("family", ["masks", "scores"])
