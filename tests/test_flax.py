@@ -484,7 +484,7 @@ def test_what_a_module_is_given(dialect: str) -> None:
 def test_without_flax(name: str, monkeypatch: Any) -> None:
     """Whoever reaches for a module is told which extra brings it."""
     monkeypatch.setitem(sys.modules, "flax", None)
-    for module in ("dialects", "linen", "nnx"):
+    for module in ("flax_packages", "linen", "nnx"):
         monkeypatch.delitem(sys.modules, f"jaxattn.nn.{module}")
         monkeypatch.delattr(ja.nn, module)
     with pytest.raises(ImportError, match=r'need flax; pip install "jaxattn\[flax\]"'):
