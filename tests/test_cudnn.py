@@ -118,11 +118,11 @@ REFUSED = {
     "flags": (masks.key_padding(jnp.ones((2, 64), bool)), {}, "no mask like key_padding"),
     "offset": (masks.causal(3), {}, "starts at the first query"),
     "per head": (masks.sliding_window(jnp.arange(4)), {}, "one concrete number"),
-    "ahead": (masks.sliding_window(3, 2), {}, "look back only, and this one 2 keys ahead"),
+    "ahead": (masks.sliding_window(3, 2), {}, "look back only; this one also looks 2 keys ahead"),
     "not causal": (masks.sliding_window(3, 63), {}, "windows are causal"),
     "few keys": (masks.sliding_window(3), {"S": 32}, "at least as many keys"),
     "float32": (None, {"dtype": jnp.float32}, "not float32"),
-    "head dim": (None, {"H": 20}, "multiples of 8"),
+    "head dim": (None, {"H": 20}, "a multiple of 8"),
     "large head dim": (None, {"H": 264}, "up to 256"),
     "score": (None, {"score": scores.soft_cap(5.0)}, "no scores"),
     "dropout": (None, {"dropout_rate": 0.1, "dropout_seed": 0}, "dropout"),
@@ -139,7 +139,7 @@ def test_what_is_refused(name: str, on_gpu: None) -> None:
 
 def test_values_have_a_head_dim_of_their_own(on_gpu: None) -> None:
     x = struct(2, 64, 4, 64)
-    assert "one for both" in str(cudnn.refuse(request(x, x, struct(2, 64, 4, 32))))
+    assert "the same for both" in str(cudnn.refuse(request(x, x, struct(2, 64, 4, 32))))
 
 
 def test_traced_windows_and_scales_are_refused_and_lengths_are_not(on_gpu: None) -> None:
@@ -183,9 +183,9 @@ def test_what_the_machine_lacks(on_gpu: None, monkeypatch: Any) -> None:
 
 
 def test_without_a_gpu() -> None:
-    assert cudnn.refuse(called(None)) == "it needs an NVIDIA GPU, and this runs on cpu"
+    assert cudnn.refuse(called(None)) == "runs on NVIDIA GPUs; inputs are on cpu"
     x = jnp.zeros((1, 8, 2, 8), HALF)
-    with pytest.raises(ValueError, match=r"'cudnn' can't compute this call: it needs an NVIDIA"):
+    with pytest.raises(ValueError, match=r"'cudnn' can't compute this call: runs on NVIDIA"):
         ja.attention(x, x, x, backend="cudnn")
 
 

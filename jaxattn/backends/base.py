@@ -1,7 +1,7 @@
-"""What a backend is given, and what it promises.
+"""What a backend is given (`Call`), what it promises (`Backend`), and numbers that all share.
 
-A backend is a module (or a package) with the members of `Backend`. `dense` is the definition;
-every other backend computes the same.
+A backend is a module or a package with the members of `Backend`. `dense` is the definition; every
+other backend computes the same up to rounding, or refuses the call.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from ..tracing.split import Split
 
 @pytree
 class Dropout:
-    """Dropout on the weights: the rate, and a seed of two words.
+    """Dropout on the weights.
 
-    Where it is `shared`, the same cells `(q, k)` drop in all batch rows and heads.
+    Attributes:
+      rate: the probability that a weight is dropped.
+      seed: two words.
+      shared: whether the same pairs `(q, k)` are dropped in all batch rows and heads.
     """
 
     rate: Any
@@ -42,19 +45,19 @@ class Dropout:
 
 @pytree
 class Call:
-    """One call of attention, checked: what every backend is given.
+    """One call of attention, its arguments checked: what every backend is given.
 
     Attributes:
-      query, key, value: with a batch axis.
-      mask, score: split, once for all that look at them.
-      scale: of the logits.
-      sinks: of each query head.
-      positions: `None` where they are 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
-        where the rows share them.
-      dropout: the rate and the seed.
-      tiles: the states of tiles that came along with the mask.
-      prepared: what the backend's `prepare` made.
-      precision: of matrix products.
+      query, key, value: with a batch axis; the arrays, or their shapes and dtypes for `explain`.
+      mask, score: already split; None without.
+      scale: what `query . key` is multiplied by.
+      sinks: one for each query head. Backends ignore it: `dispatch` applies sinks to their results.
+      positions: each `None` where it is 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
+        where the batch rows share them.
+      dropout: the rate and the seed; None without.
+      tiles: the states of tiles, if the mask was given as a `TileMap`.
+      prepared: what the backend's own `prepare` puts there; None before.
+      precision: of matrix products; None for the highest.
     """
 
     query: Float[ArrayOrStruct, "B T N H"]
@@ -72,14 +75,14 @@ class Call:
 
     @property
     def sizes(self) -> Sizes:
-        """The extents of the call."""
+        """The sizes of the call."""
         B, T, N, H = self.query.shape
         _, S, K, Hv = self.value.shape
         return Sizes(B, T, S, N, K, H, Hv)
 
 
 class Sizes(NamedTuple):
-    """The extents of a call; see `jaxattn.shapes`."""
+    """The sizes of a call, named as in `jaxattn.shapes`."""
 
     B: int
     T: int
@@ -91,26 +94,28 @@ class Sizes(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a backend has.
+    """The members of a backend.
+
+    `refuse` is called first, then `prepare` once, then `run`, which may be traced.
 
     Attributes:
-      WHY: why "auto" takes it on the accelerator that it is made for.
-      LIMITS: what it promises less than the contract; `explain` shows it.
+      WHY: why "auto" chooses it; `explain` shows it.
+      LIMITS: where it deviates from the definition; `explain` shows them.
     """
 
     WHY: str
     LIMITS: tuple[str, ...]
 
     def refuse(self, call: Call) -> str | None:
-        """Why it can't compute this call, or None if it can."""
+        """Why this backend can't compute the call, or None if it can."""
 
     def footprint(self, call: Call) -> int:
-        """Bytes that a forward pass holds beside inputs and output."""
+        """The bytes that a forward pass needs besides inputs and output, about."""
 
     def prepare(self, call: Call) -> Call:
-        """The call, with what has to be known as the kernels are compiled in `prepared`.
+        """The call, with what its kernels are compiled for in `prepared`.
 
-        It is asked once, outside `jit`, where values of arguments are still known.
+        This is called outside `jit`, where concrete values of arguments are still known.
         """
 
     def run(self, call: Call) -> tuple[Array, Array]:
@@ -119,12 +124,12 @@ class Backend(Protocol):
 
 
 def unchanged(call: Call) -> Call:
-    """`Backend.prepare` of those that need nothing."""
+    """The `prepare` of backends that need nothing prepared."""
     return call
 
 
 def symbolic(*sizes: Any) -> bool:
-    """Whether any size is not known yet, as `jax.export` has them."""
+    """Whether any size is symbolic, as in `jax.export`."""
     return not all(isinstance(size, int) for size in sizes)
 
 
@@ -142,7 +147,7 @@ def not_on_nvidia(call: Call) -> str | None:
 
 
 def platform(call: Call) -> str:
-    """Where the inputs are; for traced ones, where JAX computes by default."""
+    """The platform of the inputs; for traced ones, the one on which JAX computes by default."""
     device = _device(call)
     return str(getattr(device, "platform", device))
 
@@ -161,7 +166,7 @@ def _device(call: Call) -> Any:
     if not isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):
         (device, *_) = call.query.devices()
         return device
-    # Lowered for a device that is only described, which need not be here.
+    # A device that is described for lowering, and need not exist on this machine.
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described
@@ -176,7 +181,7 @@ def accumulator(dtype: Any) -> Any:
 
 
 def finite(array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What is finite of an array, and 0 in place of NaN and infinities; its derivative is 1."""
+    """The array with 0 in place of NaN and infinities; its derivative is 1 everywhere."""
     return _finite(array)
 
 
@@ -187,13 +192,13 @@ def _finite(array: Array) -> Array:
 
 @_finite.defjvp
 def _finite_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    # Not 0 where the array is not finite: what comes of an element does not depend on its value.
+    # Also 1 where the array is not finite, so that derivatives do not depend on values.
     return _finite(*primals), tangents[0]
 
 
 @custom_vmap
 def anywhere(flags: Bool[Array, "..."]) -> Bool[Array, ""]:
-    """Whether any flag is raised; under `vmap` in any element, so that a `cond` of it stays one."""
+    """Whether any flag is True; under `vmap` in any element, so that a `cond` of it stays one."""
     return flags.any()
 
 
@@ -217,7 +222,7 @@ def row_keys(
 ) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """Two words for each row of weights, from the seed and absolute positions that broadcast.
 
-    Two, because one word of 32 bits would repeat shifted pieces of a row in others.
+    Two, because with one word of 32 bits shifted pieces of one row would appear in others.
     """
     first, second = seed[0], seed[1] ^ jnp.uint32(0x9E3779B9)
     for position in (b, h, q):
@@ -233,7 +238,7 @@ def keeps(
     """Whether the weight of key position `k` is kept in these rows: probability 1 - rate."""
     first, second = keys
     draw = _mix((k.astype(jnp.uint32) + first) * second)
-    # 24 bits, exact in float32: a rate of 0 keeps all, a rate of 1 nothing.
+    # 24 bits, exact in float32: a rate of 0 keeps every weight, a rate of 1 none.
     return (draw >> 8).astype(jnp.float32) >= jnp.asarray(rate, jnp.float32) * 2.0**24
 
 

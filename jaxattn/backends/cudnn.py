@@ -1,16 +1,16 @@
 """cuDNN's fused attention, for the masks that it knows: causal, windows of the past, lengths.
 
-A mask is taken by what it is made of, never by its values: `causal()`, `sliding_window(left)`,
-`key_padding(lengths=)`, `query_padding(lengths=)`, and what `&` makes of them. Windows and the
-scale are part of the kernel, so they have to be concrete, and new ones compile anew; lengths may be
-traced.
+Masks are recognised by the constructors that made them, never by their values: `causal()`,
+`sliding_window(left)`, `key_padding(lengths=)`, `query_padding(lengths=)`, and `&` of these.
+Windows and the scale are part of the kernel, so they have to be concrete, and new ones are compiled
+anew. Lengths may be traced.
 
-Its tiles multiply what a query may not see by weights of 0, and 0 * NaN is NaN: keys and values
-beyond the lengths are made 0 first, but a NaN in the future, or out of the window, may reach
-queries of its tile. There are no derivatives but the gradient.
+cuDNN multiplies masked keys and values of a tile by weights of 0, and 0 * NaN is NaN. Keys and
+values beyond the lengths are set to 0 first. But a NaN in the future, or outside the window, may
+reach queries of its tile. The only derivative is the gradient.
 
-The forward pass gives the same bits run to run. The backward does not, as cuDNN adds up dQ in any
-order, unless `XLA_FLAGS` has `--xla_gpu_exclude_nondeterministic_ops=true`.
+The forward pass gives the same bits in every run. The backward does not, because cuDNN adds up dQ
+in any order, unless `XLA_FLAGS` has `--xla_gpu_exclude_nondeterministic_ops=true`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from ..shapes import Array, Bool, Float
 from . import base
 from .base import Call
 
-# The function behind `jax.nn.dot_product_attention(implementation="cudnn")`. That one rounds the
-# LSE to the query's 16 bits, an error of 1% in what sinks leave; this one gives float32.
+# The function behind `jax.nn.dot_product_attention(implementation="cudnn")`, which rounds the LSE
+# to the query's 16 bits: an error of 1% in outputs with sinks. This function returns float32.
 try:
     from jax._src.cudnn import fused_attention_stablehlo as fused
-except ImportError:  # private: a JAX may have it elsewhere
+except ImportError:  # it is private, and may move
     fused = None  # type: ignore[assignment]
 
 WHY = "cuDNN's own kernels; run to run, gradients may differ in their last bits"
 
 LIMITS: tuple[str, ...] = (
-    "a NaN or infinity in a key or value may reach queries that may not see it, but for padding "
-    "that lengths say",
+    "a NaN or infinity in a key or value may reach queries for which it is masked, except in "
+    "padding given by lengths",
     "no forward mode and no second order",
 )
 
@@ -58,7 +58,7 @@ _GRANULE = 128
 
 @pytree
 class Band(Mask):
-    """What cuDNN is told: `q - left <= k <= q`, either side open, below lengths."""
+    """A mask of cuDNN's: `q - left <= k <= q`, each bound optional, and below lengths."""
 
     queries: tuple[Any, ...]  # lengths, [] or [B], all of which hold
     keys: tuple[Any, ...]
@@ -80,10 +80,7 @@ class Band(Mask):
 
 def refuse(call: Call) -> str | None:
     """Why cuDNN can't compute the call, or `None` if it can."""
-    platform = base.platform(call)
-    if platform not in ("gpu", "cuda"):
-        return f"it needs an NVIDIA GPU, and this runs on {platform}"
-    return _obstacle(call) or _missing(call)
+    return base.not_on_nvidia(call) or _obstacle(call) or _missing(call)
 
 
 def footprint(call: Call) -> int:
@@ -108,7 +105,7 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     B, T, S, *_ = call.sizes
     query, key, value = call.query, call.key, call.value
     if band.causal and S > T:
-        # Nobody sees these, and what they hold must not meet a zero weight in cuDNN's tiles.
+        # These keys are masked for all queries; a NaN in them must not meet a weight of 0.
         key, value, S = key[:, :T], value[:, :T], T
     if not band.queries and not band.keys:
         ends: tuple[Array, ...] = ()
@@ -122,10 +119,10 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     nothing = jnp.zeros((), query.dtype)
     query = jnp.where(sees[..., None, None], query, nothing)
     key, value = (jnp.where(seen, x, nothing) for x in (key, value))
-    # A row of zeros for sequences of nothing: what cuDNN does with a length of 0 is not written.
+    # At least one row, of zeros, for empty sequences: cuDNN does not document a length of 0.
     ends = (jnp.maximum(rows, 1), jnp.maximum(columns, 1))
     out, lse = _attend(_kernel(band), *_alike(query, key, value, ends))
-    # Rows past the end are cuDNN's to fill as it likes: with NaN, or not at all.
+    # cuDNN may leave rows past the end as they are, or fill them with NaN.
     return (
         jnp.where(sees[..., None, None], out, nothing),
         jnp.where(sees[..., None], lse, -jnp.inf),
@@ -133,7 +130,7 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
 
 
 def _ends(band: Band, B: int, T: int, S: int) -> tuple[Array, Array]:
-    """How many queries see a key, and how many keys are seen, `[B]`: those that come first."""
+    """The first queries that see a key, and the first keys that are visible: numbers `[B]`."""
 
     def end(lengths: tuple[Any, ...], most: int) -> Array:
         least = jnp.full(B, most, jnp.int32)
@@ -202,23 +199,23 @@ def _least(a: int | None, b: int | None) -> int | None:
 
 
 def _band(call: Call) -> Band | str:
-    """What cuDNN is told of the mask and the scale, or what it can't be told."""
+    """The mask and the scale as cuDNN takes them, or why it can't."""
     found = _bounds(None if call.mask is None else call.mask.given)
     if isinstance(found, str):
         return found
     _, T, S, *_ = call.sizes
-    # Bounds that no pair reaches are none.
+    # A bound that no pair reaches is no bound.
     left = None if found.left is None or found.left >= T - 1 else found.left
     right = None if found.right and found.right >= S - 1 else found.right
     if right:
-        return f"cuDNN's windows look back only, and this one {right} keys ahead"
+        return f"cuDNN's windows look back only; this one also looks {right} keys ahead"
     if left is not None and right is None:
-        return "cuDNN's windows are causal, and this one is not"
+        return "cuDNN's windows are causal; this one is not"
     if left is not None and T > S:
-        return f"a window of {T} queries over {S} keys: cuDNN wants at least as many keys"
+        return f"a window, {T} queries and {S} keys; cuDNN needs at least as many keys"
     scale = concrete(call.scale)
     if scale is None:
-        return "the scale is traced, and cuDNN's kernels are compiled for theirs"
+        return "the scale is traced, and cuDNN's kernels are compiled for a concrete one"
     return Band(found.queries, found.keys, right == 0, left, float(scale))
 
 
@@ -226,22 +223,23 @@ def _band(call: Call) -> Band | str:
 
 
 def _obstacle(call: Call) -> str | None:
-    """What in the call cuDNN can't do on any machine."""
+    """Why cuDNN could not compute the call on any machine, or None."""
     _, _, _, _, _, H, Hv = call.sizes
-    if 0 in call.sizes:
-        return f"nothing to compute: the sizes are {call.sizes}"
     if base.symbolic(*call.sizes):
-        return "sizes are symbolic, and cuDNN is asked for known ones"
+        return "sizes are symbolic, and cuDNN's kernels are compiled for known ones"
+    nothing = base.nothing_to_compute(call)
+    if nothing is not None:
+        return nothing
     if call.query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"cuDNN takes float16 and bfloat16, not {call.query.dtype}"
     if Hv != H:
-        return f"keys of head dim {H} and values of {Hv}; it wants one for both"
+        return f"keys have head dimension {H} and values {Hv}; cuDNN needs the same for both"
     if H % 8:
-        return f"a head dim of {H}, and cuDNN's are multiples of 8"
+        return f"the head dimension is {H}; cuDNN needs a multiple of 8"
     if call.score is not None:
-        return f"it has no scores, and this is {call.score.given!r}"
+        return f"cuDNN has no scores; got {call.score.given!r}"
     if call.dropout is not None:
-        return "its dropout would drop other weights than the other backends do"
+        return "cuDNN's dropout would drop other weights than the other backends do"
     if any(position is not None for position in jax.tree.leaves(call.positions)):
         return "positions were given, and cuDNN counts from 0"
     band = _band(call)
@@ -249,9 +247,9 @@ def _obstacle(call: Call) -> str | None:
 
 
 def _missing(call: Call) -> str | None:
-    """What this machine or this JAX lacks."""
+    """What this machine or this version of JAX lacks, or None."""
     if fused is None:
-        return f"JAX {jax.__version__} keeps its cuDNN attention in another place"
+        return f"JAX {jax.__version__} has its cuDNN attention in another place"
     try:
         fused.check_cudnn_version()
     except RuntimeError as error:
@@ -259,10 +257,10 @@ def _missing(call: Call) -> str | None:
     age = base.capability(call)
     major = None if age is None else age[0]
     if major is not None and major < 8:
-        return f"compute capability {major}, and its kernels need 8 (Ampere)"
+        return f"the GPU has compute capability {major}; cuDNN's kernels need 8 (Ampere)"
     most = 256 if major is None or major >= 9 else 128
     if most < call.sizes.H:
-        return f"a head dim of {call.sizes.H}, and on this GPU cuDNN's go up to {most}"
+        return f"the head dimension is {call.sizes.H}; on this GPU cuDNN takes up to {most}"
     return None
 
 
@@ -298,7 +296,7 @@ def _call(
         kv_seqlen=ends[1] if ends else None,
         scale=kernel.scale,
         mask_type=kind,
-        # Counts the query itself. Without the causal kind it would let the future in.
+        # cuDNN counts the query itself. Without the causal kind it would show later keys.
         sliding_window_length=None if kernel.left is None else kernel.left + 1,
         return_residual=True,
     )
@@ -315,7 +313,7 @@ def _attend(
 
 
 def _forward(kernel: _Kernel, *given: Any) -> Any:
-    # Of the primals, as symbolic zeros come with marks of what is differentiated.
+    # With symbolic zeros, JAX wraps each argument in an object that says whether it is perturbed.
     args = jax.tree.map(lambda x: x.value, given, is_leaf=lambda x: hasattr(x, "perturbed"))
     query, key, value, ends = _together(args)
 
@@ -368,8 +366,8 @@ def _alike(query: Array, key: Array, value: Array, ends: tuple[Array, ...]) -> A
 def _together(tree: Any) -> Any:
     """The same arrays; under `vmap`, all of them batched, on their first axis.
 
-    JAX's own rules want that, and older ones don't see to it. Empty arrays, by which JAX says that
-    there is none, stay as they are.
+    JAX's own rules need that, and older versions don't ensure it. Empty arrays, which in JAX stand
+    for missing ones, stay as they are.
     """
     leaves, structure = jax.tree.flatten(tree)
     held = [i for i, leaf in enumerate(leaves) if jnp.size(leaf)]

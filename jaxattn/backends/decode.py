@@ -17,19 +17,21 @@ LIMITS: tuple[str, ...] = ()
 
 prepare = unchanged
 
-# Queries of one key head. With so few the logits, O(T * S), are a fraction of the keys themselves.
+# The largest number of queries of one key head. The logits, O(T * S), are then a fraction of the
+# keys themselves.
 MOST = 16
 
 
 def refuse(call: Call) -> str | None:
-    """Why this backend can't compute the call: it is for few queries."""
+    """Why this backend can't compute the call: there are many queries, or none."""
     _, T, _, N, K, _, _ = call.sizes
-    if 0 in call.sizes:
-        return f"nothing to compute: the sizes are {call.sizes}"
+    nothing = base.nothing_to_compute(call)
+    if nothing is not None:
+        return nothing
     if base.symbolic(T):
-        return "the number of queries is symbolic, and it is for few"
+        return "the number of queries is symbolic, and this backend is for few"
     if T * (N // K) > MOST:
-        return f"{T * (N // K)} queries for each key head, and it is made for up to {MOST}"
+        return f"{T * (N // K)} queries for each key head; this backend takes at most {MOST}"
     return None
 
 

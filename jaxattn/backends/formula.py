@@ -3,12 +3,12 @@
     logits = score(scale * query . key)     weights = softmax(logits, where=mask)
     out = weights @ value                   lse = log(sum(exp(logits), where=mask))
 
-Differentiable any number of times, in both modes. Every other engine computes the same; where a
-derivative has none of its own, this is differentiated, some rows at a time.
+Differentiable any number of times, in both modes. Every other engine computes the same. Where an
+engine has no derivative of its own, this formula is differentiated, some rows at a time.
 
-Sums run over visible pairs and nothing else, also where something is not finite. The products of
-matrices run over all pairs, and 0 * NaN is NaN; so they take what is finite, and what is not is
-brought to those who see it by `reach`. Nothing of that is computed where all is finite.
+Sums are over visible pairs only, also where numbers are not finite. Products of matrices are over
+all pairs, and 0 * NaN is NaN, so their factors are made finite first. `reach` then finds the
+queries that see a number that was not finite. If all are finite, none of that is computed.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _rows_joined(array: Array) -> Array:
 
 
 def visible(config: Config, x: Inputs, start: Any, rows: int) -> Bool[Array, "b n T S"] | None:
-    """Which keys some rows see, `[B|1, N|1, rows, S]`; None where they see all."""
+    """The mask of some rows, `[B|1, N|1, rows, S]`; None without a mask."""
     if config.mask is None:
         return None
     found = config.mask.evaluated(*_tiles(config.mask.kinds, x.mask, x, start, rows))
@@ -215,10 +215,10 @@ def _product_jvp(products: Products, primals: Any, tangents: Any) -> tuple[Array
 def _softmax(
     seen: Bool[Array, "#B #N T S"] | None, logits: Float[Array, "B N T S"]
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T"]]:
-    """Weights of what is seen, `exp(logits - lse)`, and the LSE; 0 and -inf where nothing is.
+    """Weights of visible pairs, `exp(logits - lse)`, and the LSE; 0 and -inf in empty rows.
 
-    The mask decides which rows are empty: one that sees only logits of -inf is NaN, as in any
-    softmax.
+    The mask decides which rows are empty: a row whose visible logits are all -inf is NaN, as in
+    any softmax.
     """
     if seen is None:
         top = logits.max(-1, keepdims=True)
@@ -226,7 +226,7 @@ def _softmax(
         total = p.sum(-1, keepdims=True)
         return p / total, (top + jnp.log(total))[..., 0]
     some = seen.any(-1, keepdims=True)
-    # Over visible cells alone: theirs may lie below any number that stands for a masked one.
+    # Over visible pairs alone: their logits may be smaller than any number put in masked places.
     top = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
     top = jnp.where(some, top, 0)
     p = jnp.where(seen, jnp.exp(jnp.where(seen, logits - top, 0)), 0)
@@ -237,7 +237,7 @@ def _softmax(
 @_softmax.defjvp
 def _softmax_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     p, lse = _softmax(*primals)
-    # What has no weight has no slope, however large it is: 0 * inf is NaN.
+    # A weight of 0 has no derivative, however large the tangent: 0 * inf is NaN.
     none = p == 0
     moved = jnp.where(none, 0, tangents[1])
     mean = (p * moved).sum(-1)
@@ -261,8 +261,8 @@ def _weigh(
         return products.layout.with_heads_first(found)
 
     def careful() -> Array:
-        # Some channels at a time: memory is set aside for branches that are hardly ever taken too.
-        # But the same product as ever, which rounds as ever.
+        # Some channels at a time: XLA reserves memory for this branch, though it is rarely taken.
+        # The product is that of the other branch, so that it rounds in the same way.
         groups = math.gcd(value.shape[-1], _GROUPS)
         parts = jnp.moveaxis(value.reshape(*value.shape[:-1], groups, -1), -2, 0)
         found = jnp.moveaxis(lax.map(some, parts), 0, -2)
@@ -273,7 +273,7 @@ def _weigh(
     if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
         finite = jnp.isfinite(value)
         return lax.cond(base.anywhere(~finite), careful, lambda: _values(products, weights, value))
-    # Of few queries the result is looked at, which is smaller.
+    # With few queries the result is checked, which is smaller.
     out = _values(products, weights, value)
     return lax.cond(base.anywhere(~jnp.isfinite(out)), careful, lambda: out)
 
@@ -311,7 +311,7 @@ def _weighing(products: Products) -> Rules:
         seen: Array, bad: Array, keys: Array, weights: Array, value: Array, d_out: Array
     ) -> tuple[Array, Array]:
         bad, keys = products.layout.with_heads_first(bad), products.layout.with_heads_first(keys)
-        rows, felt = (found[..., None] for found in _sick(seen, bad, keys))
+        rows, reached = (found[..., None] for found in _sick(seen, bad, keys))
         calm = products.layout.with_heads_first(seen.any(-1, keepdims=True) & ~rows)
         d_weights, d_value = pulled(
             jnp.where(rows, 0, weights), base.finite(value), jnp.where(calm, d_out, 0)
@@ -319,12 +319,12 @@ def _weighing(products: Products) -> Rules:
         nan = jnp.asarray(jnp.nan, value.dtype)
         return (
             jnp.where(rows, jnp.nan, d_weights),
-            jnp.where(products.layout.with_heads_first(felt), nan, d_value),
+            jnp.where(products.layout.with_heads_first(reached), nan, d_value),
         )
 
     def transpose(fixed: Any, cotangents: Any) -> Any:
         weights, value, key, out, *seen = fixed
-        # What XLA knows, as the cotangent of a plain sum, it would look through as it compiles.
+        # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
         d_out = lax.optimization_barrier(cotangents[0])
         bad = ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
         keys = unfit(key, value)
@@ -342,7 +342,7 @@ def _weighing(products: Products) -> Rules:
 
 
 def unfit(key: Array, value: Array) -> Bool[Array, "..."]:
-    """Keys of which something is not finite, in the key or in the value."""
+    """Which keys have a number that is not finite, in the key or in the value."""
     return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
 
 
@@ -351,7 +351,7 @@ def _sick(
 ) -> tuple[Bool[Array, "B N T"], Bool[Array, "B K S"]]:
     """Queries that have no finite gradient, and the keys that they see.
 
-    These are the queries that see something and are `bad`, or that see one of `keys`.
+    These are the queries with a visible key that are `bad`, or for which one of `keys` is visible.
     """
     B, N, T = bad.shape
     K, S = keys.shape[1:]
@@ -363,7 +363,7 @@ def _sick(
 def reach(
     seen: Bool[Array, "#B #N T S"], flags: Bool[Array, "B K S C"], N: int
 ) -> Bool[Array, "B N T C"]:
-    """Which flags of the keys that it sees reach a query."""
+    """For each query, which flags any of its visible keys has."""
     B, K, S, C = flags.shape
     T = seen.shape[2]
     if seen.shape[1] == 1:
@@ -374,17 +374,17 @@ def reach(
 
 
 def _counted(layout: str, a: Array, b: Array) -> Bool[Array, "..."]:
-    """Whether any term of a product of flags is there."""
+    """Whether any term of a product of flags is True."""
     return jnp.einsum(layout, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
 
 
 def kinds(value: Float[Array, "B K S Hv"]) -> Bool[Array, "B K S kinds"]:
-    """Where values are NaN, inf, and -inf: what `reach` brings to queries, and `added` adds."""
+    """Where values are NaN, inf, and -inf: the flags that `reach` takes, and `added` adds."""
     return jnp.concatenate([jnp.isnan(value), value == jnp.inf, value == -jnp.inf], -1)
 
 
 def added(kinds: Bool[Array, "B N T kinds"], dtype: Any) -> Float[Array, "B N T Hv"]:
-    """What those who see values that are not finite have in their sums: 0, NaN, inf or -inf."""
+    """What values that are not finite add to the sums of queries: 0, NaN, inf or -inf."""
     nan, up, down = jnp.split(kinds, 3, -1)
     zero = jnp.zeros((), dtype)
     found = jnp.where(up, jnp.asarray(jnp.inf, dtype), zero)

@@ -1,9 +1,10 @@
-"""Functions that JAX takes as one operation, with derivatives of their own.
+"""Functions that JAX treats as one operation, with derivatives of their own.
 
-`jax.custom_jvp` says nearly the same. But its rule is forgotten where JAX splits a function into
-what is known and what is linear, as in a gradient of a `scan`: differentiated again, the inside is
-differentiated, be it a kernel. And its tangents are transposed by JAX, where attention has a
-backward of its own. An operation keeps its rule, and its transpose, under every transformation.
+`jax.custom_jvp` does nearly the same, with two differences. JAX loses its rule when it splits a
+function into a known and a linear part, as in the gradient of a `scan`: a second derivative then
+differentiates the inside, even if that is a kernel. And JAX transposes its tangents, while
+attention has a backward of its own. An operation keeps its rule and its transpose under every
+transformation.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ Leaves = Sequence[Any]
 
 
 class Rules(NamedTuple):
-    """What an operation is; functions of sequences of arrays, compared by identity: make them once.
+    """What an operation does: functions of sequences of arrays. They are compared by identity.
 
     Attributes:
-      apply: `(fixed, operands) -> results`, linear in the operands, of which there may be none.
+      apply: `(fixed, operands) -> results`, linear in the operands, if there are any.
       slope: `(fixed, operands, results, moved) -> tangents` of the results, for tangents `moved` of
-        what is fixed, None where that is no float.
+        the fixed arrays, None for arrays that are not floats.
       transpose: `(fixed, cotangents) -> cotangents` of the operands, for those of the results.
-      names: of the results for `jax.checkpoint`, where derivatives need them.
+      names: of the results, for the policies of `jax.checkpoint`.
     """
 
     apply: Callable[[Leaves, Leaves], Leaves]
@@ -45,9 +46,9 @@ def operation(rules: Rules, fixed: Leaves, operands: Leaves, like: Leaves) -> li
     """The results of an operation.
 
     Args:
-      rules: what it is.
+      rules: what it does.
       fixed, operands: arrays; operands are floats.
-      like: arrays of the shapes and dtypes of the results, whose values nobody reads.
+      like: arrays of the shapes and dtypes of the results, whose values are not read.
     """
     args = varying_alike([*like, *fixed, *operands])
     return list(_op.bind(*args, rules=rules, results=len(like), operands=len(operands)))
@@ -58,7 +59,7 @@ _op.multiple_results = True
 
 
 def _parts(args: Leaves, results: int, operands: int) -> tuple[Leaves, Leaves, Leaves]:
-    """What results are like, what is held fixed, and the operands."""
+    """The arrays that results are like, the fixed arrays, and the operands."""
     last = len(args) - operands
     return tuple(args[:results]), tuple(args[results:last]), tuple(args[last:])
 
@@ -84,8 +85,8 @@ def _types(*avals: Any, results: int, **_: Any) -> Any:
 
 
 mlir.register_lowering(_op, mlir.lower_fun(_apply, multiple_results=True))
-# What is inside may be partitioned, for which JAX has to be told that devices matter; it has no
-# public name for that.
+# The inside may be partitioned, so lowering depends on devices. JAX has no public way to declare
+# that.
 dispatch.prim_requires_devices_during_lowering.add(_op)
 
 
@@ -122,7 +123,7 @@ def _transposed(
     _, fixed, given = _parts(args, results, operands)
     assert rules.transpose is not None
     found = rules.transpose(fixed, tuple(map(ad.instantiate_zeros, cotangents)))
-    # Operands that are known, zeros in all cases, have no cotangent.
+    # Operands that are known (they are zeros in all cases) have no cotangent.
     pairs = zip(found, given, strict=True)
     returned = [a if ad.is_undefined_primal(operand) else None for a, operand in pairs]
     return [None] * (len(args) - operands) + returned
@@ -137,7 +138,7 @@ ad.primitive_transposes[_op] = _transposed
 
 @lru_cache(maxsize=1024)
 def _batched(rules: Rules, fixed: tuple[bool, ...], operands: tuple[bool, ...]) -> Rules:
-    """The rules over the first axis of what has it; all results have."""
+    """The rules over the first axis of the arrays that are batched; all results are."""
     of_fixed, of_operands = (tuple(0 if yes else None for yes in e) for e in (fixed, operands))
 
     def apply(fixed: Leaves, operands: Leaves) -> Leaves:
@@ -153,7 +154,7 @@ def _batched(rules: Rules, fixed: tuple[bool, ...], operands: tuple[bool, ...]) 
         assert rules.transpose is not None
         swap = rules.transpose
         found = jax.vmap(lambda f, c: tuple(swap(f, c)), (of_fixed, 0))(fixed, cotangents)
-        # What the batch shares gets the sum.
+        # An operand that the batch shares gets the sum.
         pairs = zip(found, operands, strict=True)
         return tuple(a if yes else a.sum(0, dtype=a.dtype) for a, yes in pairs)
 

@@ -1,4 +1,4 @@
-"""What the formula, loops and kernels are given: the split mask and score, tiles, the arrays."""
+"""What the formula, loops and kernels are given: a `Config`, compiled in, and `Inputs`, arrays."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ class Residue(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """What computes: loops or kernels, as functions of a `Config` and `Inputs`, heads `grouped`.
+    """Loops or kernels that compute attention, as functions of a `Config` and `grouped` inputs.
 
-    Numbers that are not finite are kept from them (`careful.py`), but for logits that are not, and
-    for rows whose gradients are to be NaN.
+    Queries, keys and values are finite, as `flash/nonfinite.py` sees to. Logits need not be, nor
+    the LSE of rows whose gradients are to be NaN.
 
     Attributes:
       forward: `(config, x) -> (out [B, T, K, G, Hv] in the query's dtype, natural-log lse
-        [B, T, K, G])`, of values that are finite. Where weights sum up to 0, that is 0 and -inf.
+        [B, T, K, G])`. Where the weights of a row sum up to 0, these are 0 and -inf.
       backward: `(config, groups, x, out, lse, d_out, d_lse) -> Gradients`, all finite but for
-        `lse`: it is -inf where a row takes no part, and NaN where its weights are to be. Operands
-        of a score that the batch rows share get one gradient for each of `groups` equal groups of
-        rows.
+        `lse`: it is -inf where a row takes no part, and NaN where its gradients are to be NaN.
+        Operands of a score that the batch rows share get one gradient for each of `groups` equal
+        groups of rows.
       differentiable: the forward where JAX can push tangents through it; None where the formula
         has to be differentiated in its place.
     """
@@ -72,27 +72,36 @@ class Engine(NamedTuple):
 
 
 class Config(NamedTuple):
-    """What is the same for all values: hashable, the key of a compiled loop."""
+    """What a loop or a kernel is compiled for: the same for all values of the inputs, hashable.
+
+    Attributes:
+      engine: what computes; None for the formula.
+      mask, score: their residues.
+      dropout: whether weights are dropped.
+      precision: of matrix products.
+      dtype: of the factors of products.
+      tile: queries and keys of a tile.
+    """
 
     engine: Engine | None
     mask: Residue | None
     score: Residue | None
     dropout: bool
     precision: Any
-    dtype: Any  # of the factors of products
+    dtype: Any
     tile: tuple[int, int]
 
 
 class Inputs(NamedTuple):
-    """What is worked on; extents of operands are 1 where they don't depend on b or h.
+    """The arrays of a call; extents of operands are 1 where they don't depend on b or h.
 
     Attributes:
       query: `[B, T, N, H]`.
       key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
-      states: int8 `[B|1, N|1, nq, nk]`, or None: everything is FULL.
+      states: int8 `[B|1, N|1, nq, nk]`; None where every tile is FULL.
       scale: `[B|1]`.
       mask, score: operands of the residues, `[B|1, N|1, ...]`.
-      dropout: nothing, or two words for each row `[B, N, T]`, positions of keys `[B|1, 1, S]`, and
+      dropout: empty, or two words for each row `[B, N, T]`, positions of keys `[B|1, 1, S]`, and
         the rate `[B|1, 1]`.
     """
 
@@ -106,16 +115,17 @@ class Inputs(NamedTuple):
     dropout: tuple[Any, ...]
 
     def floats(self, of: Any = None) -> tuple[Any, ...]:
-        """What derivatives are taken in: query, key, value, scale, and the score's floats.
+        """The arrays that have derivatives: query, key, value, scale, and the score's floats.
 
-        Or what stands in their places `of` something of the same structure, tangents or flags.
+        With `of`, something of the same structure such as tangents or flags: its entries in the
+        places of these arrays.
         """
         of = self if of is None else of
         score = (each for a, each in zip(self.score, of.score, strict=True) if _learns(a))
         return (of.query, of.key, of.value, of.scale, *score)
 
     def with_floats(self, floats: Sequence[Any], of: Any = None) -> Inputs:
-        """The same, or `of` something of the same structure, with others in place of `floats()`."""
+        """The same inputs, or `of` of the same structure, with others in place of `floats()`."""
         of = self if of is None else of
         query, key, value, scale, *learned = floats
         following = iter(learned)
@@ -164,7 +174,7 @@ class Gradients(NamedTuple):
 
 
 def whole(call: Call) -> tuple[Config, Inputs]:
-    """What the formula is given: no engine, no tiles."""
+    """The config and inputs of the formula: no engine, no tiles."""
     return build(call, None, call.query.dtype, lambda known, heads: (call.sizes.T, call.sizes.S))
 
 
@@ -174,14 +184,14 @@ def build(
     dtype: Any,
     choose: Callable[[TileStates | None, int], tuple[int, int]],
 ) -> tuple[Config, Inputs]:
-    """What an engine is compiled for, and what it is given.
+    """The config that an engine is compiled for, and the inputs that it is given.
 
     Args:
       call: what to compute.
-      engine: what computes it; without one no states of tiles are looked up.
+      engine: what computes it; with None no states of tiles are computed.
       dtype: of the factors of products.
-      choose: queries and keys of a tile, from the map that the call brings along, if any, and the
-        number of heads that share their tiles.
+      choose: from the call's tile map, if it has one, and the number of heads that share their
+        tiles, to the queries and keys of a tile.
     """
     sizes = call.sizes
     B, T, S, N, *_ = sizes
@@ -229,7 +239,7 @@ def _within(tile: tuple[int, int], T: int, S: int) -> tuple[int, int]:
 
 
 def _heads(sizes: Sizes, operands: Sequence[Operand]) -> int:
-    """How many heads share their tiles: a mask of its own for each head says one group."""
+    """The number of heads that share their tiles: G if each head has a mask of its own."""
     by_b = any(op.array.shape[0] != 1 for op in operands)
     by_h = any(op.array.shape[1] != 1 for op in operands)
     if by_h:

@@ -1,1 +1,20 @@
-"""TODO room."""
+"""What the engines share that compute attention tile by tile: `tiled`, `triton` and `mosaic`.
+
+A `Config` and `Inputs` come in, output and LSE go out, under any transformation of JAX. For two
+documents of 4 tokens, `ids[b, q] == ids[b, k] & (q >= k)` in tiles of 2 x 2 has the states
+
+    1 0 0 0     1: PARTIAL, the residue `(r == c) & (q >= k)` is evaluated
+    2 1 0 0     2: FULL, every pair is visible
+    0 0 1 0     0: EMPTY, the tile is never visited
+    0 0 2 1
+
+Read in this order:
+
+- `tile_sizes`: numbers of queries, keys and heads, rounded up to whole tiles.
+- `tile_lists`: the active tiles of each row, PARTIAL ones first. Row 1 of the example: 1, then 0.
+- `operands`: rows `ids[b, q]` and columns `ids[b, k]` are padded to whole tiles, each tile reads
+  its 2 numbers of each, and gradients of operands are summed over what shares them.
+- `nonfinite`: engines see finite numbers only; NaN and infinities are put back afterwards.
+- `gpu`: what the two engines of GPU kernels share.
+- `transforms`: derivatives, `vmap` and sharding around an engine's forward and backward.
+"""

@@ -1,9 +1,10 @@
-"""What is not finite, kept from engines and given back to those who may see it.
+"""NaN and infinities: engines never see them, and results have them where the mask says so.
 
-Engines multiply whole tiles, where a weight of 0 times NaN is NaN. So they are given what is
-finite, and where something was not, one more look at the mask says whom it reaches: forward by
-`formula.reach`, pair by pair; backward by rows whose weights are NaN, which make the gradients of
-what they see NaN, and no others. All that costs a look at the inputs where everything is finite.
+Engines multiply whole tiles, where a weight of 0 times NaN is NaN. So they are given finite
+numbers. If a number was not finite, the mask is evaluated once more to find what it reaches. In the
+forward this is `formula.reach`, pair by pair. In the backward, affected rows get weights of NaN:
+these make the gradients of what the rows see NaN, and no others. If everything is finite, this
+costs one pass over the inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ...shapes import Array, Bool
 from .. import base, formula
 from ..problem import Config, Gradients, Inputs, by_key_head, joined
 
-# Products below it are finite in float32, in powers of 2 too.
+# Products below this are finite in float32, in powers of 2 too.
 _LARGE = 1e37
 
 
@@ -28,7 +29,7 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     assert config.engine is not None
     out, lse = config.engine.forward(config, x._replace(value=base.finite(x.value)).grouped())
     out, lse = joined(out, 2), joined(lse, 2)
-    # Rows without any weight are empty, or all that they see is -inf: the mask knows which.
+    # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
     lost = lse == -jnp.inf
 
     def mend() -> tuple[Array, Array]:
@@ -46,7 +47,7 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 
 
 def _where(flags: Array, number: float, array: Array) -> Array:
-    """`array`, with a number where flags are raised."""
+    """The array, with a number where flags are True."""
     return jnp.where(flags, jnp.asarray(number, array.dtype), array)
 
 
@@ -61,7 +62,7 @@ def _extreme(config: Config, x: Inputs) -> Bool[Array, ""]:
 
 
 def _reached(config: Config, x: Inputs, flags: Bool[Array, "B K S C"]) -> Bool[Array, "B T N C"]:
-    """Which flags of the keys that it sees reach a query."""
+    """For each query, whether any visible key has a flag."""
     N, S = x.query.shape[2], x.key.shape[1]
 
     def some(start: Any, rows: int) -> Array:
@@ -77,7 +78,7 @@ def backward(
 ) -> Gradients:
     """Cotangents of the inputs by the config's engine; see `Engine`."""
     assert config.engine is not None
-    # What XLA knows, as the cotangent of a plain sum, it would look through as it compiles.
+    # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
     d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
     bad = ~jnp.isfinite(lse) | ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)

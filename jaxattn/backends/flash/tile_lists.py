@@ -1,7 +1,8 @@
-"""Which tiles a kernel visits: for every row of tiles, the active ones, mixed ones first.
+"""Which tiles a kernel visits: for every row of tiles, the active ones, PARTIAL ones first.
 
-A kernel owns a row of tiles and runs two loops over its list: one over PARTIAL tiles, with the
-mask, and one over FULL tiles, without. States of one size serve tiles of every other size.
+A program of a kernel computes one row of tiles, in two loops over its list: one over PARTIAL tiles,
+with the mask, and one over FULL tiles, without. From the states of tiles of one size follow those
+of other sizes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Lists(NamedTuple):
 
     Attributes:
       tile: int32 `[B|1, K|1, G|1, rows, columns]`, the columns of a row's active tiles: PARTIAL
-        ones, then FULL ones, then what nobody should read.
+        ones, then FULL ones, then EMPTY ones, which are not to be read.
       ends: int32 `[B|1, K|1, G|1, rows, 2]`, where PARTIAL tiles end, and where FULL ones do.
     """
 
@@ -38,10 +39,10 @@ def states_of(
     """States of tiles of the size `wanted`, from those of the size `given`.
 
     Along each axis one size divides the other, or one tile covers everything. Tiles that reach
-    beyond the end are PARTIAL at most: what is there has to be masked.
+    beyond the end are PARTIAL at most: the mask has to hide what is beyond it.
 
     Args:
-      states: as of `Inputs`; None where everything is FULL.
+      states: those of grouped `Inputs`; None where every tile is FULL.
       given, wanted: queries and keys of a tile.
       T, S: numbers of queries and keys.
     """
@@ -64,7 +65,7 @@ def _resized(states: Array, axis: int, old: int, new: int, count: int) -> Array:
     if extent == count and old == new:
         return states
     if extent == 1 or old % new == 0:
-        # Of a tile cut into smaller ones no more is known of each than of the whole.
+        # Each of the smaller tiles has the state of the tile that contains it.
         states = jnp.repeat(states, count if extent == 1 else old // new, axis)
         return lax.slice_in_dim(states, 0, count, axis=axis)
     widths = [(0, 0)] * states.ndim
@@ -78,7 +79,7 @@ def _resized(states: Array, axis: int, old: int, new: int, count: int) -> Array:
 def rows(states: Int[Array, "b k g rows columns"]) -> Lists:
     """The lists of active tiles of every row; of every column, for `jnp.swapaxes(states, 3, 4)`."""
     order = jnp.where(states == EMPTY, jnp.int8(FULL + 1), states)
-    # Stable: neighbours stay neighbours, whose keys and values are in the cache.
+    # Stable, so that tiles stay in the order of their keys, which caches and prefetching prefer.
     tile = jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
     ends = [(order <= kind).sum(-1, dtype=jnp.int32) for kind in (PARTIAL, FULL)]
     return Lists(tile, jnp.stack(ends, -1))

@@ -1,11 +1,11 @@
-"""Loops and kernels as functions that behave under JAX's transformations.
+"""Engines as functions that work under all of JAX's transformations.
 
 From the outside in:
 
-- `operation`: JAX sees one operation, whose tangent has an engine's own backward as its transpose,
-  over the same tiles; second derivatives are those of the formula, some rows at a time;
-- `custom_vmap`: a vmapped axis is folded into the batch axis. A loop batched by JAX would compute
-  every batch row to the length of the longest;
+- `operation`: JAX sees one operation. The transpose of its tangent is the engine's own backward,
+  over the same tiles. Second derivatives are those of the formula, some rows at a time;
+- `custom_vmap`: a vmapped axis is folded into the batch axis. A loop batched by JAX would run for
+  every batch row as long as for the longest;
 - `custom_partitioning`: inputs sharded over batch or heads are computed where they are.
 """
 
@@ -134,7 +134,7 @@ def _backward_rules(config: Config, tree: Any, local: bool) -> Rules:
 
 
 def _inputs(tree: Any, leaves: Sequence[Any]) -> Inputs:
-    """Inputs of these leaves, or what else stands in their places."""
+    """Inputs with these leaves, or with others in the same places, such as tangents."""
     return cast(Inputs, jax.tree.unflatten(tree, leaves))
 
 
@@ -150,7 +150,7 @@ def _by_formula(config: Config, x: Inputs) -> Callable[..., Any]:
 def _forward(config: Config, local: bool) -> Any:
     @custom_vmap
     def forward(x: Inputs) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _partitioned(Work("forward"), config, local, x))
+        return cast("tuple[Array, Array]", _partitioned(Pass("forward"), config, local, x))
 
     @forward.def_vmap
     def rule(size: int, batched: Any, x: Inputs) -> Any:
@@ -163,11 +163,11 @@ def _forward(config: Config, local: bool) -> Any:
 def _tangent(config: Config, local: bool) -> Any:
     @custom_vmap
     def tangent(x: Inputs, moved: Any) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", _partitioned(Work("tangent"), config, local, x, moved))
+        return cast("tuple[Array, Array]", _partitioned(Pass("tangent"), config, local, x, moved))
 
     @tangent.def_vmap
     def rule(size: int, batched: Any, x: Inputs, moved: Any) -> Any:
-        # What moves is as large as what it moves: both are batched, or neither is.
+        # A tangent has the shape of its primal: both are batched, or neither is.
         flags = tuple(map(operator.or_, x.floats(batched[0]), batched[1]))
         pairs = []
         for of, given in ((batched[0], x.floats()), (x.with_floats(batched[1], batched[0]), moved)):
@@ -190,7 +190,7 @@ def _backward(config: Config, local: bool, groups: int) -> Any:
 
     @custom_vmap
     def backward(x: Inputs, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Gradients:
-        work = Work("backward", groups)
+        work = Pass("backward", groups)
         return cast(Gradients, _partitioned(work, config, local, x, out, lse, d_out, d_lse))
 
     @backward.def_vmap
@@ -264,15 +264,15 @@ _AXES = {
 }  # fmt: skip
 
 
-class Work(NamedTuple):
-    """What is computed: "forward", "tangent", or "backward", of so many groups."""
+class Pass(NamedTuple):
+    """What is computed: "forward", "tangent", or "backward", with this number of groups."""
 
     name: str
     groups: int = 1
 
 
-def _partitioned(work: Work, config: Config, local: bool, x: Inputs, *rest: Any) -> Any:
-    """What `work` says, computed where the inputs are."""
+def _partitioned(work: Pass, config: Config, local: bool, x: Inputs, *rest: Any) -> Any:
+    """The pass `work`, computed where the inputs are."""
     args = (x, *rest)
     fn = _local(work, config)
     if local:
@@ -309,7 +309,7 @@ def _partitioned(work: Work, config: Config, local: bool, x: Inputs, *rest: Any)
 
 
 @lru_cache(maxsize=1024)
-def _local(work: Work, config: Config) -> Callable[..., Any]:
+def _local(work: Pass, config: Config) -> Callable[..., Any]:
     """What is computed; traced once for its shapes, for the primal and for the forward rule."""
     match work.name:
         case "forward":
@@ -330,7 +330,7 @@ def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
     )
 
 
-class _Split(NamedTuple):
+class _ShardedAxes(NamedTuple):
     """How an operation is split: mesh axes of batch rows, of query heads, and of key heads."""
 
     b: tuple[Any, ...] = ()
@@ -340,7 +340,7 @@ class _Split(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _operation(
-    work: Work,
+    work: Pass,
     config: Config,
     tree: Any,
     names: tuple[str, ...],
@@ -354,13 +354,13 @@ def _operation(
     """
     B, N, K = (size for _, size in extents)
 
-    def local(split: _Split, parts: int, *leaves: Array) -> Any:
+    def local(split: _ShardedAxes, parts: int, *leaves: Array) -> Any:
         # XLA asks for this while it compiles, under whatever mesh the caller has set; on one
         # device there is none.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
             return computed(split, parts, *leaves)
 
-    def computed(split: _Split, parts: int, *leaves: Array) -> Any:
+    def computed(split: _ShardedAxes, parts: int, *leaves: Array) -> Any:
         here = work._replace(groups=max(work.groups // parts, 1))
         used = None
         if split.n and not split.k:
@@ -372,8 +372,8 @@ def _operation(
         results = jax.tree.leaves(_local(here, config)(*jax.tree.unflatten(tree, leaves)))
         return tuple(whole(a, word, split, used) for a, word in zip(results, outs, strict=True))
 
-    def whole(array: Array, word: str, split: _Split, used: Array | None) -> Array:
-        """A gradient of what devices share: the sum of theirs."""
+    def whole(array: Array, word: str, split: _ShardedAxes, used: Array | None) -> Array:
+        """A result of all devices: gradients of arrays that they share are summed."""
         if used is not None and "k" in word:
             zeros = jnp.zeros((*array.shape[:2], K, *array.shape[3:]), array.dtype)
             array = zeros.at[:, :, used].add(array)
@@ -384,9 +384,9 @@ def _operation(
 
     @custom_partitioning
     def op(*leaves: Array) -> Any:
-        return computed(_Split(), 1, *leaves)
+        return computed(_ShardedAxes(), 1, *leaves)
 
-    def split_of(arg_shapes: Any) -> tuple[_Split, int]:
+    def split_of(arg_shapes: Any) -> tuple[_ShardedAxes, int]:
         """How the queries are split, and into how many parts their batch rows are."""
         sharding = arg_shapes[0].sharding
         spec = (*getattr(sharding, "spec", ()), *(None,) * 4)
@@ -397,9 +397,9 @@ def _operation(
             b, sizes[0] = (), 1
         if N % sizes[1]:
             n, sizes[1] = (), 1
-        return _Split(b, n, () if K % sizes[1] else n), sizes[0]
+        return _ShardedAxes(b, n, () if K % sizes[1] else n), sizes[0]
 
-    def shardings(mesh: Any, split: _Split, words: Sequence[str]) -> tuple[Any, ...]:
+    def shardings(mesh: Any, split: _ShardedAxes, words: Sequence[str]) -> tuple[Any, ...]:
         axes = split._asdict()
         return tuple(NamedSharding(mesh, P(*(axes.get(n) or None for n in word))) for word in words)
 

@@ -57,7 +57,7 @@ def refuse(call: Call) -> str | None:
 
 
 def obstacle(call: Call) -> str | None:
-    """What in the call the kernels can't compute on any device, or None."""
+    """Why no device could compute the call with these kernels, or None."""
     if jax.__version_info__ < (0, 11):
         return f"Mosaic GPU kernels need JAX 0.11 or later; this is {jax.__version__}"
     if _miscompiled():
@@ -92,7 +92,7 @@ def _unfit(parts: Split[Any]) -> str | None:
         return parts.reasons[0]
     residue = Residue(parts.program, parts.kinds)
     if "diagonal" in residue.kinds:
-        return "what depends on q - k alone is a table, which the kernels can't read"
+        return "values that depend on q - k alone are a table, which the kernels can't read"
     if not parts.scores:
         return programs.unsupported(residue.program)
     if any(residue.kinds[n] == "grid" for n in learned(residue)):
@@ -136,7 +136,7 @@ def build(
 def _tile(
     call: Call, tile: tuple[int, int] | None, known: TileStates | None, heads: int
 ) -> tuple[int, int]:
-    """The tile asked for, or that of the map that came along, if it suits, or what suits."""
+    """The requested tile, else that of the call's tile map if kernels have it, else the usual."""
     if tile is None and known is not None and all(n in (64, 128) for n in known.tile):
         tile = known.tile
     if tile is None:

@@ -1,6 +1,6 @@
 """Attention in plain XLA that computes only the tiles a mask allows: the engine on CPU.
 
-Time follows the active tiles, memory is O(T + S), forward and backward (`loops.py`).
+Time follows the active tiles, memory is O(T + S), forward and backward (`passes.py`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,10 @@ ENGINE = Engine(passes.forward, passes.backward, differentiable=passes.forward)
 
 
 def refuse(call: Call) -> str | None:
-    """Why this backend can't compute the call; it can, unless there is nothing to compute."""
-    if 0 in call.sizes:
-        return f"nothing to compute: the sizes are {call.sizes}"
+    """Why this backend can't compute the call: sizes are 0, or lengths are symbolic."""
     if base.symbolic(call.sizes.T, call.sizes.S):
         return "lengths are symbolic, and tiles are cut from known ones; 'dense' takes any"
-    return None
+    return base.nothing_to_compute(call)
 
 
 def footprint(call: Call) -> int:
@@ -65,8 +63,8 @@ def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inpu
 def _tile(
     call: Call, tile: tuple[int, int] | None, known: TileStates | None, heads: int
 ) -> tuple[int, int]:
-    """The tile asked for, or that of the map that came along, if steps of this size would be
-    neither tiny nor huge, or what suits the shapes."""
+    """The requested tile, else that of the call's tile map if it has a usual size, else one chosen
+    by the shapes."""
     T, S = call.sizes.T, call.sizes.S
     if tile is None and known is not None and all(64 <= n <= 1024 for n in known.tile):
         tile = known.tile

@@ -1,6 +1,6 @@
 """Kernels in Pallas Triton for NVIDIA GPUs: almost every call, in O(T + S) memory.
 
-The kernels are imported where they are used: Pallas would treble the time of `import jaxattn`.
+The kernels are imported where they are used: Pallas would triple the time of `import jaxattn`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ prepare = unchanged
 
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 
-# Maps of tiles up to this size are used as they are. Coarser ones would have every kernel compute
+# The largest tile of a given map that is used as it is. With larger ones every kernel would compute
 # more than a new map costs.
 _COARSEST = 256
 
@@ -41,8 +41,8 @@ def interpreted() -> Iterator[None]:
     """Inside, the kernels run on any platform, interpreted by JAX in tiles of 16: for tests."""
     token = _interpreted.set(True)
     try:
-        # A label, as labels are part of the key under which JAX keeps what it has traced: nothing
-        # that was compiled on the other side of this line is taken for ours.
+        # JAX keeps what it has traced under a key that contains this label: interpreted kernels and
+        # compiled ones are then never mistaken for each other.
         with set_xla_metadata(jaxattn="interpreted"):
             yield
     finally:
@@ -50,7 +50,7 @@ def interpreted() -> Iterator[None]:
 
 
 def refuse(call: Call) -> str | None:
-    """Why this backend can't compute the call: platform, sizes, dtype, or what is on a tile."""
+    """Why this backend can't compute the call: platform, sizes, dtype, mask or score."""
     unknown = gpu.unknown_sizes(call)
     if unknown is not None:
         return unknown
@@ -67,7 +67,7 @@ def refuse(call: Call) -> str | None:
 
     widest = max(call.sizes.H, call.sizes.Hv)
     if widest > tiles.WIDEST:
-        return f"head dimensions up to {tiles.WIDEST} fit; got {widest}"
+        return f"head dimensions up to {tiles.WIDEST} fit in its kernels; got {widest}"
     return gpu.unfit(call, _unfit)
 
 
@@ -95,7 +95,7 @@ def run(
 
     Args:
       call: what to compute.
-      tile: queries and keys of a tile, powers of 2 from 16 on; by default
+      tile: queries and keys of a tile, powers of 2 of at least 16; by default
         chosen by the head dimension and the dtype.
     """
     return transforms.attend(*build(call, tile))
@@ -115,7 +115,7 @@ def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inpu
 def _tile(
     call: Call, options: KernelOptions, known: TileStates | None, heads: int
 ) -> tuple[int, int]:
-    """The tile of the map that came along, if it divides those of the kernels, or the reverse."""
+    """The tile of the call's map, if it divides those of the kernels, or the reverse."""
     from . import tiles
 
     tile = _smallest(call, options)
@@ -127,7 +127,7 @@ def _tile(
 
 
 def _smallest(call: Call, options: KernelOptions) -> tuple[int, int]:
-    """The size of tiles whose states serve those of all of Triton's kernels."""
+    """The size of tiles from whose states those of every kernel's tiles follow."""
     from . import tiles
 
     _, T, S, _, _, H, Hv = call.sizes

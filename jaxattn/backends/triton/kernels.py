@@ -427,5 +427,5 @@ def _summed_diagonals(parts: Array) -> Array:
 
 @lru_cache(maxsize=256)
 def engine(options: KernelOptions) -> Engine:
-    """The kernels; the same ones step by step on any platform, slow, where they are interpreted."""
+    """The kernels as an engine. Interpreted, they run on any platform, slowly."""
     return Engine(partial(_forward, options), partial(_backward, options))

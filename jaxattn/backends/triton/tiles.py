@@ -27,7 +27,7 @@ from ..problem import DROPOUT, Config, Inputs, Residue
 
 
 class Block(NamedTuple):
-    """Queries and keys of a tile, warps of a program, and loads that are under way at a time."""
+    """Queries and keys of a tile, warps of a program, and the number of loads at the same time."""
 
     tq: int
     tk: int
@@ -44,10 +44,10 @@ class Blocks(NamedTuple):
     tables: Block
 
 
-# By bytes of a number and by head dimension, rounded up. Defaults, not measured on hardware yet:
-# from what an H100's assembler says of spilled registers: with JAX 0.12 nothing, for plain masks in
-# 16 bits. True float32 products run on the ordinary units, whose factors fill the registers:
-# some spill from 128 on.
+# By bytes of a number and by head dimension, rounded up. These are defaults that have not been
+# measured on hardware yet. They are chosen by the registers that an H100's assembler spills: with
+# JAX 0.12 none, for plain masks in 16 bits. True float32 products run on the ordinary units, whose
+# factors fill the registers: some spill from a head dimension of 128 on.
 _BLOCKS: dict[tuple[int, int], Blocks] = {
     (2, 64): Blocks(
         Block(128, 64, 8, 3), Block(64, 64, 4, 3), Block(64, 64, 8, 3), Block(64, 64, 8, 2)
@@ -73,7 +73,7 @@ LEAST, WIDEST = 16, 256
 
 
 def width(n: int) -> int:
-    """A head dimension, or a length, as blocks have them: the next power of two from 16 on."""
+    """The next power of two, at least 16: what blocks round head dimensions and lengths up to."""
     return max(LEAST, 1 << (max(n, 1) - 1).bit_length())
 
 
@@ -105,7 +105,7 @@ def blocks_of(options: KernelOptions, H: int, Hv: int, T: int, S: int, dtype: An
 
 
 def tile_of(options: KernelOptions, H: int, Hv: int, T: int, S: int, dtype: Any) -> tuple[int, int]:
-    """The size of tiles whose states serve those of every kernel."""
+    """The size of tiles from whose states those of every kernel's tiles follow."""
     blocks = blocks_of(options, H, Hv, T, S, dtype)
     return min(block.tq for block in blocks), min(block.tk for block in blocks)
 
@@ -363,7 +363,7 @@ def programs(sizes: KernelSizes) -> tuple[Any, Head]:
 
 # --- what kernels can compute ---------------------------------------------------------------------
 
-# What Pallas can give Triton of the operations on numbers, in JAX 0.10 already.
+# The operations on numbers that Pallas can lower to Triton, from JAX 0.10 on.
 _KNOWN = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh broadcast_in_dim cbrt ceil clamp
@@ -377,7 +377,7 @@ _KNOWN = frozenset(
 
 @lru_cache(maxsize=1024)
 def unknown(program: Program, learns: bool) -> tuple[str, ...]:
-    """The operations of a residue, or of its derivative where it `learns`, that kernels lack."""
+    """The operations that kernels lack, of a residue, and of its derivative where it `learns`."""
     structs = [jax.ShapeDtypeStruct(*program.types[ref]) for ref in program.inputs]
     floats = [n for n, s in enumerate(structs) if jnp.issubdtype(s.dtype, jnp.floating)]
 
