@@ -129,7 +129,7 @@ FIVE = jnp.ones(5, bool)
 
 def test_ids_of_one_row_for_many():
     x = jnp.zeros((4, 8, 2, 4))
-    with pytest.raises(ValueError, match="drop the axis, or repeat it 4 times"):
+    with pytest.raises(ValueError, match="remove the axis, or repeat it 4 times"):
         ja.attention(x, x, x, mask=masks.segments(jnp.zeros((1, 8), int)))
 
 
