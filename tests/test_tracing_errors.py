@@ -15,7 +15,7 @@ from jaxattn.tracing.split import split
 
 X = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
 TABLE = np.ones((8, 8), bool)
-INTERNAL = ("key_length", "key_valid", "add_array", "flagged_tokens", "first_tokens", "hoist")
+INTERNAL = ("KeyPadding", "GlobalTokens", "Predicate", "Scored", "formula", "canonical")
 
 
 def branches(b, h, q, k):
