@@ -1,7 +1,7 @@
-"""Frozen dataclasses as pytrees, equal by structure: what was written alike is compiled once.
+"""Frozen dataclasses as pytrees, equal by structure, so that equal masks are compiled once.
 
 JAX and Flax compare what they take as static: `static_argnums`, the attributes of modules. There a
-mask made anew has to equal the one before, or everything is traced again.
+mask that is made anew in each call has to equal the one before, or everything is traced again.
 """
 
 from __future__ import annotations
@@ -71,18 +71,18 @@ def is_registered(cls: type) -> bool:
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
-    """What reads attributes, as a tuple; masks are flattened many times a call."""
+    """A fast function that reads attributes: masks are flattened many times in a call."""
     if len(names) > 1:
         return attrgetter(*names)
     return lambda thing: tuple([getattr(thing, name) for name in names])
 
 
 class ByStructure:
-    """A pytree that is equal to another, and hashes alike, if it was written alike.
+    """A pytree that is equal to another, with the same hash, if both were written alike.
 
     That is: by the same functions (a lambda written twice is two), of the same numbers, put
-    together in the same way. What holds arrays is equal to itself alone and has no hash: its
-    values belong among the arguments of a program.
+    together in the same way. A pytree with arrays is equal only to itself and has no hash:
+    arrays belong among the arguments of a compiled function.
     """
 
     def __eq__(self, other: object) -> bool:
@@ -109,7 +109,7 @@ def _structure(thing: Any) -> Hashable | None:
     """What is compared; `None` for what holds arrays."""
     leaves, tree = jax.tree.flatten(thing)
     if len(leaves) == 1 and leaves[0] is thing:
-        # A class that is no pytree: nothing is known of it but which object it is.
+        # A class that is no pytree is compared as an object.
         return id(thing)
     if any(map(_is_array, leaves)):
         return None

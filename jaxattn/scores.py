@@ -1,7 +1,7 @@
-"""Scores: what changes the logits of visible cells, and learns.
+"""Scores: functions that change the logits of visible pairs, with parameters that learn.
 
 A score is a function of one logit and its positions, `score(logit, b, h, q, k) -> logit`, applied
-to `scale * query . key` before the mask removes what may not be seen. Its parameters are leaves:
+to `scale * query . key` before the mask removes the masked pairs. Its parameters are leaves:
 they may be traced, new values reuse the compiled program, and gradients flow to them.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 
 
 if not TYPE_CHECKING:
-    # Not seen by type checkers, to whom it would say that every score exists.
+    # Hidden from type checkers, for which every name would otherwise exist.
     def __getattr__(name: str) -> Any:
         raise unknown_attribute(__name__, name, sys.modules[__name__])
 
@@ -47,17 +47,17 @@ if not TYPE_CHECKING:
 class Score(ByStructure):
     """A function of one logit and its positions.
 
-    The one required method is `__call__(logit, b, h, q, k)`, written for a single cell: the logit
+    The one required method is `__call__(logit, b, h, q, k)`, written for a single pair: the logit
     a float32 (or float64) scalar, the positions int32 scalars. A class of yours needs nothing else,
     and may hold arrays, which learn.
 
-    Scores see 0 in place of the logits of cells that the mask removes. They have to be finite
+    Scores see 0 in place of the logits of masked pairs. They have to be finite
     there, in value and in gradient, at every pair of positions.
     """
 
-    # What is said of a score that is given as a mask.
+    # The remedy in the error for a score that is given as a mask.
     not_a_mask: ClassVar[str] = (
-        "scores change logits and remove no cells: pass it as score=, beside mask="
+        "scores change logits and mask no pairs: pass it as score=, beside mask="
     )
 
     def __call__(
@@ -115,7 +115,7 @@ class Scored(Score):
 
 
 def _one_float(result: Any, name: str) -> Array:
-    """What a function gave for one logit, if that is a float.
+    """The result of a function for one logit, checked to be one float.
 
     Raises:
       TypeError: for anything else.
@@ -171,7 +171,7 @@ def as_score(given: Any, where: str = "score") -> Score:
 def _check_is_function(given: Any, where: str) -> None:
     if isinstance(given, Mask):
         raise TypeError(
-            f"{where}: got the mask {given!r}, expected a Score; masks remove cells and change no "
+            f"{where}: got the mask {given!r}, expected a Score; masks remove pairs and change no "
             "logits: pass it as mask=, beside score="
         )
 
@@ -353,23 +353,23 @@ def bias(array: Float[ArrayLike, "..."]) -> Score:
     """An array added to the logits: `logit + array[b, h, q, k]`.
 
     Args:
-      array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. What
-        removes cells is a mask, not a bias: a warning says so of numbers like -1e9. Where
-        `positions=` are given it has to hold them: known ones beyond it raise, traced ones give NaN
-        where the mask allows the cell.
+      array: finite floats `[T, S]` or `[B|1, N|1, T|1, S|1]`. It learns like any parameter. Use a
+        mask to remove pairs: numbers like -1e9 in a bias raise a warning. Where `positions=` are
+        given the array has to have an entry for each: known positions beyond it raise an error,
+        traced ones give NaN for visible pairs.
     """
     values = concrete(array)
     if values is not None and (values == -np.inf).any():
         raise ValueError(
-            "bias(array): got -inf, expected finite floats; what removes cells is a mask: "
+            "bias(array): got -inf, expected finite floats; use a mask to remove pairs: "
             "masks.from_array(array, 'additive')"
         )
     allowed = {2: "[T, S]", 4: "[B|1, N|1, T|1, S|1]"}
     parameter = _parameter(array, "bias(array)", allowed)
     if values is not None and (low := values <= removes(parameter.dtype)).any():
         warnings.warn(
-            f"bias(array): got {values[low].flat[0]:g}, as of an array that removes cells; as a "
-            "bias it leaves them visible: nothing is skipped, and a query that sees no other key "
+            f"bias(array): got {values[low].flat[0]:g}, as in an array that removes pairs; a "
+            "bias leaves them visible: none is skipped, and a query without another visible key "
             "attends to them. masks.from_array(array, 'additive') reads such an array as a mask",
             stacklevel=2,
         )

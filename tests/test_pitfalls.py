@@ -296,7 +296,7 @@ def test_masks_dropped_by_a_backend() -> None:
 
 @pytest.mark.usefixtures("own_errors")
 def test_a_mask_in_the_place_of_a_bias() -> None:
-    with pytest.raises(ValueError, match="what removes cells is a mask"):
+    with pytest.raises(ValueError, match="use a mask to remove pairs"):
         scores.bias(jnp.where(VALID, 0.0, -jnp.inf)[None, None, None])
 
 

@@ -15,7 +15,7 @@ from jaxattn.tracing.split import split
 
 X = jax.random.normal(jax.random.key(0), (1, 8, 2, 4))
 TABLE = np.ones((8, 8), bool)
-INTERNAL = ("key_length", "key_valid", "add_array", "flagged_tokens", "first_tokens", "hoist")
+INTERNAL = ("KeyPadding", "GlobalTokens", "Predicate", "Scored", "formula", "canonical")
 
 
 def branches(b, h, q, k):
@@ -129,7 +129,7 @@ FIVE = jnp.ones(5, bool)
 
 def test_ids_of_one_row_for_many():
     x = jnp.zeros((4, 8, 2, 4))
-    with pytest.raises(ValueError, match="drop the axis, or repeat it 4 times"):
+    with pytest.raises(ValueError, match="remove the axis, or repeat it 4 times"):
         ja.attention(x, x, x, mask=masks.segments(jnp.zeros((1, 8), int)))
 
 

@@ -1,4 +1,4 @@
-"""Names of other libraries, and how one says the same here."""
+"""Names of other libraries, and what to write here instead."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ KEYWORDS = {
     "dtype": "nothing: the output has the query's dtype, and the softmax is float32",
 }
 
-# Arguments of what looks at a mask.
+# Arguments of the views of a mask.
 VIEWS = dict.fromkeys(("row", "rows", "batch"), "b=, the batch row, as in a predicate")
 VIEWS |= dict.fromkeys(("head", "heads"), "h=, the query head, as in a predicate")
 VIEWS |= {"colour": "color="}
@@ -165,7 +165,7 @@ METHODS = {
     "to_array": _DENSE,
     "materialize": _DENSE,
     "numpy": "np.asarray(mask.dense(T, S))",
-    "sparsity": "jaxattn.explain(query, key, value, mask=mask), whose density says it",
+    "sparsity": "the density of jaxattn.explain(query, key, value, mask=mask)",
     "to_string": "mask.show(T, S)",
     "visualize": "mask.show(T, S), mask.plot(), mask.html()",
     "intersect": _AND,
@@ -247,11 +247,11 @@ _PACKAGE = {
 
 
 def unknown_attribute(module: str, name: str, thing: Any) -> AttributeError:
-    """The error for an attribute that a module of ours lacks, with what is meant, if known."""
+    """The error for an attribute that a module lacks; it says what to write, if that is known."""
     own = {"jaxattn.masks": _MASKS, "jaxattn.scores": _SCORES}.get(module, _PACKAGE)
     meant = own.get(name)
     if meant is None:
-        # At home in another module.
+        # The name may belong to another module.
         elsewhere = {"jaxattn.masks": _MASKS, "jaxattn.scores": _SCORES, "jaxattn": _PACKAGE}
         for other, names in elsewhere.items():
             meant = meant or names.get(name) or _public(other, name)
@@ -279,11 +279,11 @@ def unknown_method(thing: Any, name: str) -> AttributeError:
 def with_remedies(
     words: dict[str, str] = KEYWORDS, name: str | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For a function of ours: it answers arguments that it does not have by what is meant.
+    """For a public function: an unknown argument raises an error that says what to write instead.
 
     Args:
-      words: what is meant by names that it does not have.
-      name: the function, as users write it; by default its own.
+      words: what to write for arguments of other libraries.
+      name: the function, as users write it; by default its own name.
     """
 
     def decorate(fn: Callable[P, R]) -> Callable[P, R]:

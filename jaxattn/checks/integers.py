@@ -1,8 +1,8 @@
 """Integers that users give: exact where they are known, and never wrapped around.
 
-Positions are int32. A number that meets them is an int32 too: what lies beyond, as in a window of
-2**40, is beyond every position, and the nearest int32 says the same. Ids meet only each other:
-those of 64 bits are numbered, so that equal ones stay equal and others don't become so.
+Positions are int32. A number that is compared with positions becomes int32 too: a larger one, such
+as a window of 2**40, is beyond every position, and so is the nearest int32. Ids are compared only
+with each other: those of 64 bits are numbered, so that equal ones stay equal and others different.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ LEAST, MOST = -(2**31), 2**31 - 1
 
 
 def concrete(given: Any) -> np.ndarray | None:
-    """The values of an argument where they can be looked at; `None` for a tracer's.
+    """The values of an argument where they are known here; `None` for a tracer.
 
-    Under `jit` the check of a value is the caller's, as it is for arrays spread over several hosts.
+    Values under `jit`, and of arrays spread over several hosts, are left for the caller to check.
     """
     if isinstance(given, jax.core.Tracer) or not getattr(given, "is_fully_addressable", True):
         return None
@@ -67,7 +67,7 @@ def _wide(dtype: Any) -> bool:
 
 
 def beyond(array: Any) -> int | None:
-    """A value beyond int32, where there is one and it can be looked at."""
+    """A value beyond int32, if there is one and the values are known."""
     values = concrete(array) if _wide(array.dtype) else None
     if values is None:
         return None
@@ -99,12 +99,12 @@ def _read(given: Any, name: str, shapes: Sequence[str]) -> Any:
 
 
 def integers(given: Any, name: str, shapes: Sequence[str], minimum: int | None = None) -> Any:
-    """Numbers that meet positions: Python's stay Python's, all else is an int32 array.
+    """Numbers that are compared with positions: Python's stay as they are, others become int32.
 
     Args:
       given: what the user gave; beyond int32, the nearest int32 stands for it.
       name: of the argument, for errors.
-      shapes: what each allowed rank means, as in `("[]", "[B]")`.
+      shapes: the allowed shapes, as in `("[]", "[B]")`.
       minimum: the least that is allowed, checked where values are known.
 
     Raises:
@@ -121,7 +121,7 @@ def integers(given: Any, name: str, shapes: Sequence[str], minimum: int | None =
 
 
 def identifiers(*given: tuple[Any, str, Sequence[str]]) -> tuple[Array, ...]:
-    """Numbers that meet only each other, in one dtype, the same ones equal.
+    """Numbers that are compared only with each other, in one dtype; equal ones stay equal.
 
     Args:
       *given: for each argument what the user gave, its name for errors, and what each allowed rank
@@ -146,7 +146,7 @@ def identifiers(*given: tuple[Any, str, Sequence[str]]) -> tuple[Array, ...]:
             for (_, name, _), array, each in zip(given, arrays, values, strict=True)
         )
         raise TypeError(
-            f"{came}: no integer that JAX has here holds both; number the ids together before they "
+            f"{came}: no integer dtype of JAX holds both here; number the ids together before they "
             "are traced, as np.unique(ids, return_inverse=True)[1] does, or cast both to one dtype"
         )
     return _numbered([np.asarray(each) for each in values])
@@ -157,7 +157,7 @@ def _named(dtype: Any) -> str:
 
 
 def _fitting(array: Any) -> Any:
-    """The same, as int32 where it was wider for nothing and JAX has not seen it yet."""
+    """The same array, as int32 where NumPy's is wider than its values need."""
     small = array.dtype.itemsize <= 4 and not _is_python(array.dtype)
     if small or not isinstance(array, np.ndarray):
         return array
@@ -165,23 +165,23 @@ def _fitting(array: Any) -> Any:
 
 
 def _common(dtypes: Sequence[Any]) -> Any:
-    """The integer dtype that holds what all of these hold, where JAX has it."""
+    """The integer dtype that holds all values of these dtypes; None where JAX has none."""
     if all(dtype == dtypes[0] for dtype in dtypes):
         common = dtypes[0]
     else:
         try:
             common = reduce(np.promote_types, dtypes)
         except TypeError:
-            # Of JAX's own dtypes below a byte.
+            # JAX's own dtypes of less than a byte.
             return None
     has = np.issubdtype(common, np.integer) or jnp.issubdtype(common, jnp.integer)
     return common if has and jax.dtypes.canonicalize_dtype(common) == common else None
 
 
 def _numbered(arrays: Sequence[np.ndarray]) -> tuple[Array, ...]:
-    """The numbers of values among all that occur, from the least on."""
+    """Each value's rank among all values that occur, from 0."""
     dtype = np.result_type(*arrays)
-    # int64 and uint64 would meet in floats.
+    # NumPy promotes int64 and uint64 to float64.
     exact = dtype if np.issubdtype(dtype, np.integer) else np.dtype(object)
     every = np.concatenate([array.astype(exact).ravel() for array in arrays])
     numbers = np.unique(every, return_inverse=True)[1].astype(np.int32)
@@ -193,7 +193,7 @@ def _numbered(arrays: Sequence[np.ndarray]) -> tuple[Array, ...]:
 
 
 def plain(value: Any, name: str, minimum: int) -> int:
-    """A number that shapes depend on, as an `int`.
+    """A number on which shapes depend, as an `int`.
 
     Raises:
       TypeError: for what is no integer, or is traced.
@@ -228,6 +228,6 @@ def check_exact(arguments: Any, name: str) -> None:
         if wrapped.size:
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)}: got {wrapped.flat[0]}, which {dtype} does "
-                "not hold, and positions are int32; give the nearest that does, number ids by "
-                "np.unique(ids, return_inverse=True)[1], or enable 64 bits for arrays of them"
+                "not hold (positions are int32); give the nearest number that it holds, number "
+                "ids by np.unique(ids, return_inverse=True)[1], or enable JAX's 64 bits for arrays"
             )

@@ -1,4 +1,4 @@
-"""What goes wrong in a function of positions, in the words of whoever wrote it."""
+"""Errors in a user's function of positions, in the user's terms: its name, file and line."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _REMEDIES: tuple[tuple[type[Exception], str], ...] = (
 
 
 def code_object(fn: Any) -> CodeType | None:
-    """The code that a user wrote: of a function, of a partial one, or of an object's call."""
+    """The code object of a function, of a `partial`, or of an object's `__call__`."""
     while isinstance(fn, partial):
         fn = fn.func
     fn = inspect.unwrap(fn)
     fn = getattr(fn, "__func__", fn)
-    # Of an object, what its class says of calls.
+    # The calls of an object go to its class.
     fn = fn if hasattr(fn, "__code__") else getattr(type(fn), "__call__", None)  # noqa: B004
     return getattr(fn, "__code__", None)
 
 
 def held_by(fn: Any) -> dict[str, Any]:
-    """What a function reads that it is not called with, by name: what it closes over, defaults,
-    globals, and what an object holds."""
+    """What a function reads besides its arguments, by name: what it closes over, its defaults, its
+    globals, and the attributes of an object."""
     while isinstance(fn, partial):
         fn = fn.func
     code = getattr(fn, "__code__", None)
@@ -63,7 +63,7 @@ def held_by(fn: Any) -> dict[str, Any]:
         name: fn.__globals__[name] for name in code.co_names if name in fn.__globals__
     }
     for name, cell in zip(code.co_freevars, fn.__closure__ or (), strict=True):
-        # A cell may be empty still: of a name that is given its value later.
+        # A cell is empty as long as its name has no value.
         if (held := _content(cell)) is not None:
             found[name] = held
     return found
@@ -82,7 +82,7 @@ def parameters(fn: Any, first: int) -> list[str]:
 
 
 def place(fn: Any, error: BaseException | None = None) -> str:
-    """`file:line` of a function, or of where in it an error came from; "" for built-in ones."""
+    """`file:line` of a function, or of the line in it that raised; "" for built-in functions."""
     code = code_object(fn)
     if code is None:
         return ""
@@ -103,14 +103,14 @@ def named(name: str, fn: Any, error: BaseException | None = None) -> str:
 def explained(
     error: Exception, fn: Callable[..., Any], name: str, signature: str, args: Sequence[Any]
 ) -> TypeError | None:
-    """What to raise in place of an error that a user's function raised; `None` for that one.
+    """A clearer error for one that a user's function raised; `None` where the first is clear.
 
     Args:
       error: what was raised.
       fn: the function.
-      name: the mask or score that it is.
-      signature: what it is called with, as in "b, h, q, k".
-      args: with these.
+      name: the repr of its mask or score.
+      signature: the parameters it should have, as in "b, h, q, k".
+      args: the arguments it was called with.
     """
     for kind, remedy in _REMEDIES:
         if isinstance(error, kind):
@@ -135,7 +135,7 @@ def explained(
 
 
 def one_bool(result: Any, name: str) -> Any:
-    """What a function gave for one query and one key, if that is a bool.
+    """The result of a function for one query and one key, checked to be one bool.
 
     Raises:
       TypeError: for anything else.
@@ -148,17 +148,17 @@ def one_bool(result: Any, name: str) -> Any:
         got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
         raise TypeError(
             f"{name}: for one query and one key it returned {got}, expected a single bool; "
-            "a mask says whether they may meet (numbers belong in jaxattn.scores)"
+            "a mask is True where the query may attend to the key; numbers belong in jaxattn.scores"
         )
     return answer
 
 
 def uncalled(given: Any, where: str) -> None:
-    """Raises for a constructor, or a class, where what it makes was meant."""
+    """Raises for a constructor or a class that was passed without being called."""
     name = getattr(given, "__name__", "")
     if isinstance(given, type):
         raise TypeError(
-            f"{where}: got the class {name}, expected one made of it; call it: {name}(...)"
+            f"{where}: got the class {name}, expected an instance; call it: {name}(...)"
         )
     # The room of a constructor, `masks` or `scores`: `jaxattn.masks.by_array`, `jaxattn.scores`.
     package, _, module = (getattr(given, "__module__", None) or "").partition(".")

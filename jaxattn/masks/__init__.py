@@ -97,6 +97,6 @@ __all__ = [
 
 
 if not typing.TYPE_CHECKING:
-    # Not seen by type checkers, to whom it would say that every mask exists.
+    # Hidden from type checkers, for which every name would otherwise exist.
     def __getattr__(name: str) -> object:
         raise unknown_attribute(__name__, name, sys.modules[__name__])

@@ -47,17 +47,17 @@ class Segments(BuiltInMask):
 
 
 def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | None = None) -> Mask:
-    """Packed documents see only themselves: `q_ids[b, q] == k_ids[b, k]`.
+    """Queries see the keys of their own packed document: `q_ids[b, q] == k_ids[b, k]`.
 
     Args:
       q_ids: segment ids of the queries, integers `[T]` or `[B, T]`, in any order.
       k_ids: segment ids of the keys, `[S]` or `[B, S]`; by default those of the queries.
 
-    Ids may have 64 bits, as hashes of documents do: without JAX's x64 they are numbered, where
-    their values are known. Through `jit` they come as wide as JAX keeps them, by default cut to 32
-    bits: make the mask outside and pass it.
+    Ids may have 64 bits, as hashes of documents do: without JAX's x64 they are numbered,
+    where their values are known. JAX cuts arguments of `jit` to 32 bits by default: make the mask
+    outside and pass it.
 
-    Padding is a segment like any other here: `& key_padding(...)` keeps it from being seen.
+    Padding is a segment like any other here: `& key_padding(...)` masks it.
     Source: packing, Krell et al., arXiv 2107.02027; T5, arXiv 1910.10683.
     """
     rows, columns = ("[T]", "[B, T]"), ("[S]", "[B, S]")
@@ -83,14 +83,14 @@ def key_padding(
     *,
     lengths: Int[ArrayLike, "*B"] | int | None = None,
 ) -> Mask:
-    """Padding keys are seen by nobody: `valid[b, k]`, or `k < lengths[b]`.
+    """Padding keys are masked for every query: `valid[b, k]`, or `k < lengths[b]`.
 
     Args:
       valid: booleans `[S]` or `[B, S]`, True where the key is a real token (on the left, on the
         right, anywhere).
       lengths: instead, how many real tokens come before the padding, int or `[B]`.
 
-    For tokens padded on the left, `~key_padding(lengths=pads)` with the numbers of pads says it.
+    For tokens padded on the left, `~key_padding(lengths=pads)` gives the numbers of pads.
     """
     return _padding(KeyPadding, "S", valid, lengths)
 
@@ -208,8 +208,8 @@ def global_tokens(
         raise TypeError(
             f"global_tokens(tokens): got integers {list(array.shape)}, expected one integer or "
             "booleans [T] or [B, T]; tokens at these positions are "
-            "global_tokens(jnp.zeros(T, bool).at[positions].set(True)), so many first tokens of "
-            "each row are global_tokens(counts=...)"
+            "global_tokens(jnp.zeros(T, bool).at[positions].set(True)), numbers of first "
+            "tokens, one for each row, are global_tokens(counts=...)"
         )
     flags = _booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
     return GlobalTokens(flags)
@@ -341,7 +341,7 @@ def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*B"] | int | No
 def _depth_first(parents: Array) -> tuple[Array, Array]:
     """Entering and leaving times of every node, for parents that come before their children."""
     n = parents.shape[0]
-    # Roots hang on a node n of their own.
+    # The roots are children of an additional node n.
     above = jnp.where(parents < 0, n, parents)
 
     def add(i: Any, sizes: Array) -> Array:
@@ -375,7 +375,7 @@ def from_array(array: Shaped[ArrayLike, "..."], convention: Convention) -> Mask:
         | convention | keeps | removes | dtype | rank 2 | used by |
         |---|---|---|---|---|---|
         | `"attend"` | True, 1 | False, 0 | bool, integer | `[T, S]` | `jax.nn`, torch SDPA |
-        | `"ignore"` | False, 0 | True, 1 | bool, int, float | `[T, S]`, or `[B, S]` as said below \
+        | `"ignore"` | False, 0 | True, 1 | bool, int, float | `[T, S]`, or `[B, S]` (see below) \
 | the Transformer tutorial, torch `key_padding_mask`, `attn_mask` |
         | `"additive"` | 0 | -1e4 or less | float | `[T, S]` | torch float masks, T5, Hugging Face \
 inside |
@@ -383,8 +383,8 @@ inside |
         | `"keras"` | True, 1 | False, 0 | bool, integer | `[B, S]` | Keras `mask`, `padding_mask` |
         | `"flax"` | not 0 | 0 | bool, int, float | `[T, S]` | `flax.linen.make_attention_mask` |
 
-        Padding `[B, S]` in the "ignore" convention is told from `[T, S]` by giving it rank 4, as
-        the tutorial does: `padding[:, None, None, :]`.
+        Give padding `[B, S]` in the "ignore" convention rank 4, so that it is no `[T, S]`, as the
+        tutorial does: `padding[:, None, None, :]`.
       convention: one of the six names.
 
     Returns:

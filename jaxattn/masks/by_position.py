@@ -66,7 +66,7 @@ def causal(offset: Int[ArrayLike, "*B"] | int = 0) -> Mask:
     Args:
       offset: int or `[B]`; how many keys come before the first query. With the default the first
         query meets the first key (top-left, as in `jax.nn`), also where T != S; `S - T` aligns
-        the last query with the last key (bottom-right). `positions=` says the same for every mask
+        the last query with the last key (bottom-right). `positions=` does the same for every mask
         of a call at once.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762.
@@ -113,7 +113,7 @@ class PrefixLm(BuiltInMask):
 
 
 def prefix_lm(lengths: Int[ArrayLike, "*B"] | int) -> Mask:
-    """Everyone sees the prefix, the rest is causal: `(k < lengths[b]) | (q >= k)`.
+    """Every query sees the prefix; the rest is causal: `(k < lengths[b]) | (q >= k)`.
 
     Args:
       lengths: int or `[B]`, the number of prefix tokens, at least 0.

@@ -1,4 +1,4 @@
-"""Masks that come as arrays, in the six conventions that are in use, each checked."""
+"""Arrays of other libraries that mean a mask: six conventions, each checked."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..shapes import Array, Bool
 
 Convention = Literal["attend", "ignore", "additive", "hf", "keras", "flax"]
 
-# What an additive mask may add to remove a cell. Below it exp() is 0 in float32 for logits of any
+# What an additive mask adds to remove a pair. Below it exp() is 0 in float32 for logits of any
 # trained model; -1e4, the largest that float16 users chose, is the smallest in use.
 _REMOVES = -1e4
 
 
 def kept_pairs(array: Any, convention: str) -> Bool[Array, "..."]:
-    """Which cells an array of that convention keeps; `jaxattn.masks.from_array` says the rules."""
+    """Which pairs an array of that convention keeps; see `jaxattn.masks.from_array`."""
     if convention not in get_args(Convention):
         expected = ", ".join(map(repr, get_args(Convention)))
         raise ValueError(f"from_array(convention): got {convention!r}, expected one of {expected}")
@@ -28,14 +28,14 @@ def kept_pairs(array: Any, convention: str) -> Bool[Array, "..."]:
     if numbers is not None:
         _check_values(numbers, convention)
     if convention == "additive":
-        # Written so that a NaN removes: nothing unknown is let through.
+        # A NaN compares False, and so removes the pair.
         return values > removes(values.dtype)
     nonzero = values if values.dtype == jnp.bool_ else values != 0
     return ~nonzero if convention == "ignore" else nonzero
 
 
 def removes(dtype: Any) -> float:
-    """The largest number that removes a cell: -1e4 as that dtype rounds it (bfloat16: -9984)."""
+    """The largest number that removes a pair: -1e4 as that dtype rounds it (bfloat16: -9984)."""
     return float(np.asarray(_REMOVES, dtype))
 
 

@@ -1,7 +1,7 @@
 """`Mask`: a pure function of positions, and its algebra.
 
-A mask answers one question for one query and one key: may they meet? Everything else in the
-library is derived from that answer.
+A mask answers one question for one query and one key: may the query attend to the key? Everything
+else in the library is derived from that answer.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Mask(ByStructure):
         )
 
     if not TYPE_CHECKING:
-        # Not seen by type checkers, to whom it would say that a mask has every attribute.
+        # Hidden from type checkers, for which a mask would otherwise have every attribute.
         def __getattr__(self, name: str) -> Any:
             raise unknown_method(self, name)
 
@@ -161,7 +161,7 @@ def as_mask(given: Any, where: str = "mask") -> Mask:
 
 
 def check_is_predicate(given: Any, where: str) -> None:
-    """Checks that a callable is none of those that change logits.
+    """Checks that a callable is not a score.
 
     Raises:
       TypeError: for a score.
@@ -317,7 +317,7 @@ class Predicate(Mask):
 
 
 def dense(array: Bool[ArrayLike, "..."]) -> Mask:
-    """An array that is already there: `array[q, k]`, or `array[b, h, q, k]`.
+    """A mask given as an array: `array[q, k]`, or `array[b, h, q, k]`.
 
     Args:
       array: booleans, exactly `[T, S]`, or `[B|1, N|1, T|1, S|1]`; True where the query may
@@ -344,13 +344,13 @@ def dense(array: Bool[ArrayLike, "..."]) -> Mask:
 
 
 def _chained(mask: And | Or | Xor, sign: str) -> str:
-    """Two masks with the sign between them, as one would write it."""
+    """Two masks with the operator between them, as a user writes it."""
     sides = mask.left, mask.right
     return f" {sign} ".join(repr(s) if type(s) is type(mask) else _enclosed(s) for s in sides)
 
 
 def _enclosed(part: Mask) -> str:
-    """In parentheses where an operator would take it apart."""
+    """In parentheses where it is an operator's expression."""
     return f"({part!r})" if isinstance(part, (And, Or, Xor)) else repr(part)
 
 

@@ -1,6 +1,6 @@
-"""Rules: what an elementwise operation can give, from what it is given.
+"""Rules: the bounds of an elementwise operation's result, from the bounds of its arguments.
 
-Every value lies between two bounds. The law is that it never leaves them:
+Every value has two bounds, and is never outside of them:
 
 - Integers: an operation that might wrap around gives the whole range of the dtype.
 - Floats: bounds are finite and rounded outward; where they can't be, they are (-inf, inf), which

@@ -1,6 +1,6 @@
-"""Tile maps: which tiles of a mask are empty, mixed or full.
+"""Tile maps: which tiles of a mask are EMPTY, PARTIAL or FULL.
 
-A `TileMap` is a mask that brings its map along, to be built once and shared by layers:
+A `TileMap` is a mask together with its tile map, to be built once and shared by layers:
 
     tiles = tile_map(mask, query.shape, key.shape)
     for layer in layers:
@@ -38,7 +38,7 @@ TILE = (256, 256)
 
 @pytree
 class TileStates:
-    """States of tiles, without the mask that they are of.
+    """The states of a mask's tiles, without the mask.
 
     Attributes:
       states: int8 `[B|1, N|1, nq, nk]`.
@@ -124,7 +124,7 @@ class TileMap(Mask):
         return TileStates(self.states, self.tile) if alike else None
 
     def _alike(self, name: str, positions: Positions | None) -> bool | None:
-        """Whether positions are those of the map; `None` where that is not known."""
+        """Whether positions equal those of the map; `None` where that is not known."""
         mine, other = getattr(self.positions, name), getattr(positions or Positions(), name)
         if mine is other:
             return True
@@ -241,7 +241,7 @@ def streamed(
 
     def state(tile: tuple[Any, Any]) -> Any:
         i, j = tile
-        # The last tile is moved back into the array; what it has in common with others is left out.
+        # The last tile is moved back into the array; pairs that other tiles have are left out.
         q, k = jnp.minimum(i * tile_q, T - size_q), jnp.minimum(j * tile_k, S - size_k)
         found = split.residue(*(op.tile(q, k, size_q, size_k, S) for op in operands))
         found = jnp.broadcast_to(found, (*_lead(found), size_q, size_k))

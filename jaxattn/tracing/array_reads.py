@@ -1,8 +1,8 @@
-"""Reads of arrays: the many forms in which JAX writes `array[b, 0, q, k]`, brought to one.
+"""Reads of arrays: the many forms in which JAX writes `array[b, 0, q, k]`, in one form.
 
 `read(array, *indices, axes)` takes one element along each of `axes`; indices out of range are
-clamped. An index is *bare* where it is a position itself, counted from 0: the array then need not
-be gathered, it is the feature.
+clamped. An index is *bare* where it is a position itself, counted from 0: the array is then the
+operand as it is, without a gather.
 """
 
 from __future__ import annotations
@@ -50,8 +50,11 @@ class Read(NamedTuple):
 
 
 class AxisRead(NamedTuple):
-    """An axis that is read at a bare position: counted from 0 that has its extent, else the
-    positions that are given have to lie within."""
+    """An axis that is read at a bare position.
+
+    The extent has to be the number of positions where they count from 0; given positions have to
+    lie below it.
+    """
 
     array: Ref
     axis: int
@@ -170,7 +173,7 @@ class ReadBuilder(Builder):
         ):
             return None
         filled = mode == "FILL_OR_DROP"
-        # Whoever says what stands beyond an array has thought of it.
+        # An explicit fill value is the user's answer for positions beyond the array.
         answered = filled and _answers(params["fill_value"], self.type(array).dtype)
         index = {
             a: self.index(array, a, at, filled=filled, answered=answered)
@@ -236,8 +239,8 @@ class ReadBuilder(Builder):
         Args:
           array, axis, at: what is read, along which axis, and where.
           filled: whether a read beyond the array is not clamped.
-          answered: whether the caller says what it gives; a given position is then an index like
-            any other.
+          answered: whether the user gave a fill value; a given position is then an index like any
+            other.
         """
         extent = self.type(array).shape[axis]
         plain = self._unwrapped(at, extent)
@@ -337,11 +340,12 @@ def _equals(ref: Ref, value: int) -> bool:
 
 
 def _answers(fill: Any, dtype: Any) -> bool:
-    """Whether a read says itself what stands beyond the array, rather than JAX for it."""
+    """Whether a read has a fill value of the user's, other than JAX's default."""
     if fill is None or jnp.issubdtype(dtype, jax.dtypes.extended):
         return False
-    said, usual = _fill_value(fill, dtype), _fill_value(None, dtype)
-    return bool(said != usual) and not bool(said != said and usual != usual)
+    given, default = _fill_value(fill, dtype), _fill_value(None, dtype)
+    both_nan = given != given and default != default
+    return bool(given != default) and not bool(both_nan)
 
 
 def _fill_value(fill: Any, dtype: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Functions of users as `Program`s: traced, and compared by what they compute.
+"""Masks and scores in canonical form: users' functions traced, compared by what they compute.
 
-The same lambda written anew is then compiled once, and the arrays it closes over, tracers
-included, are leaves like any others.
+A lambda that is written anew in each call is then compiled once, and the arrays that it closes
+over, tracers included, become leaves.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ M = TypeVar("M", bound=Mask | Score)
 
 
 def canonicalize(given: M, logit: Any = jnp.float32) -> M:
-    """The same mask or score, its functions all the library's own or `Program`s.
+    """The same mask or score, with every function of a user's as a `Program`.
 
     Arrays that a mask's functions close over carry no gradient; those of a score learn. A score is
     traced for logits of the dtype `logit`, and its parameters of 16 bits are float32 from here on:
@@ -38,10 +38,10 @@ def canonicalize(given: M, logit: Any = jnp.float32) -> M:
     if _is_canonical(given):
         return jax.tree.map(_wide, given) if isinstance(given, Score) else given
     if is_registered(type(given)) and not isinstance(given, (Predicate, Scored)):
-        # Made of others, each of which is canonical alone.
+        # Its parts may hold functions of users.
         return _with_parts(given, partial(canonicalize, logit=logit))
     if jax.tree_util.all_leaves([given]):
-        # A class that JAX knows nothing of: a function, with what it holds closed over.
+        # A class that is no pytree is a function that closes over its attributes.
         given = cast(M, Scored(given) if isinstance(given, Score) else Predicate(given))
     return _traced(given, logit)
 
@@ -54,7 +54,7 @@ def _traced(given: M, logit: Any) -> M:
         found.append(array)
         return array
 
-    _with_functions(given, partial(_opened, swap=find))
+    _with_functions(given, partial(_with_captured, swap=find))
     leaves, tree = jax.tree.flatten(given)
     own = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
     arrays = [leaves[i] for i in own] + found
@@ -67,7 +67,7 @@ def _traced(given: M, logit: Any) -> M:
         filled = dict(enumerate(leaves)) | {i: next(traced) for i in own}
         part = jax.tree.unflatten(tree, filled.values())
         if found:
-            part = _with_functions(part, partial(_opened, swap=lambda _: next(traced)))
+            part = _with_functions(part, partial(_with_captured, swap=lambda _: next(traced)))
         answer = part(*args[: len(lead)])
         return answer if isinstance(given, Score) else one_bool(answer, repr(given))
 
@@ -162,9 +162,10 @@ def _wide(array: Any) -> Any:
 
 # --- arrays in closures ---------------------------------------------------------------------------
 #
-# An array whose type says how it is sharded can't be indexed by one position: the type of the
-# result would not be known. In leaves it is traced as an array that lies anywhere; in closures it
-# has to be found first. So have floats of 16 bits, which scores compute with in float32.
+# An array on explicit mesh axes has a sharding in its type, and can't be indexed by one position.
+# Leaves are traced without their sharding. Arrays in closures have to be found first; functions
+# that make mesh axes automatic reach arguments only. Likewise floats of 16 bits, which scores
+# compute with in float32.
 
 
 def _with_functions(part: Any, change: Callable[[Any], Any]) -> Any:
@@ -182,12 +183,12 @@ def _with_functions(part: Any, change: Callable[[Any], Any]) -> Any:
     return replace(part, **changed)
 
 
-def _opened(thing: Any, swap: Callable[[Any], Any], within: tuple[int, ...] = ()) -> Any:
-    """A function with arrays it closes over, directly or not, swapped.
+def _with_captured(thing: Any, swap: Callable[[Any], Any], above: tuple[int, ...] = ()) -> Any:
+    """A function with some of the arrays that it closes over, directly or not, replaced.
 
-    They are those that are explicitly sharded, and floats of 16 bits.
+    Replaced are arrays on explicit mesh axes, and floats of 16 bits.
     """
-    again = partial(_opened, swap=swap, within=(*within, id(thing)))
+    again = partial(_with_captured, swap=swap, above=(*above, id(thing)))
     if isinstance(thing, jax.Array):
         apart = any(jax.typeof(thing).sharding.spec) or _is_narrow(thing)
         return swap(thing) if apart else thing
@@ -201,7 +202,7 @@ def _opened(thing: Any, swap: Callable[[Any], Any], within: tuple[int, ...] = ()
         for name, value in vars(thing).items():
             object.__setattr__(made, name, again(value))
         return made
-    if not isinstance(thing, FunctionType) or id(thing) in within:
+    if not isinstance(thing, FunctionType) or id(thing) in above:
         return thing
     cells, defaults = thing.__closure__, thing.__defaults__
     function = FunctionType(

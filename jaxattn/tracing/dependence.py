@@ -1,4 +1,4 @@
-"""Plans: the dependence of every value of a mask or a score, and where its residue begins."""
+"""On which positions each value of a mask or score depends; from that its operands and residue."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ Kind: TypeAlias = Literal["row", "column", "head", "grid", "diagonal"]
 # Dependence is a set of positions, as bits.
 B, H, Q, K, LOGIT = 1, 2, 4, 8, 16
 
-# Operations that cost about as little as loading their result would; of a chain of these, what
-# depends on q - k alone is not worth a vector of its own.
+# Operations about as cheap as loading their result: a chain of these that depends on q - k alone is
+# computed for each pair, and gets no operand of its own.
 _CHEAP = frozenset(
     [
         "abs",
@@ -102,7 +102,7 @@ class SplitPlan:
 
 
 class Signature(NamedTuple):
-    """What a mask or score is apart from the values of its leaves; hashable.
+    """All of a mask or score but the values of its leaves; hashable, the key of its plan.
 
     Attributes:
       tree: its structure.

@@ -1,4 +1,4 @@
-"""Functions that are compiled again and again, for every value of a number that they capture.
+"""A warning for functions that are compiled anew for every value of a number they capture.
 
 A lambda written anew is compared by what it computes, and a Python number that it closes over is
 part of that: `lambda b, h, q, k: q - k < w` compiles anew for each `w`, in about half a second and
@@ -18,9 +18,9 @@ import numpy as np
 from ..checks.user_functions import code_object, held_by
 from .program import Program
 
-# Local and global layers, or a window a head, are a few values by intent; more come from a loop.
+# A few values are intended, as for local and global layers; more come from a loop.
 _FEW = 5
-# So many lines of code are watched, the last ones.
+# The number of lines of code that are watched: the last ones.
 _WATCHED = 256
 
 _Line = tuple[str, int, int]
@@ -62,7 +62,7 @@ def _message(fn: Callable[..., Any], name: str, maker: str) -> str:
     place = "" if code is None else f" ({code.co_filename}:{code.co_firstlineno})"
     return (
         f"{name}{place}: compiled for {_FEW} values of a Python number that it captures"
-        f"{f' ({said})' if said else ''}, and again for every new one; each takes time, and memory "
-        f"that is kept. Make it an array, {first} = jnp.asarray({first}), or an argument, "
+        f"{f' ({said})' if said else ''}, and once more for each new one; each takes time, and "
+        f"memory that is kept. Make it an array, {first} = jnp.asarray({first}), or an argument, "
         f"{maker}(fn, {first}): new values then reuse the compiled program"
     )

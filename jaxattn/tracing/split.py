@@ -1,4 +1,4 @@
-"""What each query knows, what each key knows, and what they decide together.
+"""The split of a mask or score: operands for each query and for each key, and a residue.
 
 A mask or a score is traced once, for one query and one key. Every value it computes depends on a
 subset of the positions {b, h, q, k} (and of the logit). What does not depend on both q and k is an
@@ -41,7 +41,7 @@ X = TypeVar("X")
 
 
 class Operand(NamedTuple):
-    """What a residue is given: an array, and which of its axes go with a tile.
+    """An input of the residue: an array, and which of its axes are cut into tiles.
 
     | kind | depends on | array |
     |---|---|---|
@@ -191,8 +191,8 @@ class Split(Generic[G]):
         plan = self.plan
         if _counted(positions) != plan.counted:
             raise ValueError(
-                f"Split.operands(positions): given where split() saw none, or the reverse: got "
-                f"{_names(_counted(positions))} counted from 0, expected {_names(plan.counted)}; "
+                f"Split.operands(positions): got {_names(_counted(positions))} counted from 0, "
+                f"expected {_names(plan.counted)}, as in split(); "
                 "pass the same positions to both"
             )
         sizes = {"b": B, "h": N, "q": T, "k": S}
@@ -227,8 +227,8 @@ class Split(Generic[G]):
                 continue
             if extent == 1:
                 remedy = (
-                    f"an extent of 1 is not broadcast: drop the axis, or repeat it {sizes[at]} "
-                    "times; a function of yours may index it with 0"
+                    f"an extent of 1 is not broadcast: remove the axis, or repeat it {sizes[at]} "
+                    "times; your own function may index it with 0"
                 )
             else:
                 remedy = f"for a part of something longer say `positions=Positions({at}=...)`"
@@ -285,7 +285,7 @@ def _value(values: dict[int, Any], ref: Ref) -> Any:
 
 
 def _typed(leaf: Any, dtype: Any) -> Any:
-    # Bound as they are, Python numbers would take the default dtype.
+    # A Python number would take JAX's default dtype.
     return leaf if hasattr(leaf, "aval") else np.asarray(leaf, dtype)
 
 
