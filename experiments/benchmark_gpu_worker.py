@@ -165,10 +165,10 @@ def ours(case: dict[str, Any], backend: str) -> Ready:
     def attend(q: Any, k: Any, v: Any, arrays: Any) -> Any:
         if tile is None:
             return ja.attention(q, k, v, **make(**arrays), backend=backend)
-        from jaxattn.arguments import request
+        from jaxattn.arguments import checked_call
 
         module = importlib.import_module(f"jaxattn.backends.{backend}")
-        return module.run(request(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
+        return module.run(checked_call(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
 
     return jax_ready(attend, case, arrays, dtype)
 

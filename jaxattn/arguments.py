@@ -34,7 +34,7 @@ class Options(TypedDict, total=False):
     backend: str
 
 
-def request(
+def checked_call(
     query: Any,
     key: Any,
     value: Any,

@@ -7,7 +7,7 @@ from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
-from .arguments import Options, request, swapped
+from .arguments import Options, checked_call, swapped
 from .backends.base import Call
 from .checks.foreign_names import with_remedies
 from .dispatch import dispatch, weights_of
@@ -120,7 +120,7 @@ def attention(
 
     Source: Vaswani et al. 2017, arXiv 1706.03762.
     """
-    call = request(
+    call = checked_call(
         query,
         key,
         value,
@@ -161,7 +161,7 @@ def attention_weights(
       `[B, N, T, S]` (or `[N, T, S]` without a batch), float32 (float64 for float64). Rows sum to
       1, or to less with sinks; empty rows are 0.
     """
-    call = request(
+    call = checked_call(
         query,
         key,
         key,

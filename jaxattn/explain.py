@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from . import masks
-from .arguments import request, swapped
+from .arguments import checked_call, swapped
 from .attention import attention
 from .backends.base import Call, symbolic
 from .checks.foreign_names import unexpected
@@ -114,7 +114,7 @@ def explain(
     if unknown:
         raise unexpected("explain", unknown, _OPTIONS)
     options.pop("return_lse", None)
-    call = request(query, key, value, **options)
+    call = checked_call(query, key, value, **options)
     choice = choose(call, backend)
     B, T, S, N, _, H, Hv = call.sizes
     if call.mask is None:

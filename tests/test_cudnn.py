@@ -19,7 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.arguments import request
+from jaxattn.arguments import checked_call
 from jaxattn.backends import base, cudnn
 
 pytestmark = pytest.mark.no_cover
@@ -41,7 +41,7 @@ def struct(B: int, T: int, N: int, H: int, dtype: Any = HALF) -> jax.ShapeDtypeS
 
 def called(mask: Any, T: int = 64, S: int = 64, H: int = 64, dtype: Any = HALF, **options: Any):
     query, key = struct(2, T, 4, H, dtype), struct(2, S, 2, H, dtype)
-    return request(query, key, key, mask=mask, **options)
+    return checked_call(query, key, key, mask=mask, **options)
 
 
 # --- what is recognised ---------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def test_it_allows_what_the_mask_allows(name: str, on_gpu: None) -> None:
     """Of every mask of the library: either refused, or the same cells."""
     B, N, T, S = (2, 4, 32, 32) if name in SQUARE else (2, 4, 23, 35)
     case = MASKS[name](B, N, T, S)
-    call = request(*qkv(B, T, S, N, 2, 8, dtype=HALF), mask=case.mask)
+    call = checked_call(*qkv(B, T, S, N, 2, 8, dtype=HALF), mask=case.mask)
     if cudnn.refuse(call) is None:
         band = cudnn.prepare(call).prepared
         np.testing.assert_array_equal(band.dense(T, S, B, N), cells(case.cell, B, N, T, S))
@@ -139,7 +139,7 @@ def test_what_is_refused(name: str, on_gpu: None) -> None:
 
 def test_values_have_a_head_dim_of_their_own(on_gpu: None) -> None:
     x = struct(2, 64, 4, 64)
-    assert "the same for both" in str(cudnn.refuse(request(x, x, struct(2, 64, 4, 32))))
+    assert "the same for both" in str(cudnn.refuse(checked_call(x, x, struct(2, 64, 4, 32))))
 
 
 def test_traced_windows_and_scales_are_refused_and_lengths_are_not(on_gpu: None) -> None:
@@ -366,7 +366,7 @@ def test_every_door_prepares_the_call(name: str, compiled: bool, kernel_here: No
 def test_an_lse_that_is_not_used_costs_nothing(kernel_here: None, monkeypatch: Any) -> None:
     monkeypatch.setattr(cudnn, "_of_lse", lambda *_: pytest.fail("no LSE is differentiated"))
     x = qkv(1, 32, 32, 2, 2, 8, dtype=HALF)
-    call = cudnn.prepare(request(*x, mask=masks.causal()))
+    call = cudnn.prepare(checked_call(*x, mask=masks.causal()))
     jax.jit(jax.grad(lambda call: cudnn.run(call)[0].sum(), allow_int=True))(call)
     jax.grad(lambda *x: ja.attention(*x, mask=masks.causal(), backend="cudnn").sum())(*x)
     both = {"backend": "cudnn", "return_lse": True}
@@ -414,7 +414,7 @@ def test_it_lowers(name: str, on_gpu: None) -> None:
     x = struct(3, T, 4, 64), struct(3, S, 2, 64), struct(3, S, 2, 64)
     text = lowered(attention(mask), *x)
     assert calls(text) == [FORWARD]
-    band = cudnn.prepare(request(*x, mask=mask)).prepared
+    band = cudnn.prepare(checked_call(*x, mask=mask)).prepared
     # As cuDNN is told, the window counts the query itself.
     window = re.search(r"sliding_window_length\\22: (\d+)", text).group(1)
     assert int(window) == (0 if band.left is None else band.left + 1)

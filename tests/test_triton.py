@@ -20,7 +20,7 @@ from cases import MASKS
 
 import jaxattn as ja
 from jaxattn import masks, scores
-from jaxattn.arguments import request
+from jaxattn.arguments import checked_call
 from jaxattn.backends import dense, formula, triton
 from jaxattn.backends.base import Call
 from jaxattn.backends.flash import tile_lists
@@ -325,7 +325,7 @@ def test_a_tile_can_be_asked_for() -> None:
     for tile, counts in (((32, 64), "20x10xi32"), ((64, 128), "10x5xi32")):
 
         def run(query: Any, key: Any, value: Any, tile: Any = tile) -> Any:
-            return triton.run(request(query, key, value, mask=masks.causal()), tile)[0]
+            return triton.run(checked_call(query, key, value, mask=masks.causal()), tile)[0]
 
         with described(H100):
             traced = jax.jit(run).trace(*arguments)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import masks, scores
-from ..arguments import request
+from ..arguments import checked_call
 from ..attention import attention_weights
 from ..dispatch import dispatch
 from ..masks.mask import Mask, as_mask
@@ -147,7 +147,7 @@ def attention_fn(
         }
         off = deterministic or dropout_rate == 0
         rate, seed = (0.0, None) if off else (dropout_rate, dropout_rng)
-        call = request(query, key, value, dropout_rate=rate, dropout_seed=seed, **options)
+        call = checked_call(query, key, value, dropout_rate=rate, dropout_seed=seed, **options)
         if call.dropout is not None:
             dropout = dataclasses.replace(call.dropout, shared=broadcast_dropout)
             call = dataclasses.replace(call, dropout=dropout)
