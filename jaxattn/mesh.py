@@ -49,7 +49,7 @@ def automatic(run: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
     for leaf in jax.tree.leaves(args):
         mesh = jax.typeof(leaf).sharding.mesh
         if not mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
-            # The arrays' own mesh: nobody need have set one.
+            # The arrays' own mesh, so that none need be set by the caller.
             with jax.sharding.use_abstract_mesh(mesh):
                 return jax.sharding.auto_axes(run, out_sharding=out)(*args)
     return run(*args)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -69,12 +70,12 @@ class Score(ByStructure):
         return attributes(self)
 
 
-class BuiltInScore(Score):
+class BuiltInScore(Score, ABC):
     """A score of the library: a pytree whose fields are its arguments, and one line of maths."""
 
+    @abstractmethod
     def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
         """The logit that takes the place of `logit`."""
-        raise NotImplementedError
 
     def __call__(
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar

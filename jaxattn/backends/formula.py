@@ -28,10 +28,10 @@ from . import base
 from .operation import Rules, operation
 from .problem import DROPOUT, Config, Inputs, by_key_head, joined
 
-# Logits of the rows that are computed at once where a derivative takes some rows at a time.
+# The number of logits computed at once where a derivative takes some rows at a time.
 CELLS = 2**22
 
-# Into how many groups the channels of values are cut where some are not finite.
+# The number of groups of channels of values, one after the other, if some are not finite.
 _GROUPS = 8
 
 
@@ -153,10 +153,10 @@ class Layout(NamedTuple):
         return array if self.heads_first else jnp.swapaxes(array, 1, 2)
 
 
-# As the inputs are: XLA turns them in the products, if at all.
+# The layout of the inputs: XLA transposes them in the products, if at all.
 LENGTH_FIRST = Layout("btkgh,bskh->bkgts", "bkgts,bskh->btkgh", False)
-# As a cache holds keys and values, which are then read in place: a branch would be given them as
-# they were written, turned for it.
+# The layout in which a cache holds keys and values, so that they are read in place. A branch would
+# receive them transposed.
 HEADS_FIRST = Layout("bkth,bksh->bkts", "bkts,bksh->bkth", True)
 
 
@@ -168,7 +168,7 @@ class Products(NamedTuple):
 
 
 def _logits(products: Products, query: Array, key: Array) -> Float[Array, "B N T S"]:
-    """`query . key` of every pair; the queries of a key head together, which reads it once."""
+    """`query . key` of every pair; the queries of a key head together, so that it is read once."""
     if products.layout.heads_first:
         B, N, T, H = query.shape
         by_key = query.reshape(B, key.shape[1], -1, H)
@@ -260,7 +260,7 @@ def _weigh(
         found = added(reach(seen, flags, weights.shape[1]), weights.dtype)
         return products.layout.with_heads_first(found)
 
-    def careful() -> Array:
+    def with_nonfinite() -> Array:
         # Some channels at a time: XLA reserves memory for this branch, though it is rarely taken.
         # The product is that of the other branch, so that it rounds in the same way.
         groups = math.gcd(value.shape[-1], _GROUPS)
@@ -272,10 +272,12 @@ def _weigh(
     N, T, S = weights.shape[1:]
     if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
         finite = jnp.isfinite(value)
-        return lax.cond(base.anywhere(~finite), careful, lambda: _values(products, weights, value))
+        return lax.cond(
+            base.anywhere(~finite), with_nonfinite, lambda: _values(products, weights, value)
+        )
     # With few queries the result is checked, which is smaller.
     out = _values(products, weights, value)
-    return lax.cond(base.anywhere(~jnp.isfinite(out)), careful, lambda: out)
+    return lax.cond(base.anywhere(~jnp.isfinite(out)), with_nonfinite, lambda: out)
 
 
 @_weigh.defjvp
@@ -307,14 +309,14 @@ def _weighing(products: Products) -> Rules:
         _, back = jax.vjp(partial(_values, products), weights, value)
         return back(d_out)
 
-    def careful(
+    def with_nonfinite(
         seen: Array, bad: Array, keys: Array, weights: Array, value: Array, d_out: Array
     ) -> tuple[Array, Array]:
         bad, keys = products.layout.with_heads_first(bad), products.layout.with_heads_first(keys)
-        rows, reached = (found[..., None] for found in _sick(seen, bad, keys))
-        calm = products.layout.with_heads_first(seen.any(-1, keepdims=True) & ~rows)
+        rows, reached = (found[..., None] for found in _without_gradient(seen, bad, keys))
+        good = products.layout.with_heads_first(seen.any(-1, keepdims=True) & ~rows)
         d_weights, d_value = pulled(
-            jnp.where(rows, 0, weights), base.finite(value), jnp.where(calm, d_out, 0)
+            jnp.where(rows, 0, weights), base.finite(value), jnp.where(good, d_out, 0)
         )
         nan = jnp.asarray(jnp.nan, value.dtype)
         return (
@@ -327,11 +329,11 @@ def _weighing(products: Products) -> Rules:
         # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
         d_out = lax.optimization_barrier(cotangents[0])
         bad = ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
-        keys = unfit(key, value)
+        keys = has_nonfinite(key, value)
         shown = seen[0] if seen else jnp.ones((1, 1, *weights.shape[2:]), bool)
         return lax.cond(
             base.anywhere(bad.any() | keys.any()),
-            lambda: careful(shown, bad, keys, weights, value, d_out),
+            lambda: with_nonfinite(shown, bad, keys, weights, value, d_out),
             lambda: pulled(weights, value, d_out),
         )
 
@@ -341,12 +343,12 @@ def _weighing(products: Products) -> Rules:
 # --- what is not finite ---------------------------------------------------------------------------
 
 
-def unfit(key: Array, value: Array) -> Bool[Array, "..."]:
+def has_nonfinite(key: Array, value: Array) -> Bool[Array, "..."]:
     """Which keys have a number that is not finite, in the key or in the value."""
     return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
 
 
-def _sick(
+def _without_gradient(
     seen: Bool[Array, "#B #N T S"], bad: Bool[Array, "B N T"], keys: Bool[Array, "B K S"]
 ) -> tuple[Bool[Array, "B N T"], Bool[Array, "B K S"]]:
     """Queries that have no finite gradient, and the keys that they see.

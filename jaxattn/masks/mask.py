@@ -7,6 +7,7 @@ else in the library is derived from that answer.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from functools import reduce
@@ -218,12 +219,12 @@ def _value_repr(value: Any) -> str:
     return f"({', '.join(map(leaf_repr, value))}{',' * (len(value) == 1)})"
 
 
-class BuiltInMask(Mask):
+class BuiltInMask(Mask, ABC):
     """A mask of the library: a pytree whose fields are its arguments, and one line of maths."""
 
+    @abstractmethod
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
         """Whether the query may attend to the key; one bool."""
-        raise NotImplementedError
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
         return one_bool(self.formula(b, h, q, k), repr(self))

@@ -32,7 +32,7 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
     lost = lse == -jnp.inf
 
-    def mend() -> tuple[Array, Array]:
+    def with_nonfinite() -> tuple[Array, Array]:
         flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
         every = jnp.ones((*flags.shape[:-1], 1), bool)
         found = _reached(config, x, jnp.concatenate([every, flags], -1))
@@ -42,8 +42,8 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
             _where(nothing, jnp.nan, lse),
         )
 
-    trouble = ~jnp.isfinite(x.value).all() | (lost.any() & _extreme(config, x))
-    return lax.cond(trouble, mend, lambda: (out, lse))
+    affected = ~jnp.isfinite(x.value).all() | (lost.any() & _extreme(config, x))
+    return lax.cond(affected, with_nonfinite, lambda: (out, lse))
 
 
 def _where(flags: Array, number: float, array: Array) -> Array:
@@ -82,20 +82,20 @@ def backward(
     d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
     bad = ~jnp.isfinite(lse) | ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
-    keys = jnp.swapaxes(formula.unfit(x.key, x.value), 1, 2)[..., None]
+    keys = jnp.swapaxes(formula.has_nonfinite(x.key, x.value), 1, 2)[..., None]
     bad = alive & lax.cond(keys.any(), lambda: bad | _reached(config, x, keys)[..., 0], lambda: bad)
-    calm = alive & ~bad
+    good = alive & ~bad
 
     given = x._replace(
-        query=_where(~calm[..., None], 0, x.query),
+        query=_where(~good[..., None], 0, x.query),
         key=base.finite(x.key),
         value=base.finite(x.value),
     ).grouped()
     lines = (
-        _where(~calm[..., None], 0, out),
+        _where(~good[..., None], 0, out),
         _where(bad, jnp.nan, lse),
-        _where(~calm[..., None], 0, d_out),
-        _where(~calm, 0, d_lse),
+        _where(~good[..., None], 0, d_out),
+        _where(~good, 0, d_lse),
     )
     K = x.key.shape[2]
     g = config.engine.backward(config, groups, given, *(by_key_head(a, 2, K) for a in lines))
