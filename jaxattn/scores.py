@@ -20,7 +20,7 @@ import numpy as np
 
 from .checks.foreign_names import unknown_attribute
 from .checks.integers import check_exact, concrete
-from .checks.user_functions import explained, named, uncalled
+from .checks.user_functions import call_user, named, one_float, uncalled
 from .masks.conventions import removes
 from .masks.mask import Mask, Scalar, attributes, call_repr, leaf_repr
 from .pytrees import ByStructure, pytree, static
@@ -80,7 +80,7 @@ class BuiltInScore(Score, ABC):
     def __call__(
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
     ) -> Float[Array, ""]:
-        return _one_float(self.formula(logit, b, h, q, k), repr(self)).astype(logit.dtype)
+        return one_float(self.formula(logit, b, h, q, k), repr(self)).astype(logit.dtype)
 
     def __repr__(self) -> str:
         return call_repr(self)
@@ -97,14 +97,8 @@ class Scored(Score):
         self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar
     ) -> Float[Array, ""]:
         args = (logit, b, h, q, k, *self.params)
-        try:
-            result = self.fn(*args)
-        except Exception as error:
-            clearer = explained(error, self.fn, repr(self), "logit, b, h, q, k", args)
-            if clearer is None:
-                raise
-            raise clearer from error
-        return _one_float(result, named(repr(self), self.fn)).astype(logit.dtype)
+        result = call_user(self.fn, args, repr(self), "logit, b, h, q, k")
+        return one_float(result, named(repr(self), self.fn)).astype(logit.dtype)
 
     def __repr__(self) -> str:
         if isinstance(traced := getattr(self.fn, "name", None), str):
@@ -113,25 +107,6 @@ class Scored(Score):
             return repr(self.fn)
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
         return f"score({', '.join([name, *map(leaf_repr, jax.tree.leaves(self.params))])})"
-
-
-def _one_float(result: Any, name: str) -> Array:
-    """The result of a function for one logit, checked to be one float.
-
-    Raises:
-      TypeError: for anything else.
-    """
-    try:
-        answer = jnp.asarray(result)
-    except (TypeError, ValueError):
-        answer = None
-    if answer is None or answer.shape != () or not jnp.issubdtype(answer.dtype, jnp.floating):
-        got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
-        raise TypeError(
-            f"{name}: for one logit it returned {got}, expected a single float; a condition "
-            "belongs in jaxattn.masks"
-        )
-    return answer
 
 
 @pytree

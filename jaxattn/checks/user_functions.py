@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _FIRST = "b, h, q and k stand for all positions at once"
 
@@ -134,22 +135,61 @@ def explained(
     return None
 
 
+def call_user(fn: Callable[..., Any], args: Sequence[Any], name: str, signature: str) -> Any:
+    """The result of a user's function; its errors are explained where that is possible.
+
+    Args:
+      fn: the function.
+      args: its arguments.
+      name: what to call the mask or score in messages.
+      signature: the names of the first arguments: "b, h, q, k".
+    """
+    try:
+        return fn(*args)
+    except Exception as error:
+        clearer = explained(error, fn, name, signature, args)
+        if clearer is None:
+            raise
+        raise clearer from error
+
+
 def one_bool(result: Any, name: str) -> Any:
     """The result of a function for one query and one key, checked to be one bool.
 
     Raises:
       TypeError: for anything else.
     """
+    return _one(
+        result,
+        np.bool_,
+        f"{name}: for one query and one key it returned",
+        "a single bool; a mask is True where the query may attend to the key; numbers belong in "
+        "jaxattn.scores",
+    )
+
+
+def one_float(result: Any, name: str) -> Any:
+    """The result of a function for one logit, checked to be one float.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    return _one(
+        result,
+        np.floating,
+        f"{name}: for one logit it returned",
+        "a single float; a condition belongs in jaxattn.masks",
+    )
+
+
+def _one(result: Any, kind: Any, returned: str, expected: str) -> Any:
     try:
         answer = jnp.asarray(result)
     except (TypeError, ValueError):
         answer = None
-    if answer is None or answer.dtype != jnp.bool_ or answer.shape != ():
+    if answer is None or answer.shape != () or not jnp.issubdtype(answer.dtype, kind):
         got = type(result).__name__ if answer is None else f"{answer.dtype}{list(answer.shape)}"
-        raise TypeError(
-            f"{name}: for one query and one key it returned {got}, expected a single bool; "
-            "a mask is True where the query may attend to the key; numbers belong in jaxattn.scores"
-        )
+        raise TypeError(f"{returned} {got}, expected {expected}")
     return answer
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checks.foreign_names import WORDS, unknown_method
-from ..checks.user_functions import explained, named, one_bool, uncalled
+from ..checks.user_functions import call_user, named, one_bool, uncalled
 from ..pytrees import ByStructure, pytree, static
 from ..shapes import Array, ArrayLike, Bool
 from .door import views
@@ -299,13 +299,7 @@ class Predicate(Mask):
 
     def __call__(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Bool[Array, ""]:
         args = (b, h, q, k, *self.args)
-        try:
-            result = self.fn(*args)
-        except Exception as error:
-            clearer = explained(error, self.fn, repr(self), "b, h, q, k", args)
-            if clearer is None:
-                raise
-            raise clearer from error
+        result = call_user(self.fn, args, repr(self), "b, h, q, k")
         return one_bool(result, named(repr(self), self.fn))
 
     def __repr__(self) -> str:
