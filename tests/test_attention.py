@@ -538,7 +538,7 @@ def test_attention_weights() -> None:
     )
     weights = functools.partial(
         ja.attention_weights, query, key, mask=case.mask, scale=0.5,
-        score=scores.alibi(jnp.asarray(slopes.slopes, jnp.float32)),
+        score=scores.alibi(jnp.asarray(slopes.params[0], jnp.float32)),
         positions=ja.Positions(q=jnp.asarray(at["q"])),
     )  # fmt: skip
     got = weights()
