@@ -7,12 +7,13 @@ mistake with ours, the table of cells is built by loops instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxattn import masks, scores
 from jaxattn.backends import base
@@ -779,3 +780,18 @@ def split_parts(mask: Any, score: Any, sizes: Any, positions: Any = None, dtype:
         "score": None if score is None else split(as_score(score), at, logit=logit),
         "tiles": tiles,
     }
+
+
+def everyday(values: Iterable[Any], every: int = 2, first: int = 0, **options: Any) -> list[Any]:
+    """Parameters, of which one in `every` is tested every day, from number `first` on.
+
+    The others are marked `deep`, for `make test-deep`.
+    """
+    return [
+        pytest.param(
+            *(value if isinstance(value, tuple) else (value,)),
+            marks=() if n % every == first else pytest.mark.deep,
+            **options,
+        )
+        for n, value in enumerate(values)
+    ]

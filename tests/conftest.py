@@ -33,7 +33,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(
-    "default", max_examples=20, deadline=None, derandomize=True, print_blob=True
+    "default", max_examples=12, deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.register_profile("deep", max_examples=1000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")

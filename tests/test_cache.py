@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MASKS, SCORES, qkv, rng
+from cases import MASKS, SCORES, everyday, qkv, rng
 
 import jaxattn as ja
 from jaxattn import masks
@@ -218,8 +218,9 @@ def test_pages() -> None:
 # --- beams and drafts -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stored", [None, jnp.int8], ids=["float32", "int8"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "stored"), everyday((k, s) for k in KINDS for s in (None, jnp.int8))
+)
 def test_beams_reorder(kind: str, stored: Any) -> None:
     """Beam search: after a reordering every row is as if its new past had always been its own."""
     query, key, value = sequence()

@@ -122,7 +122,19 @@ CASES: dict[str, Callable[[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Every day: each mode once, and each way in which two of them meet.
+EVERYDAY = (
+    "jvp",
+    "gradient of a gradient norm",
+    "vmap of hvp",
+    "jvp of vmap",
+    "scan and checkpoint",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in EVERYDAY else pytest.mark.deep) for n in CASES]
+)
 def test_is_that_of_the_definition(backend: str, name: str) -> None:
     got, expected = (jax.jit(partial(CASES[name], each))(given()) for each in (backend, "dense"))
     for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

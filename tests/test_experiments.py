@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import everyday
 from jax.experimental.compilation_cache import compilation_cache
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -409,7 +410,7 @@ def test_enough_beams_find_the_best(tiny, search, penalty):
 
 
 @scripts
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("norm", everyday(["pre", "post"]))
 def test_norms_and_bfloat16(norm):
     """Both places of the norm decode from caches as they train; 16 bits are near 32."""
     logits = {}
@@ -549,6 +550,8 @@ def small_corpus(monkeypatch):
             "--batch-tokens", "512"]  # fmt: skip
 
 
+# Every day the language model's run is stopped and goes on, by the same code.
+@pytest.mark.deep
 @scripts
 @pytest.mark.usefixtures("compiled_once")
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys, small_corpus):

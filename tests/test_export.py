@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng
+from cases import everyday, rng
 from jax import export
 
 import jaxattn as ja
@@ -78,8 +78,10 @@ def test_round_trip(backend: str, sizes: tuple[str, str]) -> None:
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-@pytest.mark.parametrize("backend", ["auto", "dense", "tiled"])
+@pytest.mark.parametrize(
+    ("backend", "platform"),
+    everyday(((b, p) for b in ("auto", "dense", "tiled") for p in ("cpu", "cuda", "tpu")), every=2),
+)
 def test_every_platform(backend: str, platform: str) -> None:
     found = export.export(jax.jit(function(backend)), platforms=[platform])(described("b", f"{T}"))
     assert found.platforms == (platform,)

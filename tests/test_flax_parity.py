@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng
+from cases import everyday, rng
 from flax import linen as nn
 from flax import nnx
 
@@ -205,8 +205,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("name", "dialect"), everyday((n, d) for n in MASKS for d in DIALECTS))
 def test_masks(dialect: str, name: str) -> None:
     x = numbers(B, T, F)
     mask = jnp.asarray(MASKS[name])

@@ -96,8 +96,14 @@ def test_the_answer_is_printed_and_drawn(tmp_path: Path) -> None:
         assert matplotlib.image.imread(path).std() > 0.01, path
 
 
-def test_the_gallery_has_every_mask(tmp_path: Path) -> None:
+def test_the_gallery_has_every_mask() -> None:
     assert set(gallery.GALLERY) == set(ja.masks.__all__) - {"Mask", "Positions", "diff"}
+
+
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.deep), 6])
+def test_the_gallery_is_drawn(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = dict(list(gallery.GALLERY.items())[::every])
+    monkeypatch.setattr(gallery, "GALLERY", shown)
     gallery.main(gallery.Config(tmp_path / "g.png", tmp_path / "g.html", 16, 16))
     assert matplotlib.image.imread(tmp_path / "g.png").std() > 0.1
     page = (tmp_path / "g.html").read_text()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import HERE, rng
+from cases import HERE, everyday, rng
 from test_attention import attention, bits, many_tiles
 
 import jaxattn as ja
@@ -111,7 +111,7 @@ def slopes(backend: str, mask: Any, arrays: dict[str, Any], cotangent: Any) -> A
     return {**grads, "alibi": d_alibi}
 
 
-@pytest.mark.parametrize("name", ["causal", "dead rows", "by head"])
+@pytest.mark.parametrize("name", everyday(["causal", "dead rows", "by head"]))
 def test_gradients_are_nan_for_what_sick_queries_see(backend: str, name: str) -> None:
     """A query without a finite result or cotangent, or that sees a key that is not finite, makes
     NaN of its own gradient and of those of all keys it sees; the rest is as if it were not there.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import SCORES, attend, cells, close, grid, qkv, rng, t5_bucket
+from cases import SCORES, attend, cells, close, everyday, grid, qkv, rng, t5_bucket
 
 import jaxattn as ja
 from jaxattn import masks, scores
@@ -218,8 +218,9 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
-@pytest.mark.parametrize("kind", NARROW)
+@pytest.mark.parametrize(
+    ("kind", "backend"), everyday((k, b) for k in NARROW for b in ("dense", "tiled"))
+)
 def test_gradients_of_parameters_of_16_bits_are_summed_in_float32(backend: str, kind: str) -> None:
     """The gradient in bfloat16 is that of the same numbers in float32, rounded once."""
     draw = np.random.default_rng(5).normal

@@ -53,7 +53,7 @@ def gradients(backend: str, x: dict[str, Any], weight: Any) -> Any:
         pytest.param(AxisType.Auto, (2, 4), id="auto-2x4"),
         # 4 query heads on each device, the second of which need both key heads.
         pytest.param(AxisType.Explicit, (1, 3), id="explicit-1x3"),
-        pytest.param(AxisType.Auto, (4, 1), id="auto-4x1"),
+        pytest.param(AxisType.Auto, (4, 1), id="auto-4x1", marks=pytest.mark.deep),
     ],
 )
 def test_heads_over_more_devices_than_keys(backend: str, kind: Any, sizes: Any) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import predicates
 import pytest
+from cases import everyday
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from predicates import B, N, S, T
 
@@ -39,7 +40,7 @@ def some_positions():
     )
 
 
-@pytest.mark.parametrize("name", predicates.EVERYTHING)
+@pytest.mark.parametrize("name", everyday(predicates.EVERYTHING))
 def test_operands_and_residue_say_what_the_predicate_says(name):
     mask = MASKS[name]
 

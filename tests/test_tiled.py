@@ -159,6 +159,8 @@ def vmap_case() -> tuple[Any, Any]:
     return call, jax.tree.map(lambda *x: jnp.stack(x), call, other)
 
 
+# The contract has it every day, of fewer gradients.
+@pytest.mark.deep
 def test_vmap_is_a_loop():
     _, stacked = vmap_case()
     one, two = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in (0, 1))
@@ -196,6 +198,7 @@ def test_grad_of_vmap_sums_what_is_shared():
     close(got, expected, 5e-5)
 
 
+@pytest.mark.deep
 def test_scan_and_checkpoint():
     call = make(masks.causal(16), K=N)
     policy = jax.checkpoint_policies.save_only_these_names(*transforms.SAVED)

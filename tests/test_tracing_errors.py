@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import everyday
 
 import jaxattn as ja
 from jaxattn import masks, scores
@@ -215,8 +216,12 @@ REAL = jnp.arange(8) != 5
 PLAIN = masks.sliding_window(2, 2) & masks.key_padding(REAL)
 
 
-@pytest.mark.parametrize("backend", ["dense", "decode", "tiled"])
-@pytest.mark.parametrize("under", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("backend", "under"),
+    everyday(
+        ((b, u) for b in ("dense", "decode", "tiled") for u in (lambda fn: fn, jax.jit)), every=2
+    ),
+)
 def test_a_class_with_only_a_call_is_a_mask(backend, under):
     near = Near(2, REAL)
     for mask, same in (
