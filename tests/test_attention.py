@@ -193,13 +193,13 @@ def named(row: dict[str, Any]) -> str:
 
 
 # The backends of a row one after another: they share what NumPy computes for it. Every day the
-# engine computes all rows but the longest, and the others, which are the formula, a third of them.
+# engine computes two thirds of the rows, and the others, which are the formula, a third of them.
 @pytest.mark.parametrize(
     ("row", "backend"),
     [
         pytest.param(
             row, backend, id=f"{named(row)}-{backend}",
-            marks=() if (n % 3 == i % 3 if backend != "tiled" else row["lengths"] != (1023, 1024))
+            marks=() if (n % 3 == i % 3 if backend != "tiled" else n % 3 and max(row["lengths"]) < 1000)
             else pytest.mark.deep,
         )
         for n, row in enumerate(PAIRS) for i, backend in enumerate(HERE)

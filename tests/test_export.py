@@ -60,11 +60,11 @@ def described(B: str, T: str) -> dict[str, jax.ShapeDtypeStruct]:
 @pytest.mark.parametrize(
     ("backend", "sizes"),
     [
-        ("auto", ("b", f"{T}")),
+        pytest.param("auto", ("b", f"{T}"), marks=pytest.mark.deep),
         ("auto", ("b", "t")),
         ("dense", ("b", "t")),
         ("tiled", ("b", f"{T}")),
-        ("tiled", ("3", f"{T}")),
+        pytest.param("tiled", ("3", f"{T}"), marks=pytest.mark.deep),
     ],
 )
 def test_round_trip(backend: str, sizes: tuple[str, str]) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng
+from cases import everyday, rng
 from flax import linen as nn
 from flax import nnx
 
@@ -75,7 +75,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=pytest.mark.deep if n % 2 else ())
+        for n, (name, options) in enumerate(OPTIONS.items())
+    ],
+)
 def test_one_module_in_two_dialects(options: dict[str, Any]) -> None:
     """The same parameters, the same output: alone, masked, with positions, from a cache."""
     x = inputs()
@@ -90,7 +96,9 @@ def test_one_module_in_two_dialects(options: dict[str, Any]) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("name", ["plain", "grouped", "rope", "mask and score", "qk-norm", "sinks"])
+@pytest.mark.parametrize(
+    "name", everyday(["plain", "grouped", "qk-norm", "rope", "sinks", "mask and score"], 2, 1)
+)
 def test_the_cache_of_a_module(name: str) -> None:
     """A prompt and tokens, in both dialects, equal one pass."""
     x = inputs()
@@ -227,7 +235,7 @@ def test_dropout_of_nnx() -> None:
 # --- blocks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("norm", everyday(["pre", "post"]))
 def test_blocks(norm: Any) -> None:
     """Both dialects, with a memory and from a cache, and what the formula says."""
     x, memory = inputs(), inputs(S, 10)
@@ -328,7 +336,7 @@ def test_masks_are_arguments_of_nnx_jit(compilations: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), second, want)
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+@pytest.mark.parametrize("remat", everyday([False, True], 2, 1), ids=["", "remat"])
 def test_layers_in_a_scan(remat: bool) -> None:
     """A stack of layers as one scanned layer, in both dialects, equals the loop."""
     x = inputs()

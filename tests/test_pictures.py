@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from cases import MASKS
+from cases import MASKS, everyday
 
 matplotlib.use("Agg")
 
@@ -45,7 +45,7 @@ def of(name: str) -> Any:
 SOME = ("causal", "window_per_head", "padding_left", "per_head", "segments_packed", "empty")
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", everyday(SOME))
 def test_a_plot_is_the_mask(name: str) -> None:
     mask = of(name)
     want = np.asarray(mask.dense(T, T, batch=B, heads=N))[1, 1]
@@ -128,7 +128,7 @@ def titles(page: str) -> list[list[str]]:
     return [[title.text or "" for title in figure.iter(tag)] for figure in figures]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", everyday(SOME, 2, 1))
 def test_every_cell_of_a_page_says_why(name: str) -> None:
     mask = of(name)
     page = mask.html(T, T, b=1, h=1)

@@ -23,7 +23,7 @@ def verdicts(line: str) -> bool | None:
     return True if " allows it" in line else False if " forbids it" in line else None
 
 
-@pytest.mark.parametrize("name", everyday(MASKS))
+@pytest.mark.parametrize("name", everyday(MASKS, 3))
 def test_why_is_what_the_mask_says(name: str) -> None:
     """For every mask: the verdict is the mask's, and every part has one with its reasons."""
     mask = ja.tile_map(MASKS[name](B, N, T, T).mask, (B, T, N, 1), (B, T, N, 1)).mask

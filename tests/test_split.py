@@ -40,7 +40,7 @@ def some_positions():
     )
 
 
-@pytest.mark.parametrize("name", everyday(predicates.EVERYTHING))
+@pytest.mark.parametrize("name", everyday(predicates.EVERYTHING, 3))
 def test_operands_and_residue_say_what_the_predicate_says(name):
     mask = MASKS[name]
 

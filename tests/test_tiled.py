@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import split_parts
+from cases import everyday, split_parts
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -101,7 +101,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", everyday(CASES))
 def test_is_the_definition(name):
     call = CASES[name]
     close(tiled_all(call), dense_all(call))
@@ -238,6 +238,7 @@ def shards(call: Call, mesh: Any, spec: Any) -> Call:
     )
 
 
+@pytest.mark.deep
 def test_sharded_inputs_stay_where_they_are(sharded_case):
     call, expected = sharded_case
     mesh = jax.make_mesh((4, 2), NAMES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -252,7 +253,7 @@ def test_sharded_inputs_stay_where_they_are(sharded_case):
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "model")), 4)
 
 
-@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("check", everyday([True, False]))
 def test_shard_map(sharded_case, check):
     call, expected = sharded_case
     mesh = jax.make_mesh((4, 2), NAMES, axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -281,9 +281,7 @@ REAL = {
     ("name", "kind"),
     [
         # Few programs differ between the two.
-        pytest.param(
-            n, k, marks=() if k == H100 or n in ("causal", "float32") else pytest.mark.deep
-        )
+        pytest.param(n, k, marks=() if k == H100 or n == "causal" else pytest.mark.deep)
         for n in REAL
         for k in (H100, A100)
     ],
