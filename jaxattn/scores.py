@@ -169,6 +169,8 @@ def _per_head(parameter: Any, h: Any, dtype: Any) -> Any:
 
 @pytree
 class Alibi(BuiltInScore):
+    """The score that `alibi` makes."""
+
     slopes: Any
 
     def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -205,6 +207,8 @@ def alibi_slopes(heads: int) -> Float[Array, "heads"]:
 
 @pytree
 class SoftCap(BuiltInScore):
+    """The score that `soft_cap` makes."""
+
     cap: Any
 
     def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -233,6 +237,8 @@ def _positive(parameter: Any, name: str) -> None:
 
 @pytree
 class Temperature(BuiltInScore):
+    """The score that `temperature` makes."""
+
     temperature: Any
 
     def formula(self, logit: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -269,6 +275,8 @@ def _bucket(distance: Any, buckets: int, max_distance: Any, bidirectional: bool)
 
 @pytree
 class RelativeBias(BuiltInScore):
+    """The score that `relative_bias` makes."""
+
     table: Any
     max_distance: Any = field(kw_only=True)
     bidirectional: bool = static(default=True, kw_only=True)

@@ -39,6 +39,8 @@ def _booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
 
 @pytree
 class Segments(BuiltInMask):
+    """The mask that `segments` makes."""
+
     q_ids: Any
     k_ids: Any
 
@@ -69,6 +71,8 @@ def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | No
 
 @pytree
 class KeyPadding(BuiltInMask):
+    """The mask that `key_padding` makes."""
+
     valid: Any = None
     lengths: Any = field(default=None, kw_only=True)
 
@@ -97,6 +101,8 @@ def key_padding(
 
 @pytree
 class QueryPadding(BuiltInMask):
+    """The mask that `query_padding` makes."""
+
     valid: Any = None
     lengths: Any = field(default=None, kw_only=True)
 
@@ -136,6 +142,8 @@ def _padding(
 
 @pytree
 class SharedPrefix(BuiltInMask):
+    """The mask that `shared_prefix` makes."""
+
     length: Any
     ids: Any
 
@@ -162,6 +170,8 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
 
 @pytree
 class GlobalTokens(BuiltInMask):
+    """The mask that `global_tokens` makes."""
+
     tokens: Any = None
     counts: Any = field(default=None, kw_only=True)
 
@@ -220,6 +230,8 @@ def global_tokens(
 
 @pytree
 class BlockSparse(BuiltInMask):
+    """The mask that `block_sparse` makes."""
+
     table: Any
     block: Any
 
@@ -293,6 +305,8 @@ def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | N
 
 @pytree
 class Tree(BuiltInMask):
+    """The mask that `tree` makes."""
+
     enter: Any = field(metadata={"argument": "parents"})
     leave: Any = field(metadata={"argument": "parents"}, repr=False)
     start: Any = field(default=None, kw_only=True)

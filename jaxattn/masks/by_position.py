@@ -26,6 +26,8 @@ from .mask import BuiltInMask, Mask, Scalar, entry
 
 @pytree
 class Full(BuiltInMask):
+    """The mask that `full` makes."""
+
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
         return True
 
@@ -37,6 +39,8 @@ def full() -> Mask:
 
 @pytree
 class Empty(BuiltInMask):
+    """The mask that `empty` makes."""
+
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
         return False
 
@@ -51,6 +55,8 @@ def empty() -> Mask:
 
 @pytree
 class Causal(BuiltInMask):
+    """The mask that `causal` makes."""
+
     offset: Any = None
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -78,6 +84,8 @@ def causal(offset: Int[ArrayLike, "*B"] | int = 0) -> Mask:
 
 @pytree
 class SlidingWindow(BuiltInMask):
+    """The mask that `sliding_window` makes."""
+
     left: Any
     right: Any
 
@@ -106,6 +114,8 @@ def sliding_window(
 
 @pytree
 class PrefixLm(BuiltInMask):
+    """The mask that `prefix_lm` makes."""
+
     lengths: Any
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -125,6 +135,8 @@ def prefix_lm(lengths: Int[ArrayLike, "*B"] | int) -> Mask:
 
 @pytree
 class Chunked(BuiltInMask):
+    """The mask that `chunked` makes."""
+
     size: Any
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -142,6 +154,8 @@ def chunked(size: Int[ArrayLike, ""] | int) -> Mask:
 
 @pytree
 class Dilated(BuiltInMask):
+    """The mask that `dilated` makes."""
+
     rate: Any
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -162,6 +176,8 @@ def dilated(rate: Int[ArrayLike, ""] | int) -> Mask:
 
 @pytree
 class Neighborhood(BuiltInMask):
+    """The mask that `neighborhood` makes."""
+
     grid: tuple[Any, ...] = field(metadata={"argument": "shape"})
     radius: tuple[Any, ...]
     prefix: Any = field(default=None, kw_only=True)
@@ -231,6 +247,8 @@ def neighborhood(shape: Sequence[int], radius: int | Sequence[int], *, prefix: i
 
 @pytree
 class BlockDiffusion(BuiltInMask):
+    """The mask that `block_diffusion` makes."""
+
     length: Any
     block: Any
 

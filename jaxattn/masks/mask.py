@@ -280,6 +280,8 @@ def check_tokens(mask: Mask, positions: Positions, T: int, S: int) -> None:
 
 @pytree
 class Dense(BuiltInMask):
+    """The mask that `dense` makes."""
+
     array: Any
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
