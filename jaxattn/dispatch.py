@@ -72,11 +72,6 @@ def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tup
     return _compiled((*_traced(call.mask), *_traced(call.score)))(call, name, with_lse)
 
 
-def weights_of(call: Call) -> Array:
-    """The weights `[B, N, T, S]` of a checked call."""
-    return _weights(call)
-
-
 def _traced(part: Split[Any] | None) -> Iterator[Program]:
     """The user's functions in a mask or score."""
     return iter(()) if part is None else _programs(part.given)
@@ -160,7 +155,8 @@ def _over_mesh(run: Any, call: Call) -> Any:
 
 
 @jax.jit
-def _weights(call: Call) -> Array:
+def weights_of(call: Call) -> Array:
+    """The weights `[B, N, T, S]` of a checked call."""
     weights, lse = dense.weights(call)
     return weights if call.sinks is None else weights * jnp.swapaxes(_share(lse, call.sinks), 1, 2)
 

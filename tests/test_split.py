@@ -15,8 +15,9 @@ from jaxattn import masks, scores
 from jaxattn.masks.mask import as_mask
 from jaxattn.masks.positions import Positions
 from jaxattn.tracing import dependence
+from jaxattn.tracing.canonical import canonicalize
 from jaxattn.tracing.program import Program
-from jaxattn.tracing.split import canonicalize, split
+from jaxattn.tracing.split import split
 
 MASKS = predicates.everything()
 

@@ -246,16 +246,3 @@ def kept_scale(rate: Any, dtype: Any = jnp.float32) -> Any:
     """What kept weights are multiplied by: `1 / (1 - rate)`, and 0 for a rate of 1."""
     rate = jnp.asarray(rate, dtype)
     return jnp.where(rate < 1, 1 / jnp.where(rate < 1, 1 - rate, 1), 0)
-
-
-__all__ = [
-    "Call",
-    "Dropout",
-    "Sizes",
-    "accumulator",
-    "anywhere",
-    "finite",
-    "keeps",
-    "kept_scale",
-    "row_keys",
-]

@@ -56,6 +56,7 @@ RULED = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 def literal(atom: Any) -> Any:
+    """The value of a literal in a jaxpr, as a NumPy scalar of its dtype."""
     return np.asarray(atom.val, atom.aval.dtype)[()]
 
 
@@ -88,6 +89,7 @@ def frozen(
 
 
 def bind(prim: Any, params: dict[str, Any], args: Sequence[Any]) -> Any:
+    """Applies a primitive with the parameters of a step."""
     return prim.bind(*args, **(prim.get_bind_params(params) if prim.name in RULED else params))
 
 

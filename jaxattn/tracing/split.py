@@ -31,9 +31,6 @@ from .hashing import Const, Ref
 from .pointwise import pointwise
 from .program import Program, run
 
-__all__ = ["Kind", "Operand", "Split", "canonicalize", "pointwise", "split"]
-
-
 G = TypeVar("G", bound=Mask | Score)
 X = TypeVar("X")
 
