@@ -27,9 +27,10 @@ from jaxattn.masks.positions import Positions
 from jaxattn.tiles import intervals
 from jaxattn.tiles.elementwise_rules import Interval, finite
 from jaxattn.tiles.intervals import RULES
+from jaxattn.tracing.canonical import canonicalize
 from jaxattn.tracing.out_of_range import guarded
 from jaxattn.tracing.program import Type
-from jaxattn.tracing.split import canonicalize, split
+from jaxattn.tracing.split import split
 
 EMPTY, FULL = 0, 2
 

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..shapes import Array, Bool, Float
-from ..tracing.split import Kind, Operand
+from ..tracing.dependence import Kind
+from ..tracing.split import Operand
 from . import base
 from .operation import Rules, operation
 from .problem import DROPOUT, Config, Inputs, by_key_head, joined

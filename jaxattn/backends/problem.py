@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from ..shapes import Array, Float, Int
 from ..tiles import intervals
 from ..tiles.tile_map import TileStates
+from ..tracing.dependence import Kind
 from ..tracing.pointwise import pointwise
 from ..tracing.program import Program
-from ..tracing.split import Kind, Operand, Split
+from ..tracing.split import Operand, Split
 from . import base
 from .base import Call, Sizes
 

@@ -22,7 +22,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from ...shapes import Array, Float
-from ...tracing.split import Kind, along
+from ...tracing.dependence import Kind
+from ...tracing.split import along
 from ..problem import Residue
 from .tile_sizes import TileSizes
 

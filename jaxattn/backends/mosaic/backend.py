@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from ...shapes import Array, Float, Int
 from ...tiles.tile_map import TileStates
-from ...tracing.split import Kind, Split
+from ...tracing.dependence import Kind
+from ...tracing.split import Split
 from .. import base, problem
 from ..base import Call, unchanged
 from ..flash import gpu, tile_lists, transforms

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...shapes import Array
+from ...tracing.dependence import Kind
 from ...tracing.program import Program
-from ...tracing.split import Kind
 from .. import base
 from ..flash.gpu import LOG2E
 from ..flash.operands import head_index, learned

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...shapes import Array, Bool, Float
-from ...tracing.split import Kind, as_tile, skewed, tile_slice
+from ...tracing.dependence import Kind
+from ...tracing.split import as_tile, skewed, tile_slice
 from .. import base
 from ..flash.operands import head_index, padded, padded_operands
 from ..problem import DROPOUT, Config, Inputs, Residue

@@ -16,8 +16,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from ...mesh import varying
 from ...shapes import Array
+from ...tracing.dependence import Kind
 from ...tracing.program import Program
-from ...tracing.split import Kind, along
+from ...tracing.split import along
 from .. import base
 from ..flash.operands import head_index, padded, padded_operand
 from ..flash.tile_sizes import TileSizes
