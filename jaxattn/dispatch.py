@@ -21,17 +21,18 @@ from .shapes import Array
 from .tracing.program import Program
 from .tracing.split import Split
 
-# With at most this many logits the dense backend is faster. On 2 CPU cores its times cross those of
-# the tiled backend between 0.5 and 1.2 million logits, forward and backward, for masks of every
-# density. That is 4 MB of float32, about where logits leave the caches. On accelerators, 256 MB of
-# logits is a bound on memory, not a measured crossing: kernels may be faster below it.
+# With at most this many logits the dense backend is faster on CPU: its times cross those of the
+# tiled backend between 0.5 and 1.6 million, forward and backward, for masks of every density, and
+# for batches of short rows as for single long ones. That is 4 MB of float32, about where logits
+# leave the caches. Few queries of many keys are no exception.
 _SMALL = 2**20
+# On accelerators, 256 MB of logits is a bound on memory, for calls that no kernel takes. Their
+# speed was not measured.
 _SMALL_ACCELERATED = 2**26
-# Few queries of many keys: above 0.25 to 0.5 million numbers in keys and values, the tiled backend
-# was faster in float32, for 1 to 64 queries, than a definition that copied all keys and values; in
-# 16 bits it was not. The definition now reads them in place, and the two have not been compared
-# since.
-_SMALL_CACHE = 2**19
+# From this many logits in a head on, a kernel that can compute the call is taken. Nothing was
+# measured here: published figures have such kernels ahead from a few hundred tokens on
+# (FlashAttention-2, arXiv 2307.08691, figures 4 to 6: 3 to 4 times on an A100 at 512).
+_FUSED = 2**16
 
 BACKENDS: dict[str, Backend] = {
     "dense": dense,
@@ -218,16 +219,18 @@ def choose(call: Call, backend: str) -> Choice:
             raise ValueError(f"backend: {backend!r} can't compute this call: {reason}")
         others = {name: "another was asked for" for name in BACKENDS if name != backend}
         return Choice(backend, "asked for", others)
-    logits = call.sizes.B * call.sizes.N * call.sizes.T * call.sizes.S
+    B, T, S, N, *_ = call.sizes
+    logits, each = B * N * T * S, T * S
     platform = base.platform(call)
-    most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
-    held = call.key.size + call.value.size
     others = {
         "decode": decode.refuse(call) or "faster only from a KVCache, which asks for it",
         "mosaic": mosaic.refuse(call) or _UNTIMED,
     }
     here = {name: BACKENDS[name].refuse(call) for name in _AUTOMATIC}
-    others |= {name: why or f"slower up to {most} logits" for name, why in here.items()}
+    others |= {
+        name: why or f"slower below {_FUSED} logits a head, by published figures"
+        for name, why in here.items()
+    }
     refused = tiled.refuse(call)
     if refused is not None:
         return Choice("dense", f"nothing else can: {refused}", {"tiled": refused, **others})
@@ -237,23 +240,28 @@ def choose(call: Call, backend: str) -> Choice:
             "the size of the batch is symbolic, and O(T + S) memory is enough for any size",
             {"dense": "O(T * S) memory for each row of the batch", **others},
         )
-    wide = call.query.dtype.itemsize >= 4
-    if logits <= most and platform == "cpu" and wide and held > _SMALL_CACHE:
-        return Choice(
-            "tiled",
-            f"there are few logits ({logits}), but many keys and values ({held} numbers)",
-            {"dense": f"slower above {_SMALL_CACHE} numbers in keys and values on cpu", **others},
-        )
-    if logits <= most:
-        why = f"there are few logits ({logits}): dense is faster up to {most} on {platform}"
+    # Kernels that are interpreted, in tests, run where they are asked for.
+    fit = [name for name in _AUTOMATIC if here[name] is None and platform != "cpu"]
+    if fit and (each >= _FUSED or logits > _SMALL_ACCELERATED):
+        name, *second = fit
+        why = f"faster from {_FUSED} logits a head on by published figures; not measured here"
+        others |= dict.fromkeys(second, f"{name} comes first; neither was timed on a GPU")
+        others["tiled"] = f"loops of plain XLA, slower on {platform}"
+        others["dense"] = f"O(T * S) memory; {name} is {why}"
+        rest = {other: reason for other, reason in others.items() if other != name}
+        return Choice(name, f"{BACKENDS[name].WHY}; {why}", rest)
+    if platform == "cpu" and logits <= _SMALL:
+        why = f"there are few logits ({logits}): dense is faster up to {_SMALL} on cpu"
         return Choice("dense", why, {"tiled": "slower for so few logits", **others})
-    others["dense"] = f"O(T * S) memory, and slower above {most} logits on {platform}"
-    for name in _AUTOMATIC:
-        # Kernels that are interpreted, in tests, run where they are asked for.
-        if here[name] is None and platform != "cpu":
-            others["tiled"] = f"loops of plain XLA, slower on {platform}"
-            rest = {other: why for other, why in others.items() if other != name}
-            return Choice(name, BACKENDS[name].WHY, rest)
+    if platform != "cpu" and logits <= _SMALL_ACCELERATED:
+        why = f"there are few logits ({logits}): they fit into memory up to {_SMALL_ACCELERATED}"
+        loops = f"loops of plain XLA; their speed on {platform} was not measured"
+        return Choice(
+            "dense", f"{why}; no speed was measured on {platform}", {"tiled": loops, **others}
+        )
+    most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
+    slower = ", and slower" if platform == "cpu" else ""
+    others["dense"] = f"O(T * S) memory{slower} above {most} logits on {platform}"
     return Choice(
         "tiled",
         f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",

@@ -199,7 +199,7 @@ def test_auto_takes_it_where_it_can(on_gpu: None) -> None:
     assert other.backend == "triton"
     assert "no mask like dilated" in other.others["cudnn"]
     small = struct(2, 64, 4, 64)
-    assert ja.explain(small, small, small).others["cudnn"].startswith("slower up to")
+    assert "slower below" in ja.explain(small, small, small).others["cudnn"]
 
 
 # --- the wrapping ---------------------------------------------------------------------------------

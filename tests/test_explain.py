@@ -31,6 +31,14 @@ def test_small_problems_are_dense_and_large_ones_tiled() -> None:
     assert all(reason for each in (small, large) for reason in each.others.values())
 
 
+def test_batches_of_short_rows_and_single_queries_are_dense() -> None:
+    """Keys and values are many there, but logits are few."""
+    rows = struct(128, 32, 4, 32)
+    assert ja.explain(rows, rows, rows, mask=masks.causal()).backend == "dense"
+    query, keys = struct(8, 1, 8, 64), struct(8, 2048, 2, 64)
+    assert ja.explain(query, keys, keys).backend == "dense"
+
+
 def test_the_backend_asked_for_is_the_one_that_runs() -> None:
     for name in BACKENDS.keys() - set(ACCELERATED):
         query = struct(2, 1, 2, 8) if name == "decode" else LARGE

@@ -341,7 +341,9 @@ def test_ragged_lengths_lower() -> None:
     ("T", "options", "expected"),
     [
         (128, {}, "dense"),
+        (256, {}, NAME),
         (4096, {}, NAME),
+        (256, {"score": lambda x, b, h, q, k: jax.lax.erf(x)}, "dense"),
         (4096, {"score": lambda x, b, h, q, k: jax.lax.erf(x)}, "tiled"),
     ],
 )
@@ -350,8 +352,17 @@ def test_auto_takes_kernels_where_they_can(T: int, options: Any, expected: str) 
         arguments = structs(T, T, 4, 4, 64, jnp.bfloat16)
         found = ja.explain(*arguments, mask=masks.causal(), **options)
     assert found.backend == expected
+    assert ("by published figures; not measured here" in found.reason) == (expected == NAME)
     assert {found.backend, *found.others} == set(BACKENDS)
     assert ja.explain(*arguments, mask=masks.causal(), **options).backend != NAME
+
+
+@lowering
+def test_auto_takes_kernels_for_many_short_rows_that_fill_the_memory() -> None:
+    with described(H100):
+        few, many = (jax.ShapeDtypeStruct((B, 128, 4, 64), jnp.bfloat16) for B in (8, 2048))
+        assert ja.explain(few, few, few).backend == "dense"
+        assert ja.explain(many, many, many).backend in ("cudnn", NAME)
 
 
 @pytest.mark.parametrize(("H", "Hv"), [(1, 17), (64, 64), (96, 128), (256, 17)])
