@@ -2,6 +2,7 @@
 
     python experiments/benchmark.py                       # everything this machine has
     python experiments/benchmark.py --masks causal window --lengths 4096 --repeats 9
+    python experiments/benchmark.py --suite shapes        # 40 ordinary shapes: benchmark_shapes.py
     python experiments/benchmark.py --suite gpu           # kernels on a GPU: benchmark_gpu.py
 
 Every contestant runs in a process of its own. They take turns: one call to warm up, then a timed
@@ -26,6 +27,8 @@ from typing import Any, Literal
 import tyro
 from benchmark_gpu import GpuConfig
 from benchmark_gpu import main as measure_gpu
+from benchmark_shapes import ShapesConfig
+from benchmark_shapes import main as measure_shapes
 from contestant import Contestant
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -55,8 +58,9 @@ PEERS = {"jax.nn": False, "torch-sdpa": True, "torch-flex": True}  # name -> is 
 class Config:
     """What to measure."""
 
-    suite: Literal["cpu", "gpu"] = "cpu"
+    suite: Literal["cpu", "gpu", "shapes"] = "cpu"
     gpu: GpuConfig = field(default_factory=GpuConfig)  # for `--suite gpu`, which reads only this
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)  # likewise for `--suite shapes`
     masks: tuple[Mask, ...] = (
         "full", "causal", "window", "documents", "prefix", "padding", "dilated", "neighbourhood",
         "decode",
@@ -142,7 +146,9 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
     report: dict[str, Any] = {
         "machine": describe_machine(),
         "config": {
-            name: value for name, value in asdict(config).items() if name not in ("suite", "gpu")
+            name: value
+            for name, value in asdict(config).items()
+            if name not in ("suite", "gpu", "shapes")
         }
         | {"output": str(config.output.name)},
         "cases": [],
@@ -274,6 +280,9 @@ def main(config: Config) -> None:
     """Measure, print, and write JSON, Markdown and a plot."""
     if config.suite == "gpu":
         measure_gpu(config.gpu)
+        return
+    if config.suite == "shapes":
+        measure_shapes(config.shapes)
         return
     console, started = Console(), time.monotonic()
     if not PEERS_PYTHON.exists():

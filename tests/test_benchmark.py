@@ -1,10 +1,11 @@
-"""The benchmark of GPUs: its arithmetic, its patience, and a rehearsal of all of it on CPU."""
+"""The benchmarks: their arithmetic, their patience, and rehearsals on CPU."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +14,9 @@ sys.path.insert(0, str(EXPERIMENTS))
 
 import benchmark_gpu  # noqa: E402
 import benchmark_gpu_worker as worker  # noqa: E402
+import benchmark_shapes  # noqa: E402
 from benchmark_gpu import GpuConfig  # noqa: E402
+from benchmark_shapes import SHAPES, ShapesConfig  # noqa: E402
 from contestant import Contestant  # noqa: E402
 
 pytestmark = pytest.mark.no_cover
@@ -213,3 +216,49 @@ def test_wrong_results_are_seen(tmp_path: Path) -> None:
     assert error("near") == pytest.approx(0.004, rel=0.01)
     assert error("near") <= benchmark_gpu.TOLERANCE["out"] < error("off")
     assert error("nan") == float("inf")
+
+
+# --- ordinary shapes ------------------------------------------------------------------------------
+
+
+def test_there_are_40_shapes_that_fit() -> None:
+    assert len(SHAPES) == len(set(SHAPES.values())) == 40
+    for B, T, S, N, K, _ in SHAPES.values():
+        assert N % K == 0
+        assert 4 * B * N * T * S < 2**30
+
+
+def test_causal_is_for_equal_lengths() -> None:
+    found = list(benchmark_shapes.cells(ShapesConfig()))
+    assert len(set(found)) == len(found)
+    unequal = {name for name, shape in SHAPES.items() if shape.T != shape.S}
+    assert {c.mask for c in found if c.name in unequal} == {"none", "padding"}
+    assert {c.mask for c in found if c.name not in unequal} == set(ShapesConfig.masks)
+
+
+@pytest.mark.parametrize("mask", ShapesConfig.masks)
+def test_both_compute_the_same(mask: Any) -> None:
+    cell = benchmark_shapes.Cell("tiny-16", mask, "float32", "forward+backward")
+    mine = benchmark_shapes.run_of(benchmark_shapes.ours(cell, "auto"), cell)()
+    other = benchmark_shapes.run_of(benchmark_shapes.theirs(cell), cell)()
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_suite_of_shapes_is_rehearsed(tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "shapes.json"
+    config = ShapesConfig(
+        only="tiny-8", masks=("none", "both"), dtypes=("float32",), seconds=0, matmul=64,
+        output=output,
+    )  # fmt: skip
+    benchmark_shapes.main(config)
+    report = json.loads(output.read_text())
+    assert len(report["cells"]) == 2 * len(config.passes)
+    assert all(row["ratio"] > 0 and row["backend"] == "dense" for row in report["cells"])
+    assert report["summary"]["cells"] == len(report["cells"])
+    assert set(report["matmul"]) == {"float32", "bfloat16"}
+    assert output.with_suffix(".png").exists()
+    assert output.with_suffix(".md").read_text().count("| tiny-8 |") == 2
+    assert "geometric mean, float32 forward" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        benchmark_shapes.main(ShapesConfig(only="no such shape", matmul=0, output=output))
