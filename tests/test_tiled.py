@@ -282,3 +282,36 @@ def test_shard_map(sharded_case, check):
     got = grad(call.query, call.key, call.value, call.score)
     gradients = expected[0]
     close(got, (*gradients[:3], gradients[4]))
+
+
+@pytest.mark.parametrize("few", [schedule.FEW, 0], ids=["few tiles", "many tiles"])
+@pytest.mark.parametrize("grid", [(1, 1, 5, 7), (2, 3, 4, 6), (1, 2, 1, 9), (1, 1, 8, 1)])
+def test_steps_cover_every_active_tile_once(grid, few, monkeypatch):
+    """And those without the mask cover FULL tiles alone; in both ways of making the lists."""
+    monkeypatch.setattr(schedule, "FEW", few)
+    B, K, nq, nk = grid
+    tq, tk = 8, 4
+    sizes = schedule.StepSizes(
+        B=B, T=nq * tq, S=nk * tk, K=K, G=1, H=4, Hv=4, tq=tq, tk=tk, step_rows=1, step_heads=1
+    )
+    for seed in range(8):
+        draw = np.random.default_rng(seed)
+        states = draw.choice(3, (B, K, 1, nq, nk), p=draw.dirichlet([1, 1, 1])).astype(np.int8)
+
+        def counted(n: Any, counts: Any) -> Any:
+            """How often each tile was computed: with the mask, and without it."""
+            b, h, q, k = (jnp.asarray(at, jnp.int32) for at in (n.b, n.h, n.q // tq, n.k // tk))
+            wide = jnp.ones((1, 1, 1, n.tq // tq, n.tk // tk), jnp.int32)
+            at = (jnp.int32(0 if n.masked else 1), b, h, q, k)
+            old = jax.lax.dynamic_slice(counts, at, wide.shape)
+            return jax.lax.dynamic_update_slice(counts, old + wide, at)
+
+        lists = schedule.step_lists(sizes, jnp.asarray(states))
+        # Steps may reach beyond the last tile, by less than their length.
+        empty = jnp.zeros((2, B, K, nq + 1, nk + 2), jnp.int32)
+        masked, full = np.asarray(schedule.loop(sizes, lists, counted, empty))
+        cut = masked[:, :, :nq, :nk] + full[:, :, :nq, :nk]
+        np.testing.assert_array_equal(cut, states[:, :, 0] != 0)
+        assert (states[:, :, 0][full[:, :, :nq, :nk] > 0] == 2).all()
+        assert not masked[:, :, nq:].any()
+        assert not masked[:, :, :, nk:].any()

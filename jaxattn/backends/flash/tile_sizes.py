@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .. import base
 from ..problem import Inputs
 
 Z = TypeVar("Z", bound="TileSizes")
@@ -55,3 +56,10 @@ class TileSizes:
     def ragged(self) -> bool:
         """Whether any tile reaches beyond the last query or the last key."""
         return (self.Tp, self.Sp) != (self.T, self.S)
+
+
+def largest_divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`; 1 if n is symbolic."""
+    if base.symbolic(n):
+        return 1
+    return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)

@@ -7,6 +7,7 @@ are all FULL, runs of other active tiles in one row of tiles, and single tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from ...shapes import Array, Int
 from ...tiles.tile_map import EMPTY, FULL
 from .. import base
 from ..flash import tile_lists
-from ..flash.tile_sizes import TileSizes
+from ..flash.tile_sizes import TileSizes, largest_divisor
 from ..problem import Config, Inputs
 
 # Heads times cells of one step: large enough that starting its dozen operations is cheap, small
@@ -29,6 +30,10 @@ STEP_CELLS = 128 * 1024
 # each row. Of 2, 3 and 4 the best for windows, as good as any for documents, causal and dilated
 # masks.
 RUN = 3
+
+# With at most so many tiles of keys, lists are made in ways that XLA compiles into about
+# 15 loops fewer. They take time in proportion to the square.
+FEW = 64
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class StepSizes(TileSizes):
         )
         # Half as many again, for numbers of heads such as 11 and 12.
         room = max(1, STEP_CELLS * 3 // 2 // (G * tq * tk))
-        heads = 1 if by_h else _largest_divisor(K, room)
-        rows = 1 if by_b or heads != K else _largest_divisor(B, room // heads)
+        heads = 1 if by_h else largest_divisor(K, room)
+        rows = 1 if by_b or heads != K else largest_divisor(B, room // heads)
         return cls.of(x, config.tile, step_rows=rows, step_heads=heads)
 
 
@@ -87,15 +92,19 @@ class StepList(NamedTuple):
     """Steps of one size.
 
     Attributes:
-      starts: where all steps start, in b, h, q and k; those of this list begin at `first`.
-      first, number: the part of `starts` that is this list.
+      keys: of all steps, `base` and the number of the first tile in the grid.
+      base: of this list.
+      first, end: the part of `keys` that is this list.
+      grid: the tiles along b, h, q and k; 1 along b and h where the mask does not depend on them.
       repeats: how many times the list is run, for further batch rows and further key heads.
       tq, tk, masked: as in `Step`.
     """
 
-    starts: Int[Array, "n 4"]
+    keys: Int[Array, "n"]
+    base: int
     first: Int[Array, ""]
-    number: Int[Array, ""]
+    end: Int[Array, ""]
+    grid: tuple[int, int, int, int]
     repeats: tuple[int, int]
     tq: int
     tk: int
@@ -122,13 +131,6 @@ def _even(length: int, most: int) -> int:
     return -(-length // (count * 8)) * 8
 
 
-def _largest_divisor(n: int, most: int) -> int:
-    """The largest divisor of n that is at most `most`; 1 if n is symbolic."""
-    if base.symbolic(n):
-        return 1
-    return max(d for d in range(1, max(1, min(n, most)) + 1) if n % d == 0)
-
-
 def step_lists(sizes: StepSizes, states: Array | None) -> list[StepList]:
     """The lists of steps: groups of FULL tiles, runs of other active tiles, and single ones."""
     tq, tk = sizes.tq, sizes.tk
@@ -140,42 +142,68 @@ def step_lists(sizes: StepSizes, states: Array | None) -> list[StepList]:
     eb, eh = active.shape[:2]
     wide = jnp.pad(all_full, [(0, 0), (0, 0), (0, -nq % gq), (0, -nk % gk)])
     full = wide.reshape(eb, eh, -(-nq // gq), gq, -(-nk // gk), gk).all((3, 5))
-    rest = active & ~jnp.repeat(jnp.repeat(full, gq, 2), gk, 3)[:, :, :nq, :nk]
-    at = lax.broadcasted_iota(jnp.int32, rest.shape, 3)
+    grouped = jnp.repeat(jnp.repeat(full, gq, 2), gk, 3)[:, :, :nq, :nk]
+    rest = active & ~grouped
+    row, column = (lax.broadcasted_iota(jnp.int32, active.shape, axis) for axis in (2, 3))
     # How far into its stretch of neighbours a tile is, and how long that is.
-    before = lax.cummax(jnp.where(rest, jnp.int32(-1), at), axis=3)
-    after = lax.cummin(jnp.where(rest, jnp.int32(nk), at), axis=3, reverse=True)
-    place, length = at - before - 1, after - before - 1
-    in_runs = length - lax.rem(length, jnp.int32(run))
-    first_of_run = rest & (place < in_runs) & (lax.rem(place, jnp.int32(run)) == 0)
-    # Flags of steps, the tiles from one flag to the next, the tiles of a step, and `masked`.
-    kinds = [(full, (gq, gk), (gq, gk), False), (first_of_run, (1, 1), (1, run), True)]
-    if run > 1:
-        kinds.append((rest & (place >= in_runs), (1, 1), (1, 1), True))
-
-    # One array of all lists, one after the other.
-    flat = jnp.concatenate([flags.reshape(-1) for flags, *_ in kinds])
-    running = jnp.cumsum(flat, dtype=jnp.int32)
-    starts = jnp.concatenate([_starts(a.shape, tq * by[0], tk * by[1]) for a, by, *_ in kinds])
-    # Each goes to the place that the running count names.
-    to = jnp.where(flat, running - 1, flat.size)
-    starts = jnp.zeros_like(starts).at[to].set(starts, mode="drop")
+    before = _running_max(jnp.where(rest, jnp.int32(-1), column))
+    after = -_running_max(jnp.where(rest, jnp.int32(-nk), -column), reverse=True)
+    place, length = column - before - 1, after - before - 1
+    within = lax.rem(place, jnp.int32(run))
+    in_run = place - within + run <= length
+    # The list that a tile begins a step of.
+    of_runs = jnp.where(within == 0, jnp.int32(_RUNS), jnp.int32(_NONE))
+    kind = jnp.where(in_run, of_runs, jnp.int32(_SINGLES))
+    kind = jnp.where(rest, kind, jnp.int32(_NONE))
+    begins = (lax.rem(row, jnp.int32(gq)) == 0) & (lax.rem(column, jnp.int32(gk)) == 0)
+    kind = jnp.where(grouped & begins, jnp.int32(_GROUPS), kind)
+    size = math.prod(active.shape)
+    tile = lax.iota(jnp.int32, size).reshape(active.shape)
+    # Without a barrier XLA would compute them again in every sum of them.
+    keys = lax.optimization_barrier(kind * size + tile)
+    order = _sorted(keys.reshape(-1))
     repeats = (
         sizes.B // sizes.step_rows if eb == 1 else 1,
         sizes.K // sizes.step_heads if eh == 1 else 1,
     )
-    lists, first = [], jnp.int32(0)
-    for flags, _, (by_q, by_k), masked in kinds:
-        number = flags.sum(dtype=jnp.int32)
-        lists.append(StepList(starts, first, number, repeats, tq * by_q, tk * by_k, masked))
-        first = first + number
+    # The queries and keys of a step, in tiles, and `masked`, of each list.
+    kinds = [((gq, gk), False), ((1, run), True), ((1, 1), True)]
+    lists: list[StepList] = []
+    for n, ((by_q, by_k), masked) in enumerate(kinds[: 2 if run == 1 else 3]):
+        first = lists[-1].end if lists else jnp.int32(0)
+        end = (keys < (n + 1) * size).sum(dtype=jnp.int32)
+        grid = (eb, eh, nq, nk)
+        lists.append(
+            StepList(order, n * size, first, end, grid, repeats, tq * by_q, tk * by_k, masked)
+        )
     return lists
 
 
-def _starts(shape: tuple[int, ...], tq: int, tk: int) -> Int[Array, "n 4"]:
-    """Where the tiles of an array of flags start, in b, h, q and k."""
-    axes = [lax.broadcasted_iota(jnp.int32, shape, axis).reshape(-1) for axis in range(4)]
-    return jnp.stack([axes[0], axes[1], axes[2] * tq, axes[3] * tk], 1)
+# The lists, in order, and what belongs to none.
+_GROUPS, _RUNS, _SINGLES, _NONE = range(4)
+
+
+def _running_max(array: Int[Array, "b h nq nk"], *, reverse: bool = False) -> Array:
+    """The largest number up to each along the last axis, or with `reverse` from each on."""
+    length = array.shape[-1]
+    if length > FEW:
+        return lax.cummax(array, axis=3, reverse=reverse)
+    # XLA compiles this as one loop, and a cumulative maximum as five.
+    at, to = (lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    counts = at <= to if not reverse else at >= to
+    return jnp.where(counts, array[..., None], jnp.iinfo(jnp.int32).min).max(3)
+
+
+def _sorted(keys: Int[Array, "n"]) -> Int[Array, "n"]:
+    """Keys, `list * n + tile`, in order; those of no list may be missing."""
+    size = keys.shape[0]
+    if not base.symbolic(size) and size <= FEW**2:
+        return lax.sort(keys)
+    # Sorting many takes longer than the steps. Each goes to the place that a running count says.
+    kind = lax.div(keys, jnp.asarray(size, jnp.int32))
+    flags = jnp.concatenate([kind == n for n in (_GROUPS, _RUNS, _SINGLES)])
+    to = jnp.where(flags, jnp.cumsum(flags, dtype=jnp.int32) - 1, flags.size)
+    return jnp.zeros_like(keys).at[to].set(lax.iota(jnp.int32, flags.size), mode="drop")
 
 
 def loop(
@@ -184,15 +212,40 @@ def loop(
     """Runs `carry = compute(step, carry)` over all lists, for all batch rows and key heads."""
     for one in lists:
         by_rows, by_heads = one.repeats
+        once = (by_rows, by_heads) == (1, 1)
 
-        def body(n: Any, carry: Any, one: StepList = one, by_heads: int = by_heads) -> Any:
-            count = jnp.maximum(one.number, 1)
-            at = one.first + lax.rem(n, count)
-            b, h, q, k = lax.dynamic_index_in_dim(one.starts, at, keepdims=False)
-            again = lax.div(n, count)
-            b = b + lax.div(again, jnp.int32(by_heads)) * sizes.step_rows
-            h = h + lax.rem(again, jnp.int32(by_heads)) * sizes.step_heads
+        def body(n: Any, carry: Any, one: StepList = one, once: bool = once) -> Any:
+            b, h, q, k = _at(sizes, one, n, once)
             return compute(Step(b, h, q, k, one.tq, one.tk, one.masked), carry)
 
-        carry = lax.fori_loop(0, one.number * (by_rows * by_heads), body, carry)
+        if once:
+            carry = lax.fori_loop(one.first, one.end, body, carry)
+        else:
+            carry = lax.fori_loop(0, (one.end - one.first) * (by_rows * by_heads), body, carry)
     return carry
+
+
+def _at(sizes: StepSizes, one: StepList, n: Any, once: bool) -> tuple[Any, ...]:
+    """Where the n-th step of a loop starts; zeros that are known are Python's.
+
+    XLA compiles what is computed here for every loop, so only what a list needs is.
+    """
+    again: Any = 0
+    if not once:
+        count = jnp.maximum(one.end - one.first, 1)
+        n, again = one.first + lax.rem(n, count), lax.div(n, count)
+    key = lax.dynamic_slice(one.keys, (n,), (1,), allow_negative_indices=False)
+    tile = lax.reshape(key, ()) - jnp.asarray(one.base, jnp.int32)
+    eb, eh, nq, nk = one.grid
+    q, k = lax.rem(lax.div(tile, nk), nq) * sizes.tq, lax.rem(tile, nk) * sizes.tk
+    # Without a barrier XLA would compute them again in every operation of the step.
+    q, k = lax.optimization_barrier((q, k))
+    lead = lax.div(tile, nq * nk)
+    b: Any = 0 if eb == 1 else lax.div(lead, eh)
+    h: Any = 0 if eh == 1 else lax.rem(lead, eh)
+    by_rows, by_heads = one.repeats
+    if not isinstance(by_rows, int) or by_rows > 1:
+        b = b + lax.div(again, jnp.int32(by_heads)) * sizes.step_rows
+    if by_heads > 1:
+        h = h + lax.rem(again, jnp.int32(by_heads)) * sizes.step_heads
+    return b, h, q, k

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ...shapes import Array, Bool, Float
@@ -54,13 +55,21 @@ def heads_first(config: Config, array: Array, length: int) -> Array:
 
 
 def read(array: Array, starts: Any, extents: Any) -> Array:
-    """`lax.dynamic_slice` with starts of one dtype, with x64 enabled or not."""
-    return lax.dynamic_slice(array, [jnp.asarray(n, jnp.int32) for n in starts], extents)
+    """`lax.dynamic_slice` with starts of one dtype, with x64 enabled or not, none negative."""
+    return lax.dynamic_slice(array, _starts(starts), extents, allow_negative_indices=False)
 
 
 def write(array: Array, part: Array, starts: Any) -> Array:
-    """`lax.dynamic_update_slice` with starts of one dtype, with x64 enabled or not."""
-    return lax.dynamic_update_slice(array, part, [jnp.asarray(n, jnp.int32) for n in starts])
+    """`lax.dynamic_update_slice` with starts of one dtype, as `read`."""
+    at = _starts(starts)
+    return lax.dynamic_update_slice(array, part, at, allow_negative_indices=False)
+
+
+def _starts(starts: Any) -> list[Any]:
+    # `jnp.asarray` would be traced, as a function, for every number of every slice.
+    return [
+        np.int32(n) if isinstance(n, int) else lax.convert_element_type(n, np.int32) for n in starts
+    ]
 
 
 def add(total: Array, part: Array, starts: Any) -> Array:
