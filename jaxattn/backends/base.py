@@ -56,6 +56,8 @@ class Call:
         where the batch rows share them.
       dropout: the rate and the seed; None without.
       tiles: the states of tiles, if the mask was given as a `TileMap`.
+      heads_first: whether keys and values lie in memory with heads first, transposed views of what
+        a `KVCache` holds. XLA does not show where arrays lie, and copies them if it is guessed.
       prepared: what the backend's own `prepare` puts there; None before.
       precision: of matrix products; None for the highest.
     """
@@ -72,6 +74,7 @@ class Call:
     tiles: TileStates | None = None
     prepared: Any = None
     precision: Any = static(default=None)
+    heads_first: bool = static(default=False)
 
     @property
     def sizes(self) -> Sizes:
@@ -180,6 +183,13 @@ def accumulator(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
+def factors(call: Call) -> Any:
+    """The dtype in which products of XLA are given their factors."""
+    # On CPU it multiplies 16-bit floats slowly, and in some layouts not at all.
+    on_cpu = platform(call) == "cpu"
+    return accumulator(call.query.dtype) if on_cpu else call.query.dtype
+
+
 def finite(array: Float[Array, "..."]) -> Float[Array, "..."]:
     """The array with 0 in place of NaN and infinities; its derivative is 1 everywhere."""
     return _finite(array)
@@ -194,6 +204,16 @@ def _finite(array: Array) -> Array:
 def _finite_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Also 1 where the array is not finite, so that derivatives do not depend on values.
     return _finite(*primals), tangents[0]
+
+
+def all_finite(*arrays: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Whether all numbers are finite.
+
+    A finite number less itself is 0, any other NaN. XLA has a fast way to sum on CPU, and compiles
+    it sooner than `isfinite` and `all`.
+    """
+    wide = [array.astype(accumulator(array.dtype)) for array in arrays]
+    return jnp.stack([(a - a).sum() == 0 for a in wide]).all()
 
 
 @custom_vmap

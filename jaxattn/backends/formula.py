@@ -59,14 +59,24 @@ def attend(
     layout = LENGTH_FIRST if layout is None else layout
     T = x.query.shape[1]
     rows = T if rows is None else rows
-    dtype = base.accumulator(x.query.dtype)
-    zero = jnp.zeros((), dtype)
     seen = visible(config, x, start, rows)  # [B|1, N|1, T, S]
 
     query = x.query if rows == T else lax.dynamic_slice_in_dim(x.query, start, rows, 1)
     query, key, value = (layout.swapped(a) for a in (query, x.key, x.value))
     products = Products(layout, config.precision)
-    logits = _product(products, query, key) * x.scale.reshape(-1, 1, 1, 1)  # [B, N, T, S]
+    logits = _product(products, query, key)
+    kept, weights, lse = weigh(config, x, seen, logits, start, rows)
+    out = layout.swapped(_weigh(products, kept, value, key, seen))
+    return Result(out.astype(x.query.dtype), jnp.moveaxis(lse, 1, 2), weights)
+
+
+def weigh(
+    config: Config, x: Inputs, seen: Array | None, logits: Array, start: Any, rows: int
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T S"], Float[Array, "B N T"]]:
+    """Weights after dropout, weights before it, and LSE, from `query . key` of some rows."""
+    dtype = logits.dtype
+    zero = jnp.zeros((), dtype)
+    logits = logits * x.scale.reshape(-1, 1, 1, 1)
     if seen is not None:
         logits = jnp.where(seen, logits, zero)
     if config.score is not None:
@@ -78,8 +88,7 @@ def attend(
         first, second, at, rate = _tiles(DROPOUT, x.dropout, x, start, rows)
         keep = base.keeps((first, second), at, rate)
         kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
-    out = layout.swapped(_weigh(products, kept, value, key, seen))
-    return Result(out.astype(x.query.dtype), jnp.moveaxis(lse, 1, 2), weights)
+    return kept, weights, lse
 
 
 def by_rows(config: Config, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:

@@ -22,15 +22,18 @@ as the cache, or a function of positions, `lambda b, h, q, k: k >= pads[b]`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..attention import attention
+from ..arguments import checked_call
 from ..backends import decode
+from ..checks.foreign_names import with_remedies
 from ..checks.integers import as_given, concrete, is_integer, narrowed
+from ..dispatch import dispatch
 from ..masks.mask import BuiltInMask, Mask, as_mask, leaf_repr
 from ..masks.positions import Positions
 from ..pytrees import ByStructure, pytree
@@ -166,6 +169,8 @@ class Cache(ByStructure, ABC):
     length: Int[Array, "B"]
     overflowed: Bool[Array, "B"]
     dtype: Any
+    # Whether `read` returns transposed views of arrays with heads first.
+    heads_first: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -388,8 +393,13 @@ def over(
     held = cache.mask if mask is None else as_mask(mask) & cache.mask
     positions = Positions(q=at, k=cache.positions)
     _, T, N, _ = jnp.shape(query)
-    # XLA on CPU converts 16-bit keys before it multiplies them; dense does that fastest.
-    direct = jax.default_backend() != "cpu" or key.dtype.itemsize >= 4
-    if direct and T * (N // key.shape[2]) <= decode.MOST:
-        options = {"backend": "decode"} | options
-    return attention(query, key, value, mask=held, positions=positions, **options)
+    few = T * (N // key.shape[2]) <= decode.MOST
+    backend = options.pop("backend", "decode" if few else "auto")
+    with_lse = options.pop("return_lse", False)
+    call = _checked(query, key, value, mask=held, positions=positions, **options)
+    call = replace(call, heads_first=cache.heads_first)
+    out, *lse = dispatch(call, backend, with_lse=with_lse)
+    return (out, *lse) if with_lse else out
+
+
+_checked = with_remedies(name="attention")(checked_call)

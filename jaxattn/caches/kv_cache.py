@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ class KVCache(Cache):
     dtype: Any = static()
     window: int | None = static(default=None)
     places: Int[Array, "B S"] | None = None
+    heads_first: ClassVar[bool] = True
 
     @classmethod
     def create(

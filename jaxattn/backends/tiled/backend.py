@@ -6,7 +6,6 @@ Time follows the active tiles, memory is O(T + S), forward and backward (`passes
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -38,7 +37,7 @@ def footprint(call: Call) -> int:
     """Bytes of the inputs in the layout of the loops, of the sums, and of the tiles of one step."""
     B, T, S, N, K, H, Hv = call.sizes
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
-    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(_factors(call)).itemsize
+    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(base.factors(call)).itemsize
     sums = B * T * N * (Hv + 2) * width
     return int(copies + sums + 2 * schedule.STEP_CELLS * width)
 
@@ -57,7 +56,7 @@ def run(
 
 def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
     """What the loops are compiled for, and what they are given."""
-    return problem.build(call, ENGINE, _factors(call), partial(_tile, call, tile))
+    return problem.build(call, ENGINE, base.factors(call), partial(_tile, call, tile))
 
 
 def _tile(
@@ -70,10 +69,3 @@ def _tile(
         tile = known.tile
     tile = tile or schedule.tile_size(T, S, heads)
     return min(tile[0], T), min(tile[1], S)
-
-
-def _factors(call: Call) -> Any:
-    """The dtype in which products are given their factors."""
-    # XLA on CPU multiplies 16-bit floats slowly, and in some layouts not at all.
-    on_cpu = base.platform(call) == "cpu"
-    return base.accumulator(call.query.dtype) if on_cpu else call.query.dtype
