@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
-from .backends import base, cudnn, decode, dense, mosaic, tiled, triton
+from .backends import base, cudnn, decode, dense, mosaic, rows, tiled, triton
 from .backends.base import Backend, Call
 from .checks import foreign_names
 from .mesh import automatic
@@ -21,11 +21,12 @@ from .shapes import Array
 from .tracing.program import Program
 from .tracing.split import Split
 
-# With at most this many logits the dense backend is faster on CPU: its times cross those of the
-# tiled backend between 0.5 and 1.6 million, forward and backward, for masks of every density, and
-# for batches of short rows as for single long ones. That is 4 MB of float32, about where logits
-# leave the caches. Few queries of many keys are no exception.
-_SMALL = 2**20
+# Up to this many pairs of a query and a key the rows backend is ahead on CPU, forward and backward,
+# for batches of short rows as for single ones. Times cross those of the tiled backend between 256
+# and 384 squared with a mask that hides half, and at about 512 squared without a mask.
+_SHORT = 9 * 2**13
+# Logits of one batch row, 8 MB of float32, beyond which they would leave the caches.
+_SMALL_ROW = 2**21
 # On accelerators, 256 MB of logits is a bound on memory, for calls that no kernel takes. Their
 # speed was not measured.
 _SMALL_ACCELERATED = 2**26
@@ -37,6 +38,7 @@ _FUSED = 2**16
 BACKENDS: dict[str, Backend] = {
     "dense": dense,
     "decode": decode,
+    "rows": rows,
     "tiled": tiled,
     "cudnn": cudnn,
     "triton": triton,
@@ -223,7 +225,9 @@ def choose(call: Call, backend: str) -> Choice:
     logits, each = B * N * T * S, T * S
     platform = base.platform(call)
     others = {
-        "decode": decode.refuse(call) or "faster only from a KVCache, which asks for it",
+        "rows": rows.refuse(call) or f"not timed on {platform}",
+        "decode": decode.refuse(call)
+        or "faster from a KVCache, which asks for it, and in 16 bits on cpu",
         "mosaic": mosaic.refuse(call) or _UNTIMED,
     }
     here = {name: BACKENDS[name].refuse(call) for name in _AUTOMATIC}
@@ -240,6 +244,11 @@ def choose(call: Call, backend: str) -> Choice:
             "the size of the batch is symbolic, and O(T + S) memory is enough for any size",
             {"dense": "O(T * S) memory for each row of the batch", **others},
         )
+    if platform == "cpu" and decode.refuse(call) is None and decode.converts_in_blocks(call):
+        why = "XLA would first make a float32 copy of all 16-bit keys and values, which is slower"
+        behind = {"dense": why, "tiled": "slower for few queries"}
+        rest = {name: reason for name, reason in others.items() if name != "decode"}
+        return Choice("decode", "reads 16-bit keys and values a block at a time", behind | rest)
     # Kernels that are interpreted, in tests, run where they are asked for.
     fit = [name for name in _AUTOMATIC if here[name] is None and platform != "cpu"]
     if fit and (each >= _FUSED or logits > _SMALL_ACCELERATED):
@@ -250,18 +259,24 @@ def choose(call: Call, backend: str) -> Choice:
         others["dense"] = f"O(T * S) memory; {name} is {why}"
         rest = {other: reason for other, reason in others.items() if other != name}
         return Choice(name, f"{BACKENDS[name].WHY}; {why}", rest)
-    if platform == "cpu" and logits <= _SMALL:
-        why = f"there are few logits ({logits}): dense is faster up to {_SMALL} on cpu"
-        return Choice("dense", why, {"tiled": "slower for so few logits", **others})
+    if platform == "cpu" and each <= _SHORT and N * each <= _SMALL_ROW:
+        why = f"rows are short ({each} pairs): fastest up to {_SHORT} on cpu"
+        behind = {
+            "dense": "sets aside memory for all logits, and is slower on cpu",
+            "tiled": f"slower up to {_SHORT} pairs, where there is little to skip",
+        }
+        rest = {name: reason for name, reason in others.items() if name != "rows"}
+        return Choice("rows", f"{rows.WHY}; {why}", rest | behind)
     if platform != "cpu" and logits <= _SMALL_ACCELERATED:
         why = f"there are few logits ({logits}): they fit into memory up to {_SMALL_ACCELERATED}"
         loops = f"loops of plain XLA; their speed on {platform} was not measured"
         return Choice(
             "dense", f"{why}; no speed was measured on {platform}", {"tiled": loops, **others}
         )
-    most = _SMALL if platform == "cpu" else _SMALL_ACCELERATED
-    slower = ", and slower" if platform == "cpu" else ""
-    others["dense"] = f"O(T * S) memory{slower} above {most} logits on {platform}"
+    others["dense"] = f"O(T * S) memory: {logits} logits"
+    if platform == "cpu":
+        others["dense"] += ", and slower on cpu"
+        others["rows"] = f"computes all pairs: slower above {_SHORT} of them on cpu"
     return Choice(
         "tiled",
         f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",

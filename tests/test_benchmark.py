@@ -147,7 +147,7 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert [row["mask"] for row in report["cases"]] == ["causal", "documents"]
     for row in report["cases"]:
         assert row["tflops"].keys() == {"auto", "dense"}
-        assert row["backend"] == "dense"
+        assert row["backend"] == "rows"
     assert json.loads(config.output.read_text())["not_reached"] == []
     text = config.output.with_suffix(".md").read_text()
     assert "Checks: 4 passed, 0 failed" in text
@@ -254,7 +254,7 @@ def test_the_suite_of_shapes_is_rehearsed(tmp_path: Path, capsys: Any) -> None:
     benchmark_shapes.main(config)
     report = json.loads(output.read_text())
     assert len(report["cells"]) == 2 * len(config.passes)
-    assert all(row["ratio"] > 0 and row["backend"] == "dense" for row in report["cells"])
+    assert all(row["ratio"] > 0 and row["backend"] == "rows" for row in report["cells"])
     assert report["summary"]["cells"] == len(report["cells"])
     assert set(report["matmul"]) == {"float32", "bfloat16"}
     assert output.with_suffix(".png").exists()

@@ -22,21 +22,28 @@ def struct(B: int, T: int, N: int = 2, H: int = 8) -> jax.ShapeDtypeStruct:
 LARGE = struct(2, 2048)
 
 
-def test_small_problems_are_dense_and_large_ones_tiled() -> None:
-    small = ja.explain(*[struct(1, 256, 8, 64)] * 3, mask=masks.causal())
+def test_short_rows_are_computed_whole_and_long_ones_in_tiles() -> None:
+    for small in (struct(1, 8), struct(1, 256, 8, 64), struct(128, 32, 4, 32)):
+        found = ja.explain(*[small] * 3, mask=masks.causal())
+        assert found.backend == "rows"
+        assert set(found.others) == {*BACKENDS} - {"rows"}
     large = ja.explain(*[LARGE] * 3, mask=masks.causal())
-    assert (small.backend, large.backend) == ("dense", "tiled")
-    assert set(small.others) == {*BACKENDS} - {"dense"}
+    assert large.backend == "tiled"
     assert set(large.others) == {*BACKENDS} - {"tiled"}
-    assert all(reason for each in (small, large) for reason in each.others.values())
+    assert all(reason for each in (found, large) for reason in each.others.values())
 
 
-def test_batches_of_short_rows_and_single_queries_are_dense() -> None:
-    """Keys and values are many there, but logits are few."""
-    rows = struct(128, 32, 4, 32)
-    assert ja.explain(rows, rows, rows, mask=masks.causal()).backend == "dense"
+def test_few_queries_of_many_keys_are_a_short_row() -> None:
     query, keys = struct(8, 1, 8, 64), struct(8, 2048, 2, 64)
-    assert ja.explain(query, keys, keys).backend == "dense"
+    assert ja.explain(query, keys, keys).backend == "rows"
+    # Unless keys have to be converted first.
+    query, keys = (jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in (query, keys))
+    assert ja.explain(query, keys, keys).backend == "decode"
+
+
+def test_a_long_row_of_many_heads_is_cut_into_tiles() -> None:
+    """Its logits would leave the caches, though each head has few."""
+    assert ja.explain(*[struct(1, 256, 64, 64)] * 3).backend == "tiled"
 
 
 def test_the_backend_asked_for_is_the_one_that_runs() -> None:

@@ -12,6 +12,7 @@ Read in this order:
 - `formula`, `operation`: attention as the formula, with derivatives of its own under JAX.
 - `dense`: the definition. Its residue is evaluated once, on `[T, S]`: 64 pairs of the example.
 - `decode`: the same formula for few queries, with keys and values read where they are.
+- `rows`: whole rows of logits, a few batch rows at a time.
 - `cudnn`: NVIDIA's kernels, for masks that they know. They do not know `ids`.
 - `flash`: what the engines share that compute only active tiles: `tiled`, `triton`, `mosaic`.
   Cut into 2 x 2, the example has 16 tiles. Two are FULL, four PARTIAL, and ten are EMPTY: nothing

@@ -53,8 +53,8 @@ class Residue(NamedTuple):
 class Engine(NamedTuple):
     """Loops or kernels that compute attention, as functions of a `Config` and `grouped` inputs.
 
-    Queries, keys and values are finite, as `flash/nonfinite.py` sees to. Logits need not be, nor
-    the LSE of rows whose gradients are to be NaN.
+    Values are finite, and in the backward queries and keys too, as `flash/nonfinite.py` sees to.
+    Logits need not be, nor the LSE of rows whose gradients are to be NaN.
 
     Attributes:
       forward: `(config, x) -> (out [B, T, K, G, Hv] in the query's dtype, natural-log lse
@@ -65,11 +65,16 @@ class Engine(NamedTuple):
         groups of rows.
       differentiable: the forward where JAX can push tangents through it; None where the formula
         has to be differentiated in its place.
+      cleans: whether it is given arrays as they are, and itself puts 0 in place of what is not
+        finite, as `flash.operands.cleaned` does, where it copies them anyway.
+      states: whether it reads the states of tiles.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     differentiable: Callable[..., Any] | None = None
+    cleans: bool = False
+    states: bool = True
 
 
 class Config(NamedTuple):
@@ -204,7 +209,7 @@ def build(
         parts = call.mask
         operands = parts.operands(call.positions, B, N, T, S)
     tile = choose(known, _heads(sizes, operands))
-    if parts is not None and engine is not None:
+    if parts is not None and engine is not None and engine.states:
         if known is not None and _within(known.tile, T, S) == _within(tile, T, S):
             states = known.states
         else:

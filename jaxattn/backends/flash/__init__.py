@@ -1,5 +1,7 @@
 """What the engines share that compute attention tile by tile: `tiled`, `triton` and `mosaic`.
 
+`rows` shares it too, with one tile of all queries and keys.
+
 A `Config` and `Inputs` come in, output and LSE go out, under any transformation of JAX. For two
 documents of 4 tokens, `ids[b, q] == ids[b, k] & (q >= k)` in tiles of 2 x 2 has the states
 

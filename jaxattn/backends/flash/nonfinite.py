@@ -9,6 +9,7 @@ costs one pass over the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax import lax
 from ...shapes import Array, Bool
 from .. import base, formula
 from ..problem import Config, Gradients, Inputs, by_key_head, joined
+from .operands import cleaned
 
 # Products below this are finite in float32, in powers of 2 too.
 _LARGE = 1e37
@@ -27,23 +29,39 @@ _LARGE = 1e37
 def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, N, Hv]` and LSE `[B, T, N]` by the config's engine."""
     assert config.engine is not None
-    out, lse = config.engine.forward(config, x._replace(value=base.finite(x.value)).grouped())
+    given = x if config.engine.cleans else x._replace(value=base.finite(x.value))
+    out, lse = config.engine.forward(config, given.grouped())
     out, lse = joined(out, 2), joined(lse, 2)
     # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
     lost = lse == -jnp.inf
 
-    def with_nonfinite() -> tuple[Array, Array]:
+    def with_nonfinite(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, lse = found
         flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
         every = jnp.ones((*flags.shape[:-1], 1), bool)
-        found = _reached(config, x, jnp.concatenate([every, flags], -1))
-        nothing = lost & found[..., 0]
+        seen = _reached(config, x, jnp.concatenate([every, flags], -1))
+        nothing = lost & seen[..., 0]
         return (
-            _where(nothing[..., None], jnp.nan, out + formula.added(found[..., 1:], out.dtype)),
+            _where(nothing[..., None], jnp.nan, out + formula.added(seen[..., 1:], out.dtype)),
             _where(nothing, jnp.nan, lse),
         )
 
-    affected = ~jnp.isfinite(x.value).all() | (lost.any() & _extreme(config, x))
-    return lax.cond(affected, with_nonfinite, lambda: (out, lse))
+    wrong = ~base.all_finite(x.value) | lax.cond(
+        lse.min() > -jnp.inf, lambda: jnp.zeros((), bool), lambda: _extreme(config, x)
+    )
+    return _corrected(wrong, with_nonfinite, (out, lse))
+
+
+def _corrected(wrong: Bool[Array, ""], correct: Callable[[Any], Any], results: Any) -> Any:
+    """`correct(results)` if they are wrong, or else the results, which are not copied then.
+
+    They would be if they went through a branch of a `cond`. A loop of at most one round works where
+    they are.
+    """
+    done = jnp.zeros_like(wrong)
+    return lax.while_loop(
+        lambda carry: carry[0], lambda carry: (done, correct(carry[1])), (wrong, results)
+    )[1]
 
 
 def _where(flags: Array, number: float, array: Array) -> Array:
@@ -81,24 +99,23 @@ def backward(
     # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
     d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
-    bad = ~jnp.isfinite(lse) | ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
-    keys = jnp.swapaxes(formula.has_nonfinite(x.key, x.value), 1, 2)[..., None]
-    bad = alive & lax.cond(keys.any(), lambda: bad | _reached(config, x, keys)[..., 0], lambda: bad)
-    good = alive & ~bad
+    # 0 * inf is NaN: the product is finite where both are.
+    product = (out.astype(lse.dtype) * d_out.astype(lse.dtype)).sum(-1)
+    bad = ~jnp.isfinite(lse) | ~jnp.isfinite(product)
 
-    given = x._replace(
-        query=_where(~good[..., None], 0, x.query),
-        key=base.finite(x.key),
-        value=base.finite(x.value),
-    ).grouped()
-    lines = (
-        _where(~good[..., None], 0, out),
-        _where(bad, jnp.nan, lse),
-        _where(~good[..., None], 0, d_out),
-        _where(~good, 0, d_lse),
-    )
+    def that_see_others(bad: Array) -> Array:
+        keys = jnp.swapaxes(formula.has_nonfinite(x.key, x.value), 1, 2)[..., None]
+        return bad | _reached(config, x, keys)[..., 0]
+
+    bad = alive & _corrected(~base.all_finite(x.key, x.value), that_see_others, bad)
     K = x.key.shape[2]
-    g = config.engine.backward(config, groups, given, *(by_key_head(a, 2, K) for a in lines))
+    given = x.grouped()
+    out, lse, d_out, d_lse = (
+        by_key_head(a, 2, K) for a in (out, _where(bad, jnp.nan, lse), d_out, d_lse)
+    )
+    if not config.engine.cleans:
+        given, d_out = cleaned(given, lse, d_out)
+    g = config.engine.backward(config, groups, given, out, lse, d_out, d_lse)
     score = tuple(None if part is None else joined(part, 1) for part in g.score)
     return g._replace(query=joined(g.query, 2), score=score)
 

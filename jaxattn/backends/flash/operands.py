@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from ...shapes import Array, Float
 from ...tracing.dependence import Kind
 from ...tracing.split import along
-from ..problem import Residue
+from .. import base
+from ..problem import Inputs, Residue
 from .tile_sizes import TileSizes
 
 # --- before the kernels ---------------------------------------------------------------------------
@@ -113,6 +114,20 @@ def summed_gradient(array: Array, operand: Array, groups: int) -> Array:
 # --- what the backward needs of each query --------------------------------------------------------
 
 
+def cleaned(x: Inputs, lse: Array, d_out: Array) -> tuple[Inputs, Array]:
+    """Inputs and cotangents of a backward with 0 in place of what is not finite.
+
+    In rows whose LSE is not finite, which take no part or get NaN, all is 0.
+    """
+    good = jnp.isfinite(lse)[..., None]
+
+    def rows(array: Array) -> Array:
+        return jnp.where(good, array, jnp.zeros((), array.dtype))
+
+    given = x._replace(query=rows(x.query), key=base.finite(x.key), value=base.finite(x.value))
+    return given, rows(d_out)
+
+
 def backward_rows(
     out: Float[Array, "B T K G Hv"],
     lse: Float[Array, "B T K G"],
@@ -122,9 +137,11 @@ def backward_rows(
     """Two numbers of each query, `lse` and `delta`, from which a tile's gradients follow.
 
     With logits `s` and the cotangents `dp` of weights, `p = e^(s - lse)` and
-    `ds = p * (dp - delta)`. A query that takes no part has an LSE of inf: its weights are 0.
+    `ds = p * (dp - delta)`. A query that takes no part has an LSE of inf: its weights are 0. Where
+    the LSE is not finite, `delta` is 0.
     """
     dtype = lse.dtype
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
+    delta = jnp.where(jnp.isfinite(lse), delta, jnp.zeros((), dtype))
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
     return lse.transpose(0, 2, 3, 1), delta.transpose(0, 2, 3, 1)

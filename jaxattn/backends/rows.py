@@ -1,0 +1,306 @@
+"""Attention on whole rows of logits, some batch rows at a time: what short rows cost least.
+
+    forward   s = q k'              p = e^(s - max)         out = p v / sum(p)
+    backward  p = e^(s - lse)       dp = do v'              ds = p (dp - delta)
+              dv' = do' p           dk' = q' ds             dq = ds k
+
+The logits of a step stay in the caches, and every step uses the memory of the one before. XLA would
+otherwise set aside fresh pages in every call.
+
+Products have heads in front, and no transposed left factor: these go to the fastest library that
+XLA has on CPU. The copies in that order are made of a step's part alone, and numbers that are not
+finite are replaced on the way, at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..mesh import constant
+from ..shapes import Array, Bool, Float
+from ..tracing.split import as_tile
+from . import base, problem
+from .base import Call, unchanged
+from .flash import transforms
+from .flash.operands import backward_rows, cleaned, learned, replaced
+from .flash.tile_sizes import largest_divisor
+from .problem import DROPOUT, Config, Engine, Gradients, Inputs, Residue
+
+WHY = "whole rows of logits, a few batch rows at a time, so that they stay in the caches"
+
+LIMITS: tuple[str, ...] = ()
+
+prepare = unchanged
+
+# Numbers that a step works on, in all its arrays: 4 MB of float32. With half as many, rows of 32
+# took a third longer; with twice as many, single queries of 512 keys.
+STEP_NUMBERS = 2**20
+
+
+def refuse(call: Call) -> str | None:
+    """Why this backend can't compute the call: sizes are 0, or lengths are symbolic."""
+    if base.symbolic(call.sizes.T, call.sizes.S):
+        return "lengths are symbolic, and steps are cut by known ones; 'dense' takes any"
+    return base.nothing_to_compute(call)
+
+
+def footprint(call: Call) -> int:
+    """Bytes of the arrays of one step."""
+    _, T, S, N, K, H, Hv = call.sizes
+    width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+    return int(max(_numbers(T, S, N, K, H + Hv), STEP_NUMBERS) * width)
+
+
+def _numbers(T: int, S: int, N: int, K: int, widths: int) -> int:
+    """Numbers that a batch row takes: of logits and weights, and of copies of the inputs."""
+    return 2 * N * T * S + (N * T + K * S) * widths
+
+
+def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+    """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
+    return transforms.attend(*build(call))
+
+
+def build(call: Call) -> tuple[Config, Inputs]:
+    """What the steps are compiled for, and what they are given."""
+    lengths = (call.sizes.T, call.sizes.S)
+    return problem.build(call, ENGINE, base.factors(call), lambda known, heads: lengths)
+
+
+# --- forward and backward -------------------------------------------------------------------------
+
+
+def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
+    """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
+    mask = _mask_of_all(config, x)
+    found, _ = _by_rows(1, x, x, lambda x: (_forward(config, x, mask), ()))
+    out, lse = found
+    return out, lse
+
+
+def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Array]:
+    B, T, K, G, _ = x.query.shape
+    shown = _mask(config, x) if mask is None else mask
+    logits = _where(shown, _logits(config, x, shown)[0], -jnp.inf)
+    top = lax.stop_gradient(logits.max(-1, keepdims=True))
+    # Rows without any visible key are measured from 0: -inf - -inf is NaN.
+    level = jnp.where(top == -jnp.inf, jnp.zeros((), top.dtype), top)
+    p = jnp.exp(logits - level)
+    total = p.sum(-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, jnp.ones((), total.dtype), total)
+    if config.dropout:
+        p = p * _dropout_factors(x, p.dtype)
+    value = _keys(config, base.finite(x.value))
+    out = _dot(config, _factor(config, p), value, 2).reshape(B, K, G, T, -1) / total
+    lse = _where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
+    return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
+
+
+def backward(
+    config: Config,
+    groups: int,
+    x: Inputs,
+    out: Float[Array, "B T K G Hv"],
+    lse: Float[Array, "B T K G"],
+    d_out: Float[Array, "B T K G Hv"],
+    d_lse: Float[Array, "B T K G"],
+) -> Gradients:
+    """Cotangents of the inputs; see `Engine`."""
+    mask = _mask_of_all(config, x)
+    which = learned(config.score)
+    shared = [x.score[n].shape[0] == 1 for n in which]
+
+    def some(given: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The gradients of the step's rows, and its terms of gradients that all rows share."""
+        g, score = _backward(config, mask, *given)
+        own = [None if yes else a for yes, a in zip(shared, score, strict=True)]
+        sums = [a if yes else None for yes, a in zip(shared, score, strict=True)]
+        return (g, own), sums
+
+    (g, own), sums = _by_rows(groups, x, (x, out, lse, d_out, d_lse), some)
+    found = [b if yes else a for yes, a, b in zip(shared, own, sums, strict=True)]
+    none: list[Any] = [None] * len(x.score)
+    return g._replace(score=tuple(replaced(none, which, found)))
+
+
+def _backward(
+    config: Config,
+    mask: Array | None,
+    x: Inputs,
+    out: Array,
+    lse: Array,
+    d_out: Array,
+    d_lse: Array,
+) -> tuple[Gradients, list[Array]]:
+    """Gradients of some rows, and of the operands of their score that learn."""
+    B, T, K, G, _ = x.query.shape
+    far, delta = (a[..., None] for a in backward_rows(out, lse, d_out, d_lse))
+    x, d_out = cleaned(x, lse, d_out)
+    zero = jnp.zeros((), far.dtype)
+    shown = _mask(config, x) if mask is None else mask
+    logits, pull = _logits(config, x, shown)
+    # The barrier keeps XLA from computing it again for each of its uses.
+    p = lax.optimization_barrier(jnp.exp(_where(shown, logits - far, -jnp.inf)))
+    kept, dp = p, _dot(config, _queries(config, d_out), _keys(config, x.value), 3).reshape(p.shape)
+    if config.dropout:
+        factors = _dropout_factors(x, p.dtype)
+        kept, dp = p * factors, dp * factors
+    # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
+    ds, score = pull(jnp.where(p == zero, zero, p * (dp - delta)))
+    ds = _factor(config, _where(shown, ds, 0))
+    d_value = _dot(config, _across(config, d_out), _factor(config, kept), 2)
+    d_key = _dot(config, _across(config, _scaled(config, x)), ds, 2)
+    d_query = _dot(config, ds, _keys(config, x.key), 2).reshape(B, K, G, T, -1)
+    d_query = d_query.transpose(0, 3, 1, 2, 4)
+    g = Gradients(
+        (d_query * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
+        d_key.transpose(0, 3, 1, 2).astype(x.key.dtype),
+        d_value.transpose(0, 3, 1, 2).astype(x.value.dtype),
+        (x.query.astype(d_query.dtype) * d_query).sum((1, 2, 3, 4)),
+        (),
+    )
+    return g, score
+
+
+ENGINE = Engine(forward, backward, differentiable=forward, cleans=True, states=False)
+
+
+# --- some batch rows at a time --------------------------------------------------------------------
+
+
+def _by_rows(groups: int, x: Inputs, args: Any, fn: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """`fn` of some batch rows at a time.
+
+    Args:
+      groups: sums are added up for each of so many equal groups of batch rows.
+      x: all inputs, grouped.
+      args: arrays with an axis of batch rows, of extent 1 where these share them.
+      fn: from the arrays of some rows to results `[rows, ...]` and to sums `[1, ...]`.
+
+    Returns:
+      Results `[B, ...]`, and sums `[groups, ...]`, each in its dtype.
+    """
+    B, T, K, G, H = x.query.shape
+    each = B // groups
+    S, widths = x.key.shape[1], H + x.value.shape[-1]
+    rows = largest_divisor(each, STEP_NUMBERS // _numbers(T, S, K * G, K, widths))
+    if rows == B:
+        return fn(args)
+    leaves, tree = jax.tree.flatten(args)
+    shared = [a.shape[0] == 1 for a in leaves]
+    cut = [
+        a.reshape(-1, rows, *a.shape[1:]) for a, yes in zip(leaves, shared, strict=True) if not yes
+    ]
+
+    def given(parts: Any) -> Any:
+        following = iter(parts)
+        pairs = zip(leaves, shared, strict=True)
+        return jax.tree.unflatten(tree, [a if yes else next(following) for a, yes in pairs])
+
+    def step(carry: Any, parts: Any) -> Any:
+        n, sums = carry
+        found, more = fn(given(parts))
+        at = lax.div(n * rows, jnp.int32(each))
+        sums = jax.tree.map(lambda a, b: a.at[at].add(b[0].astype(a.dtype)), sums, more)
+        return (n + 1, sums), found
+
+    _, like = jax.eval_shape(fn, given([a[0] for a in cut]))
+    sums = jax.tree.map(
+        lambda a: constant(x.query, (groups, *a.shape[1:]), base.accumulator(a.dtype)), like
+    )
+    first = constant(x.query, (), jnp.int32)
+    (_, sums), found = lax.scan(step, (first, sums), cut)
+    found = jax.tree.map(lambda a: a.reshape(B, *a.shape[2:]), found)
+    return found, jax.tree.map(lambda a, b: a.astype(b.dtype), sums, like)
+
+
+# --- mask, score and dropout ----------------------------------------------------------------------
+
+
+def _mask(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
+    """The mask, as it broadcasts to the logits `[B, K, G, T, S]`."""
+    return None if config.mask is None else config.mask.evaluated(*_tiles(config.mask, x, x.mask))
+
+
+def _mask_of_all(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
+    """The mask if all batch rows share it, so that it is evaluated once; or else None."""
+    return None if any(a.shape[0] != 1 for a in x.mask) else _mask(config, x)
+
+
+def _tiles(kinds: Any, x: Inputs, arrays: Any) -> list[Array]:
+    """Operands, as they broadcast to the logits."""
+    T, S = x.query.shape[1], x.key.shape[1]
+    kinds = kinds.kinds if isinstance(kinds, Residue) else kinds
+    return [as_tile(kind, array, 3, T, S) for kind, array in zip(kinds, arrays, strict=True)]
+
+
+def _logits(
+    config: Config, x: Inputs, shown: Array | None
+) -> tuple[Float[Array, "B K G T S"], Callable[[Array], tuple[Array, list[Array]]]]:
+    """Logits after the score, and the way back to those before, and to operands that learn."""
+    B, T, K, G, _ = x.query.shape
+    logits = _dot(config, _queries(config, _scaled(config, x)), _keys(config, x.key), 3)
+    logits = logits.reshape(B, K, G, T, -1)
+    score = config.score
+    if score is None:
+        return logits, lambda ds: (ds, [])
+    which = learned(score)
+
+    def scored(logits: Array, some: list[Array]) -> Array:
+        operands = replaced(x.score, which, some)
+        return score.scored(logits, _tiles(score, x, operands))
+
+    return jax.vjp(scored, _where(shown, logits, 0), [x.score[n] for n in which])
+
+
+def _dropout_factors(x: Inputs, dtype: Any) -> Float[Array, "..."]:
+    """What weights are multiplied by: 0, or 1 / (1 - rate)."""
+    first, second, k, rate = _tiles(DROPOUT, x, x.dropout)
+    keep = base.keeps((first, second), k, rate)
+    return jnp.where(keep, base.kept_scale(rate, dtype), jnp.zeros((), dtype))
+
+
+def _where(flags: Array | None, array: Array, other: float) -> Array:
+    return array if flags is None else jnp.where(flags, array, jnp.asarray(other, array.dtype))
+
+
+# --- products -------------------------------------------------------------------------------------
+
+
+def _scaled(config: Config, x: Inputs) -> Float[Array, "B T K G H"]:
+    """Queries times the scale: as exact as scaled logits, and fewer products."""
+    wide = base.accumulator(x.query.dtype)
+    return x.query.astype(wide) * x.scale.reshape(-1, 1, 1, 1, 1)
+
+
+def _queries(config: Config, array: Float[Array, "B T K G width"]) -> Float[Array, "B K GT width"]:
+    B, T, K, G, width = array.shape
+    return array.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, width).astype(config.dtype)
+
+
+def _across(config: Config, array: Float[Array, "B T K G width"]) -> Float[Array, "B K width GT"]:
+    B, T, K, G, width = array.shape
+    return array.transpose(0, 2, 4, 3, 1).reshape(B, K, width, G * T).astype(config.dtype)
+
+
+def _keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
+    return array.transpose(0, 2, 1, 3).astype(config.dtype)
+
+
+def _factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
+    B, K, G, T, S = array.shape
+    return array.reshape(B, K, G * T, S).astype(config.dtype)
+
+
+def _dot(config: Config, a: Array, b: Array, axis: int) -> Array:
+    """Products of stacks of matrices: over the last axis of a, and this one of b."""
+    precision = lax.Precision.HIGHEST if config.precision is None else config.precision
+    dims = (((3,), (axis,)), ((0, 1), (0, 1)))
+    dtype = base.accumulator(a.dtype)
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)

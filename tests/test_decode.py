@@ -1,0 +1,105 @@
+"""Blocks of keys: few queries of many keys on CPU give what the formula gives on all at once."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import rng
+
+import jaxattn as ja
+from jaxattn import masks
+from jaxattn.backends import decode
+
+B, T, S, N, K, H = 2, 2, 100, 4, 2, 8
+
+MASKS = {"none": None, "causal": masks.causal(97), "nothing": masks.empty()}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six blocks of 16 keys, and one of 4 that are left."""
+    monkeypatch.setattr(decode, "BLOCK", 16 * B * K * H)
+
+
+def inputs(dtype: Any = jnp.float32) -> list[Any]:
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    return [jnp.asarray(rng(n).normal(size=shape), dtype) for n, shape in enumerate(shapes)]
+
+
+def padding(lengths: Any = (37, 64)) -> Any:
+    return masks.key_padding(lengths=jnp.asarray(lengths, jnp.int32))
+
+
+def run(backend: str, mask: Any = None) -> Any:
+    return jax.jit(partial(ja.attention, mask=mask, backend=backend, return_lse=True))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", [*MASKS, "padding"])
+def test_blocks_give_what_the_whole_gives(name: str, dtype: Any) -> None:
+    x, mask = inputs(dtype), MASKS.get(name, padding())
+    for got, expected in zip(run("decode", mask)(*x), run("dense", mask)(*x), strict=True):
+        assert got.dtype == expected.dtype
+        got, expected = (np.asarray(a, np.float32) for a in (got, expected))
+        np.testing.assert_allclose(got, expected, rtol=2 * float(jnp.finfo(dtype).eps), atol=1e-6)
+
+
+def test_what_is_unseen_changes_no_bit_and_what_is_seen_is_felt() -> None:
+    query, key, value = inputs()
+    one, other = run("decode", padding()), run("dense", padding())
+    # Beyond the last block that is read, and in it.
+    unseen = key.at[0, 99].set(jnp.nan).at[0, 40].set(jnp.nan), value.at[:, 64, 0, 2].set(jnp.inf)
+    for got, expected in zip(one(query, *unseen), one(query, key, value), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    seen = key.at[0, 30].set(jnp.nan), value.at[1, 50, 0, 2].set(jnp.inf)
+    found = one(query, *seen)
+    assert np.isnan(found[0]).any()
+    assert np.isinf(found[0]).any()
+    for got, expected in zip(found, other(query, *seen), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [jax.grad, jax.jacfwd])
+def test_derivatives_of_both_modes_and_second_order(grad: Any) -> None:
+    def loss(backend: str, *x: Any) -> Any:
+        return jnp.sin(ja.attention(*x, mask=padding(), backend=backend)).sum()
+
+    def squares(backend: str, *x: Any) -> Any:
+        return sum((g**2).sum() for g in jax.grad(partial(loss, backend), (0, 1, 2))(*x))
+
+    for fn in (loss, squares) if grad is jax.grad else (loss,):
+        got, expected = (grad(partial(fn, b), (0, 1, 2))(*inputs()) for b in ("decode", "dense"))
+        for mine, theirs in zip(got, expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_vmapped_lengths() -> None:
+    def over(backend: str) -> Any:
+        def one(query: Any, key: Any, value: Any, lengths: Any) -> Any:
+            return ja.attention(query, key, value, mask=padding(lengths), backend=backend)
+
+        x = [jnp.stack([a, a[::-1]]) for a in inputs()]
+        return jax.jit(jax.vmap(one))(*x, jnp.asarray([[37, 64], [5, 100]]))
+
+    np.testing.assert_allclose(over("decode"), over("dense"), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cache_is_read_as_it_lies(dtype: Any) -> None:
+    query, key, value = inputs(dtype)
+    cache = ja.KVCache.create(B, 128, K, H, dtype=dtype).append(key, value)
+    at = jnp.arange(S - T, S)
+    got = jax.jit(lambda cache, query: cache.attend(query, at, mask=masks.causal()))(cache, query)
+    expected = run("dense", masks.causal(S - T))(query, key, value)[0]
+    got, expected = (np.asarray(a, np.float32) for a in (got, expected))
+    np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-6)
+
+
+def test_auto_reads_16_bits_in_blocks() -> None:
+    for dtype, backend in ((jnp.bfloat16, "decode"), (jnp.float32, "dense")):
+        assert ja.explain(*inputs(dtype)).backend == backend

@@ -1,0 +1,104 @@
+"""The rows backend, a few batch rows at a time, computes what the definition does on all of them.
+
+`tests/test_attention.py` runs over this backend too. Its cases are so small that one step does all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_tiled import close, everything, make, normal
+
+from jaxattn import masks, scores
+from jaxattn.backends import dense, rows
+from jaxattn.backends.base import Call, Dropout
+from jaxattn.backends.flash import transforms
+from jaxattn.backends.problem import Engine
+
+B, N, T = 6, 4, 12
+
+small = partial(make, B=B, T=T, S=T)
+
+
+def in_steps(call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> Any:
+    """The backend with so many batch rows in a step, as a function of its own, compiled anew."""
+    _, t, s, n, k, h, hv = call.sizes
+    monkeypatch.setattr(rows, "STEP_NUMBERS", batch_rows * rows._numbers(t, s, n, k, h + hv))
+    engine = Engine(
+        partial(rows.forward), partial(rows.backward), partial(rows.forward), True, False
+    )
+
+    def run(call: Call) -> Any:
+        config, x = rows.build(call)
+        return transforms.attend(config._replace(engine=engine), x)
+
+    return run
+
+
+LENGTHS = jnp.asarray([3, 12, 0, 7, 1, 12], jnp.int32)
+SHARED = scores.bias(normal(7, 1, N, T, T))
+OWN = scores.bias(normal(8, B, 1, T, T))
+CASES = {
+    "a mask of each row": lambda: small(masks.causal() & masks.key_padding(lengths=LENGTHS)),
+    "a mask that all share, and their bias": lambda: small(masks.causal(-2), SHARED),
+    "a bias of each row": lambda: small(masks.key_padding(lengths=LENGTHS), OWN),
+    "no mask, dropout": lambda: small(
+        dropout=Dropout(jnp.float32(0.3), jnp.asarray([1, 2], jnp.uint32))
+    ),
+}
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_steps_give_what_the_whole_gives(
+    name: str, batch_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row in a step, and three: the largest divisor of the batch that fits."""
+    call = CASES[name]()
+    run = in_steps(call, monkeypatch, batch_rows)
+    close(jax.jit(partial(everything, run))(call), jax.jit(partial(everything, dense.run))(call))
+
+
+def test_a_vmapped_bias_that_rows_share_gets_a_gradient_for_each_element(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = small(masks.key_padding(lengths=LENGTHS), SHARED)
+
+    def gradient(run: Any, query: Any) -> Any:
+        def loss(score: Any) -> Any:
+            out, _ = run(dataclasses.replace(call, query=query, score=score))
+            return (out * normal(5, *out.shape)).sum()
+
+        return jax.grad(loss, allow_int=True)(call.score)
+
+    queries = normal(9, 2, *call.query.shape)
+    found = jax.jit(jax.vmap(partial(gradient, in_steps(call, monkeypatch, 3))))(queries)
+    wanted = [jax.jit(partial(gradient, dense.run))(query) for query in queries]
+    for n, each in enumerate(wanted):
+        close(jax.tree.map(lambda a, n=n: a[n], found), each)
+
+
+def test_what_is_not_finite_stays_in_its_batch_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the row of length 3: NaN in the last key that it sees, inf in a value that it does not."""
+    call = small(masks.key_padding(lengths=LENGTHS))
+    broken = dataclasses.replace(
+        call, key=call.key.at[0, 2].set(np.nan), value=call.value.at[0, 3].set(np.inf)
+    )
+    run = in_steps(call, monkeypatch, 2)
+    compute, clean = (jax.jit(partial(everything, run)), jax.jit(partial(everything, dense.run)))
+    (gradients, (out, lse)), (wanted, (plain, _)) = compute(broken), clean(call)
+    assert np.isnan(out[0]).all()
+    assert np.isnan(lse[0]).all()
+    close(out[1:], plain[1:])
+    for got, expected in zip(gradients[:3], wanted[:3], strict=True):
+        close(got[1:], expected[1:])
+    # Keys and values that row 0 does not see have no gradient.
+    assert np.isnan(gradients[1][0, :3]).all()
+    assert (np.asarray(gradients[1][0, 3:]) == 0).all()
+    assert (np.asarray(gradients[2][0, 3:]) == 0).all()
