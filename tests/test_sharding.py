@@ -46,7 +46,7 @@ def gradients(backend: str, x: dict[str, Any], weight: Any) -> Any:
     return jax.value_and_grad(loss, allow_int=True)(x)
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", ["dense", "rows", "tiled"])
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
