@@ -101,5 +101,5 @@ def test_a_cache_is_read_as_it_lies(dtype: Any) -> None:
 
 
 def test_auto_reads_16_bits_in_blocks() -> None:
-    for dtype, backend in ((jnp.bfloat16, "decode"), (jnp.float32, "dense")):
+    for dtype, backend in ((jnp.bfloat16, "decode"), (jnp.float32, "rows")):
         assert ja.explain(*inputs(dtype)).backend == backend

@@ -237,12 +237,14 @@ def _at(sizes: StepSizes, one: StepList, n: Any, once: bool) -> tuple[Any, ...]:
     key = lax.dynamic_slice(one.keys, (n,), (1,), allow_negative_indices=False)
     tile = lax.reshape(key, ()) - jnp.asarray(one.base, jnp.int32)
     eb, eh, nq, nk = one.grid
-    q, k = lax.rem(lax.div(tile, nk), nq) * sizes.tq, lax.rem(tile, nk) * sizes.tk
+    # Of one dtype, with x64 enabled or not.
+    high, wide, heads = (jnp.asarray(n, jnp.int32) for n in (nq, nk, eh))
+    q, k = lax.rem(lax.div(tile, wide), high) * sizes.tq, lax.rem(tile, wide) * sizes.tk
     # Without a barrier XLA would compute them again in every operation of the step.
     q, k = lax.optimization_barrier((q, k))
-    lead = lax.div(tile, nq * nk)
-    b: Any = 0 if eb == 1 else lax.div(lead, eh)
-    h: Any = 0 if eh == 1 else lax.rem(lead, eh)
+    lead = lax.div(tile, high * wide)
+    b: Any = 0 if eb == 1 else lax.div(lead, heads)
+    h: Any = 0 if eh == 1 else lax.rem(lead, heads)
     by_rows, by_heads = one.repeats
     if not isinstance(by_rows, int) or by_rows > 1:
         b = b + lax.div(again, jnp.int32(by_heads)) * sizes.step_rows
