@@ -242,11 +242,11 @@ def choose(call: Call, backend: str) -> Choice:
         return Choice(
             "tiled",
             "the size of the batch is symbolic, and O(T + S) memory is enough for any size",
-            {"dense": "O(T * S) memory for each row of the batch", **others},
+            others | dict.fromkeys(("dense", "rows"), "O(T * S) memory for each row of the batch"),
         )
     if platform == "cpu" and decode.refuse(call) is None and decode.converts_in_blocks(call):
         why = "XLA would first make a float32 copy of all 16-bit keys and values, which is slower"
-        behind = {"dense": why, "tiled": "slower for few queries"}
+        behind = {"dense": why, "rows": "slower forward", "tiled": "slower for few queries"}
         rest = {name: reason for name, reason in others.items() if name != "decode"}
         return Choice("decode", "reads 16-bit keys and values a block at a time", behind | rest)
     # Kernels that are interpreted, in tests, run where they are asked for.

@@ -62,7 +62,15 @@ def test_steps_give_what_the_whole_gives(
     """One row in a step, and three: the largest divisor of the batch that fits."""
     call = CASES[name]()
     run = in_steps(call, monkeypatch, batch_rows)
+    sizes, one_step = set(), rows._forward
+
+    def recorded(config: Any, x: Any, mask: Any) -> Any:
+        sizes.add(x.query.shape[0])
+        return one_step(config, x, mask)
+
+    monkeypatch.setattr(rows, "_forward", recorded)
     close(jax.jit(partial(everything, run))(call), jax.jit(partial(everything, dense.run))(call))
+    assert sizes == {1 if batch_rows == 1 else 3}
 
 
 def test_a_vmapped_bias_that_rows_share_gets_a_gradient_for_each_element(

@@ -6,6 +6,7 @@ other backend computes the same up to rounding, or refuses the call.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -141,6 +142,13 @@ def nothing_to_compute(call: Call) -> str | None:
     return f"nothing to compute: the sizes are {call.sizes}" if 0 in call.sizes else None
 
 
+def nothing_to_cut(call: Call) -> str | None:
+    """The reason of backends that cut the work by its lengths."""
+    if symbolic(call.sizes.T, call.sizes.S):
+        return "lengths are symbolic, and the work is cut by known ones; 'dense' takes any"
+    return nothing_to_compute(call)
+
+
 def not_on_nvidia(call: Call) -> str | None:
     """The reason of backends that run on NVIDIA GPUs alone."""
     where = platform(call)
@@ -206,14 +214,14 @@ def _finite_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
     return _finite(*primals), tangents[0]
 
 
-def all_finite(*arrays: Float[Array, "..."]) -> Bool[Array, ""]:
-    """Whether all numbers are finite.
+def all_finite(*arrays: Float[Array, "..."], axis: int | None = None) -> Bool[Array, "..."]:
+    """Whether all numbers of all arrays are finite, or all along an axis.
 
     A finite number less itself is 0, any other NaN. XLA has a fast way to sum on CPU, and compiles
     it sooner than `isfinite` and `all`.
     """
     wide = [array.astype(accumulator(array.dtype)) for array in arrays]
-    return jnp.stack([(a - a).sum() == 0 for a in wide]).all()
+    return reduce(jnp.logical_and, [(a - a).sum(axis) == 0 for a in wide])
 
 
 @custom_vmap

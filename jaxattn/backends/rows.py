@@ -44,16 +44,15 @@ STEP_NUMBERS = 2**20
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: sizes are 0, or lengths are symbolic."""
-    if base.symbolic(call.sizes.T, call.sizes.S):
-        return "lengths are symbolic, and steps are cut by known ones; 'dense' takes any"
-    return base.nothing_to_compute(call)
+    return base.nothing_to_cut(call)
 
 
 def footprint(call: Call) -> int:
     """Bytes of the arrays of one step."""
-    _, T, S, N, K, H, Hv = call.sizes
+    B, T, S, N, K, H, Hv = call.sizes
+    each = _numbers(T, S, N, K, H + Hv)
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
-    return int(max(_numbers(T, S, N, K, H + Hv), STEP_NUMBERS) * width)
+    return int(largest_divisor(B, STEP_NUMBERS // each) * each * width)
 
 
 def _numbers(T: int, S: int, N: int, K: int, widths: int) -> int:

@@ -396,6 +396,7 @@ def over(
     few = T * (N // key.shape[2]) <= decode.MOST
     backend = options.pop("backend", "decode" if few else "auto")
     with_lse = options.pop("return_lse", False)
+    # As `attention` does, and with what it can't know: how the keys lie in memory.
     call = _checked(query, key, value, mask=held, positions=positions, **options)
     call = replace(call, heads_first=cache.heads_first)
     out, *lse = dispatch(call, backend, with_lse=with_lse)

@@ -1,10 +1,11 @@
 """NaN and infinities: engines never see them, and results have them where the mask says so.
 
 Engines multiply whole tiles, where a weight of 0 times NaN is NaN. So they are given finite
-numbers. If a number was not finite, the mask is evaluated once more to find what it reaches. In the
-forward this is `formula.reach`, pair by pair. In the backward, affected rows get weights of NaN:
-these make the gradients of what the rows see NaN, and no others. If everything is finite, this
-costs one pass over the inputs.
+numbers, or replace others themselves where they copy them (`Engine.cleans`). If a number was not
+finite, the mask is evaluated once more to find what it reaches. In the forward this is
+`formula.reach`, pair by pair. In the backward, affected rows get weights of NaN: these make the
+gradients of what the rows see NaN, and no others. If everything is finite, this costs one pass over
+the inputs.
 """
 
 from __future__ import annotations
@@ -99,9 +100,7 @@ def backward(
     # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
     d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
-    # 0 * inf is NaN: the product is finite where both are.
-    product = (out.astype(lse.dtype) * d_out.astype(lse.dtype)).sum(-1)
-    bad = ~jnp.isfinite(lse) | ~jnp.isfinite(product)
+    bad = ~jnp.isfinite(lse) | ~base.all_finite(out, d_out, axis=-1)
 
     def that_see_others(bad: Array) -> Array:
         keys = jnp.swapaxes(formula.has_nonfinite(x.key, x.value), 1, 2)[..., None]
