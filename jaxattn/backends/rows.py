@@ -1,8 +1,9 @@
 """Attention on whole rows of logits, some batch rows at a time: what short rows cost least.
 
     forward   s = q k'              p = e^(s - max)         out = p v / sum(p)
-    backward  p = e^(s - lse)       dp = do v'              ds = p (dp - delta)
-              dv' = do' p           dk' = q' ds             dq = ds k
+    backward  s' = k q'             p' = e^(s' - lse)
+              dv = p' do            dp' = v do'             ds' = p' (dp' - delta)
+              dk = ds' q            dq' = k' ds'
 
 The logits of a step stay in the caches, and every step uses the memory of the one before. XLA would
 otherwise set aside fresh pages in every call.
@@ -14,7 +15,7 @@ finite are replaced on the way, at no cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +24,14 @@ from jax import lax
 
 from ..mesh import constant
 from ..shapes import Array, Bool, Float
-from ..tracing.split import as_tile
+from ..tracing.dependence import Kind
+from ..tracing.split import as_tile, skewed
 from . import base, problem
 from .base import Call, unchanged
 from .flash import transforms
 from .flash.operands import backward_rows, cleaned, learned, replaced
 from .flash.tile_sizes import largest_divisor
-from .problem import DROPOUT, Config, Engine, Gradients, Inputs, Residue
+from .problem import DROPOUT, Config, Engine, Gradients, Inputs
 
 WHY = "whole rows of logits, a few batch rows at a time, so that they stay in the caches"
 
@@ -85,7 +87,8 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Array]:
     B, T, K, G, _ = x.query.shape
     shown = _mask(config, x) if mask is None else mask
-    logits = _where(shown, _logits(config, x, shown)[0], -jnp.inf)
+    query = _queries(config, _scaled(config, x))
+    logits = _where(shown, _logits(config, x, query, shown)[0], -jnp.inf)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     # Rows without any visible key are measured from 0: -inf - -inf is NaN.
     level = jnp.where(top == -jnp.inf, jnp.zeros((), top.dtype), top)
@@ -111,7 +114,7 @@ def backward(
     d_lse: Float[Array, "B T K G"],
 ) -> Gradients:
     """Cotangents of the inputs; see `Engine`."""
-    mask = _mask_of_all(config, x)
+    mask = _mask_of_all(config, x, across=True)
     which = learned(config.score)
     shared = [x.score[n].shape[0] == 1 for n in which]
 
@@ -138,29 +141,37 @@ def _backward(
     d_lse: Array,
 ) -> tuple[Gradients, list[Array]]:
     """Gradients of some rows, and of the operands of their score that learn."""
-    B, T, K, G, _ = x.query.shape
-    far, delta = (a[..., None] for a in backward_rows(out, lse, d_out, d_lse))
+    (B, T, K, G, H), S = x.query.shape, x.key.shape[1]
+    far, delta = (a[:, :, None] for a in backward_rows(out, lse, d_out, d_lse))
     x, d_out = cleaned(x, lse, d_out)
     zero = jnp.zeros((), far.dtype)
-    shown = _mask(config, x) if mask is None else mask
-    logits, pull = _logits(config, x, shown)
+    shown = _mask(config, x, across=True) if mask is None else mask
+    query, given = _queries(config, _scaled(config, x)), _queries(config, d_out)
+    logits, pull = _logits(config, x, query, shown, across=True)
     # The barrier keeps XLA from computing it again for each of its uses.
     p = lax.optimization_barrier(jnp.exp(_where(shown, logits - far, -jnp.inf)))
-    kept, dp = p, _dot(config, _queries(config, d_out), _keys(config, x.value), 3).reshape(p.shape)
+    kept, dp = p, _dot(config, _keys(config, x.value), given, 3).reshape(p.shape)
     if config.dropout:
-        factors = _dropout_factors(x, p.dtype)
+        factors = _dropout_factors(x, p.dtype, across=True)
         kept, dp = p * factors, dp * factors
     # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
     ds, score = pull(jnp.where(p == zero, zero, p * (dp - delta)))
-    ds = _factor(config, _where(shown, ds, 0))
-    d_value = _dot(config, _across(config, d_out), _factor(config, kept), 2)
-    d_key = _dot(config, _across(config, _scaled(config, x)), ds, 2)
-    d_query = _dot(config, ds, _keys(config, x.key), 2).reshape(B, K, G, T, -1)
-    d_query = d_query.transpose(0, 3, 1, 2, 4)
+    ds = _factor_across(config, _where(shown, ds, 0))
+    d_value = _dot(config, _factor_across(config, kept), given, 2)
+    d_key = _dot(config, ds, query, 2)
+    # A product with a transposed left factor is slow. The smaller of two other ways moves: ds, or
+    # the key and the result.
+    if G * T * S <= (G * T + S) * H:
+        turned = lax.optimization_barrier(jnp.swapaxes(ds, 2, 3))
+        d_query = _dot(config, turned, _keys(config, x.key), 2)
+        d_query = d_query.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+    else:
+        d_query = _dot(config, _keys_across(config, x.key), ds, 2)
+        d_query = d_query.reshape(B, K, H, G, T).transpose(0, 4, 1, 3, 2)
     g = Gradients(
         (d_query * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
-        d_key.transpose(0, 3, 1, 2).astype(x.key.dtype),
-        d_value.transpose(0, 3, 1, 2).astype(x.value.dtype),
+        d_key.transpose(0, 2, 1, 3).astype(x.key.dtype),
+        d_value.transpose(0, 2, 1, 3).astype(x.value.dtype),
         (x.query.astype(d_query.dtype) * d_query).sum((1, 2, 3, 4)),
         (),
     )
@@ -222,30 +233,43 @@ def _by_rows(groups: int, x: Inputs, args: Any, fn: Callable[[Any], tuple[Any, A
 # --- mask, score and dropout ----------------------------------------------------------------------
 
 
-def _mask(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
-    """The mask, as it broadcasts to the logits `[B, K, G, T, S]`."""
-    return None if config.mask is None else config.mask.evaluated(*_tiles(config.mask, x, x.mask))
+# Logits are `[B, K, G, T, S]`, or `[B, K, S, G, T]` where a function says `across`.
 
 
-def _mask_of_all(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
+def _mask(config: Config, x: Inputs, *, across: bool = False) -> Bool[Array, "..."] | None:
+    """The mask, as it broadcasts to the logits."""
+    if config.mask is None:
+        return None
+    return config.mask.evaluated(*_tiles(config.mask.kinds, x, x.mask, across=across))
+
+
+def _mask_of_all(config: Config, x: Inputs, *, across: bool = False) -> Array | None:
     """The mask if all batch rows share it, so that it is evaluated once; or else None."""
-    return None if any(a.shape[0] != 1 for a in x.mask) else _mask(config, x)
+    return None if any(a.shape[0] != 1 for a in x.mask) else _mask(config, x, across=across)
 
 
-def _tiles(kinds: Any, x: Inputs, arrays: Any) -> list[Array]:
+def _tiles(kinds: Sequence[Kind], x: Inputs, arrays: Any, *, across: bool) -> list[Array]:
     """Operands, as they broadcast to the logits."""
     T, S = x.query.shape[1], x.key.shape[1]
-    kinds = kinds.kinds if isinstance(kinds, Residue) else kinds
-    return [as_tile(kind, array, 3, T, S) for kind, array in zip(kinds, arrays, strict=True)]
+
+    def tile(kind: Kind, array: Array) -> Array:
+        if across and kind == "diagonal":
+            # Skewed the other way: transposing a skewed tile would move every element.
+            return jnp.moveaxis(skewed(array, S, T), 3, 2)
+        found = as_tile(kind, array, 3, T, S)
+        return jnp.moveaxis(found, 4, 2) if across else found
+
+    return [tile(kind, array) for kind, array in zip(kinds, arrays, strict=True)]
 
 
 def _logits(
-    config: Config, x: Inputs, shown: Array | None
-) -> tuple[Float[Array, "B K G T S"], Callable[[Array], tuple[Array, list[Array]]]]:
+    config: Config, x: Inputs, query: Array, shown: Array | None, *, across: bool = False
+) -> tuple[Float[Array, "..."], Callable[[Array], tuple[Array, list[Array]]]]:
     """Logits after the score, and the way back to those before, and to operands that learn."""
     B, T, K, G, _ = x.query.shape
-    logits = _dot(config, _queries(config, _scaled(config, x)), _keys(config, x.key), 3)
-    logits = logits.reshape(B, K, G, T, -1)
+    key = _keys(config, x.key)
+    logits = _dot(config, key, query, 3) if across else _dot(config, query, key, 3)
+    logits = logits.reshape((B, K, -1, G, T) if across else (B, K, G, T, -1))
     score = config.score
     if score is None:
         return logits, lambda ds: (ds, [])
@@ -253,14 +277,14 @@ def _logits(
 
     def scored(logits: Array, some: list[Array]) -> Array:
         operands = replaced(x.score, which, some)
-        return score.scored(logits, _tiles(score, x, operands))
+        return score.scored(logits, _tiles(score.kinds, x, operands, across=across))
 
     return jax.vjp(scored, _where(shown, logits, 0), [x.score[n] for n in which])
 
 
-def _dropout_factors(x: Inputs, dtype: Any) -> Float[Array, "..."]:
+def _dropout_factors(x: Inputs, dtype: Any, *, across: bool = False) -> Float[Array, "..."]:
     """What weights are multiplied by: 0, or 1 / (1 - rate)."""
-    first, second, k, rate = _tiles(DROPOUT, x, x.dropout)
+    first, second, k, rate = _tiles(DROPOUT, x, x.dropout, across=across)
     keep = base.keeps((first, second), k, rate)
     return jnp.where(keep, base.kept_scale(rate, dtype), jnp.zeros((), dtype))
 
@@ -283,18 +307,23 @@ def _queries(config: Config, array: Float[Array, "B T K G width"]) -> Float[Arra
     return array.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, width).astype(config.dtype)
 
 
-def _across(config: Config, array: Float[Array, "B T K G width"]) -> Float[Array, "B K width GT"]:
-    B, T, K, G, width = array.shape
-    return array.transpose(0, 2, 4, 3, 1).reshape(B, K, width, G * T).astype(config.dtype)
-
-
 def _keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
     return array.transpose(0, 2, 1, 3).astype(config.dtype)
+
+
+def _keys_across(config: Config, array: Float[Array, "B S K width"]) -> Array:
+    """`[B, K, width, S]`, transposed here: in the product XLA would compute it more slowly."""
+    return array.transpose(0, 2, 3, 1).astype(config.dtype)
 
 
 def _factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
     B, K, G, T, S = array.shape
     return array.reshape(B, K, G * T, S).astype(config.dtype)
+
+
+def _factor_across(config: Config, array: Float[Array, "B K S G T"]) -> Float[Array, "B K S GT"]:
+    B, K, S, G, T = array.shape
+    return array.reshape(B, K, S, G * T).astype(config.dtype)
 
 
 def _dot(config: Config, a: Array, b: Array, axis: int) -> Array:
