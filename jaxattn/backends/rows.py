@@ -84,8 +84,8 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 
 def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Array]:
     B, T, K, G, _ = x.query.shape
-    shown = _mask(config, x) if mask is None else mask
-    logits = _where(shown, _logits(config, x, shown)[0], -jnp.inf)
+    shown = visible(config, x) if mask is None else mask
+    logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     # Rows without any visible key are measured from 0: -inf - -inf is NaN.
     level = jnp.where(top == -jnp.inf, jnp.zeros((), top.dtype), top)
@@ -94,10 +94,10 @@ def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Arra
     empty = total == 0
     total = jnp.where(empty, jnp.ones((), total.dtype), total)
     if config.dropout:
-        p = p * _dropout_factors(x, p.dtype)
-    value = _keys(config, base.finite(x.value))
-    out = _dot(config, _factor(config, p), value, 2).reshape(B, K, G, T, -1) / total
-    lse = _where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
+        p = p * dropout_factors(x, p.dtype)
+    value = keys(config, base.finite(x.value))
+    out = dot(config, factor(config, p), value, 2).reshape(B, K, G, T, -1) / total
+    lse = where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
     return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
 
@@ -142,20 +142,20 @@ def _backward(
     far, delta = (a[..., None] for a in backward_rows(out, lse, d_out, d_lse))
     x, d_out = cleaned(x, lse, d_out)
     zero = jnp.zeros((), far.dtype)
-    shown = _mask(config, x) if mask is None else mask
-    logits, pull = _logits(config, x, shown)
+    shown = visible(config, x) if mask is None else mask
+    logits, pull = logits_of(config, x, shown)
     # The barrier keeps XLA from computing it again for each of its uses.
-    p = lax.optimization_barrier(jnp.exp(_where(shown, logits - far, -jnp.inf)))
-    kept, dp = p, _dot(config, _queries(config, d_out), _keys(config, x.value), 3).reshape(p.shape)
+    p = lax.optimization_barrier(jnp.exp(where(shown, logits - far, -jnp.inf)))
+    kept, dp = p, dot(config, _queries(config, d_out), keys(config, x.value), 3).reshape(p.shape)
     if config.dropout:
-        factors = _dropout_factors(x, p.dtype)
+        factors = dropout_factors(x, p.dtype)
         kept, dp = p * factors, dp * factors
     # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
     ds, score = pull(jnp.where(p == zero, zero, p * (dp - delta)))
-    ds = _factor(config, _where(shown, ds, 0))
-    d_value = _dot(config, _across(config, d_out), _factor(config, kept), 2)
-    d_key = _dot(config, _across(config, _scaled(config, x)), ds, 2)
-    d_query = _dot(config, ds, _keys(config, x.key), 2).reshape(B, K, G, T, -1)
+    ds = factor(config, where(shown, ds, 0))
+    d_value = dot(config, _across(config, d_out), factor(config, kept), 2)
+    d_key = dot(config, _across(config, _scaled(config, x)), ds, 2)
+    d_query = dot(config, ds, keys(config, x.key), 2).reshape(B, K, G, T, -1)
     d_query = d_query.transpose(0, 3, 1, 2, 4)
     g = Gradients(
         (d_query * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
@@ -222,14 +222,14 @@ def _by_rows(groups: int, x: Inputs, args: Any, fn: Callable[[Any], tuple[Any, A
 # --- mask, score and dropout ----------------------------------------------------------------------
 
 
-def _mask(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
+def visible(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
     """The mask, as it broadcasts to the logits `[B, K, G, T, S]`."""
     return None if config.mask is None else config.mask.evaluated(*_tiles(config.mask, x, x.mask))
 
 
 def _mask_of_all(config: Config, x: Inputs) -> Bool[Array, "..."] | None:
     """The mask if all batch rows share it, so that it is evaluated once; or else None."""
-    return None if any(a.shape[0] != 1 for a in x.mask) else _mask(config, x)
+    return None if any(a.shape[0] != 1 for a in x.mask) else visible(config, x)
 
 
 def _tiles(kinds: Any, x: Inputs, arrays: Any) -> list[Array]:
@@ -239,12 +239,12 @@ def _tiles(kinds: Any, x: Inputs, arrays: Any) -> list[Array]:
     return [as_tile(kind, array, 3, T, S) for kind, array in zip(kinds, arrays, strict=True)]
 
 
-def _logits(
+def logits_of(
     config: Config, x: Inputs, shown: Array | None
 ) -> tuple[Float[Array, "B K G T S"], Callable[[Array], tuple[Array, list[Array]]]]:
     """Logits after the score, and the way back to those before, and to operands that learn."""
     B, T, K, G, _ = x.query.shape
-    logits = _dot(config, _queries(config, _scaled(config, x)), _keys(config, x.key), 3)
+    logits = dot(config, _queries(config, _scaled(config, x)), keys(config, x.key), 3)
     logits = logits.reshape(B, K, G, T, -1)
     score = config.score
     if score is None:
@@ -255,17 +255,17 @@ def _logits(
         operands = replaced(x.score, which, some)
         return score.scored(logits, _tiles(score, x, operands))
 
-    return jax.vjp(scored, _where(shown, logits, 0), [x.score[n] for n in which])
+    return jax.vjp(scored, where(shown, logits, 0), [x.score[n] for n in which])
 
 
-def _dropout_factors(x: Inputs, dtype: Any) -> Float[Array, "..."]:
+def dropout_factors(x: Inputs, dtype: Any) -> Float[Array, "..."]:
     """What weights are multiplied by: 0, or 1 / (1 - rate)."""
     first, second, k, rate = _tiles(DROPOUT, x, x.dropout)
     keep = base.keeps((first, second), k, rate)
     return jnp.where(keep, base.kept_scale(rate, dtype), jnp.zeros((), dtype))
 
 
-def _where(flags: Array | None, array: Array, other: float) -> Array:
+def where(flags: Array | None, array: Array, other: float) -> Array:
     return array if flags is None else jnp.where(flags, array, jnp.asarray(other, array.dtype))
 
 
@@ -288,16 +288,16 @@ def _across(config: Config, array: Float[Array, "B T K G width"]) -> Float[Array
     return array.transpose(0, 2, 4, 3, 1).reshape(B, K, width, G * T).astype(config.dtype)
 
 
-def _keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
+def keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
     return array.transpose(0, 2, 1, 3).astype(config.dtype)
 
 
-def _factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
+def factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
     B, K, G, T, S = array.shape
     return array.reshape(B, K, G * T, S).astype(config.dtype)
 
 
-def _dot(config: Config, a: Array, b: Array, axis: int) -> Array:
+def dot(config: Config, a: Array, b: Array, axis: int) -> Array:
     """Products of stacks of matrices: over the last axis of a, and this one of b."""
     precision = lax.Precision.HIGHEST if config.precision is None else config.precision
     dims = (((3,), (axis,)), ((0, 1), (0, 1)))
