@@ -11,7 +11,6 @@ The backward of blocks is that of whole rows: with few queries all logits togeth
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -114,12 +113,14 @@ class Sums(NamedTuple):
     kinds: Bool[Array, "B N T kinds"] | None
 
 
-def forward(heads_first: bool, config: Config, x: Inputs) -> tuple[Array, Array]:
+def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
     B, T, K, G, _ = x.query.shape
     S, Hv = x.value.shape[1], x.value.shape[-1]
     wide = base.accumulator(x.query.dtype)
     block = config.tile[1]
+    assert config.engine is not None
+    heads_first = config.engine.heads_first
     seen = rows.visible(config, x)
     if seen is not None:
         seen = jnp.broadcast_to(seen, (*(1, 1, 1, *seen.shape[:-2])[-3:], T, S))
@@ -204,6 +205,6 @@ def _last(seen: Bool[Array, "... S"]) -> Int[Array, ""]:
 
 
 LENGTH_FIRST, HEADS_FIRST = (
-    Engine(partial(forward, flag), rows.backward, cleans=True, exact=True, states=False)
+    Engine(forward, rows.backward, cleans=True, exact=True, heads_first=flag, states=False)
     for flag in (False, True)
 )

@@ -69,6 +69,7 @@ class Engine(NamedTuple):
         finite, as `flash.operands.cleaned` does, where it copies them anyway.
       exact: whether its forward is given values as they are, and is right for those that are not
         finite too.
+      heads_first: whether keys and values lie in memory with heads first, as `Call` says.
       states: whether it reads the states of tiles.
     """
 
@@ -77,6 +78,7 @@ class Engine(NamedTuple):
     differentiable: Callable[..., Any] | None = None
     cleans: bool = False
     exact: bool = False
+    heads_first: bool = False
     states: bool = True
 
 
