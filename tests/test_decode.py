@@ -151,6 +151,9 @@ def test_a_cache_is_read_as_it_lies(dtype: Any) -> None:
     np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="XLA takes the conversion out of the loop"
+)
 @pytest.mark.parametrize("vmapped", [False, True])
 def test_a_cache_of_16_bits_is_never_copied(vmapped: bool) -> None:
     query, key, value = inputs(jnp.bfloat16)

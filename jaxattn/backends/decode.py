@@ -35,7 +35,7 @@ prepare = unchanged
 MOST = 16
 
 # Numbers of keys in a block: 2 MB of float32. With half of that one query took a fifth longer, with
-# twice as much a quarter.
+# twice as many up to two fifths.
 BLOCK = 2**19
 
 
