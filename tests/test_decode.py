@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from functools import partial
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from cases import rng
 
 import jaxattn as ja
-from jaxattn import masks
+from jaxattn import masks, scores
 from jaxattn.backends import decode
 
 B, T, S, N, K, H = 2, 2, 100, 4, 2, 8
@@ -78,6 +80,55 @@ def test_derivatives_of_both_modes_and_second_order(grad: Any) -> None:
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bias, sinks and dropout": {
+        "mask": masks.causal(97),
+        "score": scores.bias(jnp.asarray(rng(5).normal(size=(1, N, T, S)), jnp.float32)),
+        "sinks": jnp.arange(N, dtype=jnp.float32),
+        "dropout_rate": 0.3,
+        "dropout_seed": 7,
+    },
+    "slopes of distances, no mask": {"score": scores.alibi(jnp.linspace(0.1, 0.4, N))},
+    "logits of minus infinity": {
+        "mask": padding(),
+        "score": scores.score(lambda logit, b, h, q, k: jnp.where(k < 40, -jnp.inf, logit)),
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_blocks_take_scores_sinks_and_dropout(name: str) -> None:
+    def run(backend: str, *x: Any) -> Any:
+        return ja.attention(*x, **OPTIONS[name], backend=backend, return_lse=True)
+
+    def both(backend: str) -> Any:
+        out, back = jax.vjp(jax.jit(partial(run, backend)), *inputs())
+        return (*out, *back((jnp.cos(out[0]), jnp.ones_like(out[1]))))
+
+    for got, expected in zip(both("decode"), both("dense"), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_what_is_not_finite_stay_with_what_sees_it() -> None:
+    """NaN in a key that row 0 sees, inf in a value that no query of row 1 sees."""
+    query, key, value = inputs()
+    broken = query, key.at[0, 20].set(jnp.nan), value.at[1, 70].set(jnp.inf)
+
+    def gradients(backend: str, x: Any) -> Any:
+        def loss(*x: Any) -> Any:
+            return jnp.sin(ja.attention(*x, mask=padding(), backend=backend)).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*x)
+
+    found, clean = gradients("decode", broken), gradients("decode", (query, key, value))
+    for got, expected in zip(found, clean, strict=True):
+        np.testing.assert_array_equal(got[1], expected[1])
+    assert np.isnan(found[0][0]).all()
+    for got in found[1:]:
+        assert np.isnan(got[0, :37]).all()
+        np.testing.assert_array_equal(got[0, 37:], 0)
+
+
 def test_vmapped_lengths() -> None:
     def over(backend: str) -> Any:
         def one(query: Any, key: Any, value: Any, lengths: Any) -> Any:
@@ -98,6 +149,32 @@ def test_a_cache_is_read_as_it_lies(dtype: Any) -> None:
     expected = run("dense", masks.causal(S - T))(query, key, value)[0]
     got, expected = (np.asarray(a, np.float32) for a in (got, expected))
     np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="XLA takes the conversion out of the loop"
+)
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_a_cache_of_16_bits_is_never_copied(vmapped: bool) -> None:
+    query, key, value = inputs(jnp.bfloat16)
+    cache = ja.KVCache.create(B, S, K, H, dtype=jnp.bfloat16).append(key, value)
+
+    def attend(cache: Any, query: Any) -> Any:
+        return cache.attend(query, jnp.arange(S - T, S), mask=masks.causal())
+
+    given: Any = (cache, query)
+    if vmapped:
+        attend, given = jax.vmap(attend), jax.tree.map(lambda a: jnp.stack([a, a]), given)
+    text = jax.jit(attend).lower(*given).compile().as_text()
+    whole = math.prod(given[0].key[0].shape)
+
+    def sizes(pattern: str) -> list[int]:
+        found = re.findall(pattern, text)
+        assert found
+        return [math.prod(map(int, shape.split(","))) for shape in found]
+
+    assert max(sizes(r"f32\[([\d,]+)\]")) < whole
+    assert all(n < whole for n in sizes(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|fusion)\("))
 
 
 def test_auto_reads_16_bits_in_blocks() -> None:

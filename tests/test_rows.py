@@ -31,7 +31,7 @@ def in_steps(call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> An
     _, t, s, n, k, h, hv = call.sizes
     monkeypatch.setattr(rows, "STEP_NUMBERS", batch_rows * rows._numbers(t, s, n, k, h + hv))
     engine = Engine(
-        partial(rows.forward), partial(rows.backward), partial(rows.forward), True, False
+        partial(rows.forward), partial(rows.backward), partial(rows.forward), True, states=False
     )
 
     def run(call: Call) -> Any:

@@ -2,29 +2,27 @@
 
 Reading them is nearly all of the work. XLA on CPU multiplies 32-bit matrices with heads first where
 they are, as a `KVCache` holds them. Of all others it first makes whole copies: transposed, and in
-float32. Here such keys are copied a block at a time, into memory that stays in the caches of the
-processor, and blocks after the last visible key are not read.
+float32. Here such keys and values are copied a block at a time, into memory that stays in the
+caches of the processor, and blocks after the last visible key are not read. The softmax is online:
+sums over the blocks so far are scaled down when a larger logit comes.
 
-Derivatives are those of the formula.
+The backward of blocks is that of whole rows: with few queries all logits together are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 
-from ..mesh import constant, varying_alike
+from ..mesh import constant
 from ..shapes import Array, Bool, Float, Int
-from . import base, formula, problem
+from ..tracing.split import cut
+from . import base, formula, problem, rows
 from .base import Call, unchanged
-from .operation import Rules, operation
-from .problem import Config, Inputs
+from .flash import transforms
+from .problem import DROPOUT, Config, Engine, Inputs, joined
 
 WHY = "keys and values are read where they are"
 
@@ -36,9 +34,9 @@ prepare = unchanged
 # keys themselves.
 MOST = 16
 
-# Numbers of keys in a block: 1 MB of float32. Blocks of a quarter of that took twice as long with
-# four queries of each key head, and as long with one.
-BLOCK = 2**18
+# Numbers of keys in a block: 2 MB of float32. With half of that one query took a fifth longer, with
+# twice as many up to two fifths.
+BLOCK = 2**19
 
 
 def refuse(call: Call) -> str | None:
@@ -55,37 +53,35 @@ def refuse(call: Call) -> str | None:
 
 
 def footprint(call: Call) -> int:
-    """Bytes of the logits and the weights, and of a block or copies of keys and values."""
+    """Bytes of logits and weights, and of the float32 copy of a block, or copies of all keys."""
     B, T, S, N, K, H, Hv = call.sizes
     wide = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
-    logits = 2 * B * N * T * S * wide
     block = _block(call)
     if block is not None:
-        return int(logits + B * block * K * max(H, Hv) * wide)
+        return int(B * block * (2 * N * T + K * (H + Hv)) * wide)
+    logits = 2 * B * N * T * S * wide
     return int(logits + B * S * K * (H + Hv) * jnp.dtype(call.key.dtype).itemsize)
 
 
 def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     """Output `[B, T, N, Hv]` in the query's dtype, and LSE `[B, T, N]`."""
-    config, x = problem.whole(call)
     block = _block(call)
     if block is None:
+        config, x = problem.whole(call)
         out, lse, _ = formula.attend(config, x, layout=formula.HEADS_FIRST)
         return out, lse
-    leaves, tree = jax.tree.flatten(x)
-    leaves = varying_alike(leaves)
-    B, T, _, N, _, _, Hv = call.sizes
-    like = (
-        constant(leaves[0], (B, T, N, Hv), x.query.dtype),
-        constant(leaves[0], (B, T, N), base.accumulator(x.query.dtype)),
+    tile = (call.sizes.T, block)
+    engine = HEADS_FIRST if call.heads_first else LENGTH_FIRST
+    return transforms.attend(
+        *problem.build(call, engine, base.factors(call), lambda known, heads: tile)
     )
-    out, lse = operation(_rules(config, tree, call.heads_first, block), leaves, (), like)
-    return out, lse
 
 
 def converts_in_blocks(call: Call) -> bool:
     """Whether this backend reads 16-bit keys a block at a time, faster than any other on CPU."""
-    return jnp.dtype(call.key.dtype).itemsize < 4 and _block(call) is not None
+    block = _block(call)
+    narrow = jnp.dtype(call.key.dtype).itemsize < 4
+    return narrow and block is not None and block < call.sizes.S
 
 
 def _block(call: Call) -> int | None:
@@ -95,106 +91,120 @@ def _block(call: Call) -> int | None:
         return None
     if call.heads_first and jnp.dtype(call.key.dtype).itemsize >= 4:
         return None
-    rows = (1 if base.symbolic(B) else B) * K
+    width = (1 if base.symbolic(B) else B) * K * max(H, Hv)
     # At least 16, so that a step of the loop does more than begin and end.
-    size = max(16, BLOCK // (rows * max(H, Hv)))
-    return size if size < S else None
+    return min(max(16, BLOCK // width), S)
 
 
-@lru_cache(maxsize=1024)
-def _rules(config: Config, tree: Any, heads_first: bool, block: int) -> Rules:
-    """Attention of the leaves of inputs: output and LSE."""
+class Sums(NamedTuple):
+    """What the blocks so far add up to, `[B, K, G, T, ..]`.
 
-    def apply(leaves: Any, _: Any) -> Any:
-        return _attend(config, jax.tree.unflatten(tree, leaves), heads_first, block)
+    Attributes:
+      top: the largest logit.
+      total: of `e^(logit - top)`.
+      out: of these times the values, `[.., Hv]`.
+      kinds: which values that are not finite were visible, `[B, N, T, 3 * Hv]`; see
+        `formula.kinds`. None where values are taken as they are.
+    """
 
-    def slope(leaves: Any, _: Any, __: Any, moved: Any) -> Any:
-        x: Inputs = jax.tree.unflatten(tree, leaves)
-        others: Inputs = jax.tree.unflatten(tree, moved)
-
-        def by_formula(*floats: Array) -> tuple[Array, Array]:
-            return formula.attend(config, x.with_floats(floats))[:2]
-
-        return jax.jvp(by_formula, x.floats(), x.floats(others))[1]
-
-    return Rules(apply, slope)
+    top: Float[Array, "B K G T 1"]
+    total: Float[Array, "B K G T 1"]
+    out: Float[Array, "B K G T Hv"]
+    kinds: Bool[Array, "B N T kinds"] | None
 
 
-def _attend(config: Config, x: Inputs, heads_first: bool, block: int) -> tuple[Array, Array]:
-    B, T, N, H = x.query.shape
-    S, K, Hv = x.value.shape[1:]
-    dtype = base.accumulator(x.query.dtype)
-    key, value = x.key, x.value
-    if heads_first:
-        # As they lie, before anything else: a loop or a branch would be given copies.
-        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
-    axis, keys = (2, "bksh") if heads_first else (1, "bskh")
-    product = partial(
-        jnp.einsum,
-        precision=lax.Precision.HIGHEST if config.precision is None else config.precision,
-        preferred_element_type=dtype,
-    )
-    seen = formula.visible(config, x, 0, T)
+def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
+    """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
+    B, T, K, G, _ = x.query.shape
+    S, Hv = x.value.shape[1], x.value.shape[-1]
+    wide = base.accumulator(x.query.dtype)
+    block = config.tile[1]
+    assert config.engine is not None
+    heads_first = config.engine.heads_first
+    seen = rows.visible(config, x)
+    if seen is not None:
+        seen = jnp.broadcast_to(seen, (*(1, 1, 1, *seen.shape[:-2])[-3:], T, S))
     last = S if seen is None else _last(seen)
-    blocks = partial(_over_blocks, S, block, last)
+    # As they lie, before anything else: a loop or a branch would be given copies.
+    key, value = (jnp.swapaxes(a, 1, 2) if heads_first else a for a in (x.key, x.value))
 
-    query = jnp.swapaxes(x.query, 1, 2).reshape(B, K, -1, H).astype(dtype)
+    def part(array: Array, at: Any) -> Array:
+        found = lax.dynamic_slice_in_dim(array, at, block, 2 if heads_first else 1)
+        return jnp.swapaxes(found, 1, 2) if heads_first else found
 
-    def multiplied(found: Array, start: Any, size: int) -> Array:
-        part = lax.dynamic_slice_in_dim(key, start, size, axis).astype(dtype)
-        some = product(f"{keys},bkrh->bksr", part, query)
-        return lax.dynamic_update_slice_in_dim(found, some, start, 2)
+    def operands(kinds: Any, arrays: Any, at: Any) -> tuple[Array, ...]:
+        pairs = zip(kinds, arrays, strict=True)
+        return tuple(cut(kind, array, 3, (0, at), (T, block), S) for kind, array in pairs)
 
-    logits = blocks(multiplied, constant(key, (B, K, S, query.shape[2]), dtype))
-    logits = jnp.swapaxes(logits, 2, 3).reshape(B, N, T, S)
-    weights, _, lse = formula.weigh(config, x, seen, logits, 0, T)
-    by_key = weights.reshape(B, K, -1, S)
+    def add(n: Any, sums: Sums) -> Sums:
+        # The last block is a whole one too: it begins with keys of the block before.
+        at = jnp.minimum(n * block, S - block)
+        shown = None
+        if S % block:
+            shown = at + lax.broadcasted_iota(jnp.int32, (1, 1, 1, T, block), 4) >= n * block
+        if seen is not None:
+            here = lax.dynamic_slice_in_dim(seen, at, block, 4)
+            shown = here if shown is None else here & shown
+        some = x._replace(
+            key=part(key, at),
+            value=part(value, at),
+            score=operands(config.score.kinds if config.score else (), x.score, at),
+            dropout=operands(DROPOUT if config.dropout else (), x.dropout, at),
+        )
+        logits = rows.where(shown, rows.logits_of(config, some, shown)[0], -jnp.inf)
+        top = jnp.maximum(sums.top, logits.max(-1, keepdims=True))
+        # Rows without any visible key are measured from 0: -inf - -inf is NaN.
+        level = jnp.where(top == -jnp.inf, jnp.zeros((), wide), top)
+        fade, p = jnp.exp(sums.top - level), jnp.exp(logits - level)
+        kept = p * rows.dropout_factors(some, wide) if config.dropout else p
+        kinds, taken = sums.kinds, some.value
+        if kinds is not None:
+            all_shown = jnp.ones((1, 1, 1, T, block), bool) if shown is None else shown
+            flags = formula.kinds(jnp.swapaxes(some.value, 1, 2))
+            kinds = kinds | formula.reach(joined(all_shown, 1), flags, K * G)
+            taken = base.finite(some.value)
+        product = rows.dot(config, rows.factor(config, kept), rows.keys(config, taken), 2)
+        return Sums(
+            top,
+            sums.total * fade + p.sum(-1, keepdims=True),
+            sums.out * fade + product.reshape(sums.out.shape),
+            kinds,
+        )
 
-    def weighed(clean: Callable[[Array], Array]) -> Array:
-        def add(total: Array, start: Any, size: int) -> Array:
-            part = lax.dynamic_slice_in_dim(value, start, size, axis).astype(dtype)
-            some = lax.dynamic_slice_in_dim(by_key, start, size, 3)
-            return total + product(f"bkrs,{keys}->bkrh", some, clean(part))
-
-        found = blocks(add, constant(value, (*by_key.shape[:3], Hv), dtype))
-        return found.reshape(B, N, T, Hv)
-
-    def reached(found: Array, start: Any, size: int) -> Array:
-        part = lax.dynamic_slice_in_dim(value, start, size, axis)
-        part = part if heads_first else jnp.swapaxes(part, 1, 2)
-        shown = jnp.ones((1, 1, T, S), bool) if seen is None else seen
-        shown = lax.dynamic_slice_in_dim(shown, start, size, 3)
-        return found | formula.reach(shown, formula.kinds(part), N)
+    def over_blocks(kinds: Array | None) -> Sums:
+        line = (B, K, G, T, 1)
+        start = Sums(
+            constant(key, line, wide, -jnp.inf),
+            constant(key, line, wide),
+            constant(key, (*line[:-1], Hv), wide),
+            kinds,
+        )
+        return lax.fori_loop(0, (last + block - 1) // block, add, start)
 
     def with_nonfinite() -> Array:
-        # In blocks like the others, so that it rounds in the same way.
-        found = blocks(reached, constant(value, (B, N, T, 3 * Hv), jnp.bool_))
-        return weighed(base.finite) + formula.added(found, dtype)
+        sums = over_blocks(constant(value, (B, K * G, T, 3 * Hv), jnp.bool_))
+        assert sums.kinds is not None
+        found = formula.added(sums.kinds, wide)
+        return sums.out + found.reshape(sums.out.shape)
 
-    out = weighed(lambda part: part)
-    out = lax.cond(base.anywhere(~jnp.isfinite(out)), with_nonfinite, lambda: out)
-    return jnp.swapaxes(out, 1, 2).astype(x.query.dtype), jnp.moveaxis(lse, 1, 2)
-
-
-def _over_blocks(
-    S: int, block: int, last: Any, step: Callable[[Any, Any, int], Any], found: Any
-) -> Any:
-    """`step(found, start, size)` for blocks up to the first `last` of S keys, and a shorter one."""
-    count = jnp.minimum((last + block - 1) // block, S // block)
-    found = lax.fori_loop(0, count, lambda i, found: step(found, i * block, block), found)
-    return step(found, S - S % block, S % block) if S % block else found
+    sums = over_blocks(None)
+    # Any value that is not finite makes a sum that is not: 0 * NaN and 0 * inf are NaN.
+    out = lax.cond(jnp.isfinite(sums.out).all(), lambda: sums.out, with_nonfinite)
+    empty = jnp.zeros((), bool) if seen is None else ~seen.any(-1, keepdims=True)
+    # Rows whose visible logits are all -inf are NaN, as in any softmax.
+    total = jnp.where(sums.total == 0, jnp.where(empty, 1, jnp.nan).astype(wide), sums.total)
+    lse = jnp.where(empty, -jnp.asarray(jnp.inf, wide), sums.top + jnp.log(total))[..., 0]
+    out = (out / total).astype(x.query.dtype)
+    return out.transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
 
-@custom_vmap
 def _last(seen: Bool[Array, "... S"]) -> Int[Array, ""]:
-    """The number of keys up to the last that any query sees; under `vmap` in any element.
-
-    With a number for each element a loop would select what it computes, a block at a time.
-    """
+    """The number of keys up to the last that any query sees."""
     some = seen.any(range(seen.ndim - 1))
     return jnp.where(some, jnp.arange(1, seen.shape[-1] + 1, dtype=jnp.int32), 0).max()
 
 
-@_last.def_vmap
-def _last_rule(size: int, batched: Any, seen: Array) -> tuple[Array, bool]:
-    return _last(seen), False
+LENGTH_FIRST, HEADS_FIRST = (
+    Engine(forward, rows.backward, cleans=True, exact=True, heads_first=flag, states=False)
+    for flag in (False, True)
+)

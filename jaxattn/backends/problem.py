@@ -67,6 +67,9 @@ class Engine(NamedTuple):
         has to be differentiated in its place.
       cleans: whether it is given arrays as they are, and itself puts 0 in place of what is not
         finite, as `flash.operands.cleaned` does, where it copies them anyway.
+      exact: whether its forward is given values as they are, and is right for those that are not
+        finite too.
+      heads_first: whether keys and values lie in memory with heads first, as `Call` says.
       states: whether it reads the states of tiles.
     """
 
@@ -74,6 +77,8 @@ class Engine(NamedTuple):
     backward: Callable[..., Any]
     differentiable: Callable[..., Any] | None = None
     cleans: bool = False
+    exact: bool = False
+    heads_first: bool = False
     states: bool = True
 
 

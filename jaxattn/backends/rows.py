@@ -86,9 +86,8 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 
 def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Array]:
     B, T, K, G, _ = x.query.shape
-    shown = _mask(config, x) if mask is None else mask
-    query = _queries(config, _scaled(config, x))
-    logits = _where(shown, _logits(config, x, query, shown)[0], -jnp.inf)
+    shown = visible(config, x) if mask is None else mask
+    logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     # Rows without any visible key are measured from 0: -inf - -inf is NaN.
     level = jnp.where(top == -jnp.inf, jnp.zeros((), top.dtype), top)
@@ -97,10 +96,10 @@ def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Arra
     empty = total == 0
     total = jnp.where(empty, jnp.ones((), total.dtype), total)
     if config.dropout:
-        p = p * _dropout_factors(x, p.dtype)
-    value = _keys(config, base.finite(x.value))
-    out = _dot(config, _factor(config, p), value, 2).reshape(B, K, G, T, -1) / total
-    lse = _where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
+        p = p * dropout_factors(x, p.dtype)
+    value = keys(config, base.finite(x.value))
+    out = dot(config, factor(config, p), value, 2).reshape(B, K, G, T, -1) / total
+    lse = where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
     return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
 
@@ -145,28 +144,28 @@ def _backward(
     far, delta = (a[:, :, None] for a in backward_rows(out, lse, d_out, d_lse))
     x, d_out = cleaned(x, lse, d_out)
     zero = jnp.zeros((), far.dtype)
-    shown = _mask(config, x, across=True) if mask is None else mask
+    shown = visible(config, x, across=True) if mask is None else mask
     query, given = _queries(config, _scaled(config, x)), _queries(config, d_out)
-    logits, pull = _logits(config, x, query, shown, across=True)
+    logits, pull = logits_of(config, x, shown, across=True)
     # The barrier keeps XLA from computing it again for each of its uses.
-    p = lax.optimization_barrier(jnp.exp(_where(shown, logits - far, -jnp.inf)))
-    kept, dp = p, _dot(config, _keys(config, x.value), given, 3).reshape(p.shape)
+    p = lax.optimization_barrier(jnp.exp(where(shown, logits - far, -jnp.inf)))
+    kept, dp = p, dot(config, keys(config, x.value), given, 3).reshape(p.shape)
     if config.dropout:
-        factors = _dropout_factors(x, p.dtype, across=True)
+        factors = dropout_factors(x, p.dtype, across=True)
         kept, dp = p * factors, dp * factors
     # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
     ds, score = pull(jnp.where(p == zero, zero, p * (dp - delta)))
-    ds = _factor_across(config, _where(shown, ds, 0))
-    d_value = _dot(config, _factor_across(config, kept), given, 2)
-    d_key = _dot(config, ds, query, 2)
+    ds = _factor_across(config, where(shown, ds, 0))
+    d_value = dot(config, _factor_across(config, kept), given, 2)
+    d_key = dot(config, ds, query, 2)
     # A product with a transposed left factor is slow. The smaller of two other ways moves: ds, or
     # the key and the result.
     if G * T * S <= (G * T + S) * H:
         turned = lax.optimization_barrier(jnp.swapaxes(ds, 2, 3))
-        d_query = _dot(config, turned, _keys(config, x.key), 2)
+        d_query = dot(config, turned, keys(config, x.key), 2)
         d_query = d_query.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
     else:
-        d_query = _dot(config, _keys_across(config, x.key), ds, 2)
+        d_query = dot(config, _keys_across(config, x.key), ds, 2)
         d_query = d_query.reshape(B, K, H, G, T).transpose(0, 4, 1, 3, 2)
     g = Gradients(
         (d_query * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
@@ -236,7 +235,7 @@ def _by_rows(groups: int, x: Inputs, args: Any, fn: Callable[[Any], tuple[Any, A
 # Logits are `[B, K, G, T, S]`, or `[B, K, S, G, T]` where a function says `across`.
 
 
-def _mask(config: Config, x: Inputs, *, across: bool = False) -> Bool[Array, "..."] | None:
+def visible(config: Config, x: Inputs, *, across: bool = False) -> Bool[Array, "..."] | None:
     """The mask, as it broadcasts to the logits."""
     if config.mask is None:
         return None
@@ -245,7 +244,7 @@ def _mask(config: Config, x: Inputs, *, across: bool = False) -> Bool[Array, "..
 
 def _mask_of_all(config: Config, x: Inputs, *, across: bool = False) -> Array | None:
     """The mask if all batch rows share it, so that it is evaluated once; or else None."""
-    return None if any(a.shape[0] != 1 for a in x.mask) else _mask(config, x, across=across)
+    return None if any(a.shape[0] != 1 for a in x.mask) else visible(config, x, across=across)
 
 
 def _tiles(kinds: Sequence[Kind], x: Inputs, arrays: Any, *, across: bool) -> list[Array]:
@@ -262,13 +261,13 @@ def _tiles(kinds: Sequence[Kind], x: Inputs, arrays: Any, *, across: bool) -> li
     return [tile(kind, array) for kind, array in zip(kinds, arrays, strict=True)]
 
 
-def _logits(
-    config: Config, x: Inputs, query: Array, shown: Array | None, *, across: bool = False
+def logits_of(
+    config: Config, x: Inputs, shown: Array | None, *, across: bool = False
 ) -> tuple[Float[Array, "..."], Callable[[Array], tuple[Array, list[Array]]]]:
     """Logits after the score, and the way back to those before, and to operands that learn."""
     B, T, K, G, _ = x.query.shape
-    key = _keys(config, x.key)
-    logits = _dot(config, key, query, 3) if across else _dot(config, query, key, 3)
+    query, key = _queries(config, _scaled(config, x)), keys(config, x.key)
+    logits = dot(config, key, query, 3) if across else dot(config, query, key, 3)
     logits = logits.reshape((B, K, -1, G, T) if across else (B, K, G, T, -1))
     score = config.score
     if score is None:
@@ -279,17 +278,17 @@ def _logits(
         operands = replaced(x.score, which, some)
         return score.scored(logits, _tiles(score.kinds, x, operands, across=across))
 
-    return jax.vjp(scored, _where(shown, logits, 0), [x.score[n] for n in which])
+    return jax.vjp(scored, where(shown, logits, 0), [x.score[n] for n in which])
 
 
-def _dropout_factors(x: Inputs, dtype: Any, *, across: bool = False) -> Float[Array, "..."]:
+def dropout_factors(x: Inputs, dtype: Any, *, across: bool = False) -> Float[Array, "..."]:
     """What weights are multiplied by: 0, or 1 / (1 - rate)."""
     first, second, k, rate = _tiles(DROPOUT, x, x.dropout, across=across)
     keep = base.keeps((first, second), k, rate)
     return jnp.where(keep, base.kept_scale(rate, dtype), jnp.zeros((), dtype))
 
 
-def _where(flags: Array | None, array: Array, other: float) -> Array:
+def where(flags: Array | None, array: Array, other: float) -> Array:
     return array if flags is None else jnp.where(flags, array, jnp.asarray(other, array.dtype))
 
 
@@ -307,7 +306,7 @@ def _queries(config: Config, array: Float[Array, "B T K G width"]) -> Float[Arra
     return array.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, width).astype(config.dtype)
 
 
-def _keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
+def keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
     return array.transpose(0, 2, 1, 3).astype(config.dtype)
 
 
@@ -316,7 +315,7 @@ def _keys_across(config: Config, array: Float[Array, "B S K width"]) -> Array:
     return array.transpose(0, 2, 3, 1).astype(config.dtype)
 
 
-def _factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
+def factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
     B, K, G, T, S = array.shape
     return array.reshape(B, K, G * T, S).astype(config.dtype)
 
@@ -326,7 +325,7 @@ def _factor_across(config: Config, array: Float[Array, "B K S G T"]) -> Float[Ar
     return array.reshape(B, K, S, G * T).astype(config.dtype)
 
 
-def _dot(config: Config, a: Array, b: Array, axis: int) -> Array:
+def dot(config: Config, a: Array, b: Array, axis: int) -> Array:
     """Products of stacks of matrices: over the last axis of a, and this one of b."""
     precision = lax.Precision.HIGHEST if config.precision is None else config.precision
     dims = (((3,), (axis,)), ((0, 1), (0, 1)))

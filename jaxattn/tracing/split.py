@@ -62,11 +62,8 @@ class Operand(NamedTuple):
           tile_q, tile_k: numbers of queries and keys of the tile.
           S: the number of keys.
         """
-        kind, part = self
-        starts, sizes = tile_slice(kind, q, k, tile_q, tile_k, S)
-        for axis, (start, size) in enumerate(zip(starts, sizes, strict=True), 2):
-            part = lax.dynamic_slice_in_dim(part, start, size, axis)
-        return as_tile(kind, part, 2, tile_q, tile_k)
+        part = cut(self.kind, self.array, 2, (q, k), (tile_q, tile_k), S)
+        return as_tile(self.kind, part, 2, tile_q, tile_k)
 
 
 def along(kind: Kind, of_queries: X, of_keys: X, of_distances: X) -> tuple[X, ...]:
@@ -101,6 +98,21 @@ def tile_slice(
     # where it is needed: under a trace it would be three operations.
     first = S - tile_k + q - k if kind == "diagonal" else None
     return along(kind, q, k, first), along(kind, tile_q, tile_k, tile_q + tile_k - 1)
+
+
+def cut(
+    kind: Kind,
+    array: Shaped[Array, "..."],
+    axis: int,
+    at: tuple[Any, Any],
+    tile: tuple[int, int],
+    S: int,
+) -> Shaped[Array, "..."]:
+    """A tile's part of an operand with `axis` axes of batch rows and heads; see `tile_slice`."""
+    starts, sizes = tile_slice(kind, *at, *tile, S)
+    for n, (start, size) in enumerate(zip(starts, sizes, strict=True), axis):
+        array = lax.dynamic_slice_in_dim(array, start, size, n)
+    return array
 
 
 def as_tile(

@@ -154,7 +154,8 @@ def _forward(config: Config, local: bool) -> Any:
 
     @forward.def_vmap
     def rule(size: int, batched: Any, x: Inputs) -> Any:
-        return _unfolded(size, forward(_fold(size, batched[0], x)))
+        heads_first = config.engine is not None and config.engine.heads_first
+        return _unfolded(size, forward(_fold(size, batched[0], x, heads_first)))
 
     return forward
 
@@ -232,7 +233,10 @@ def _fold_one(size: int, batched: bool, B: int, array: Array, shared: bool = Fal
     return array.reshape(size * B, *array.shape[2:])
 
 
-def _fold(size: int, batched: Inputs, x: Inputs) -> Inputs:
+def _fold(size: int, batched: Inputs, x: Inputs, heads_first: bool = False) -> Inputs:
+    if heads_first:
+        # In the order in which they lie, or XLA would copy them.
+        return _swapped(_fold(size, batched, _swapped(x)))
     B = x.query.shape[1 if batched.query else 0]
     rows = {"query", "key", "value"}
     return Inputs(
@@ -245,6 +249,12 @@ def _fold(size: int, batched: Inputs, x: Inputs) -> Inputs:
             for name in Inputs._fields
         )
     )
+
+
+def _swapped(x: Inputs) -> Inputs:
+    """The inputs, length and heads of keys and values exchanged."""
+    key, value = (jnp.swapaxes(a, -3, -2) for a in (x.key, x.value))
+    return x._replace(key=key, value=value)
 
 
 def _unfolded(size: int, tree: Any) -> Any:
