@@ -126,7 +126,7 @@ ROOMS = {
     "masks": "results positions conventions | door | mask | by_position by_array by_function",
     "tracing": "hashing pointwise | program | recompilation_warning array_reads labels | canonical"
     " | dependence | split out_of_range",
-    "tiles": "elementwise_rules | array_rules | intervals | tile_map",
+    "tiles": "elementwise_rules | array_rules | intervals | tile_map known",
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula | flash"
     " | dense rows cudnn tiled triton mosaic | decode",

@@ -103,18 +103,24 @@ def by_rows(config: Config, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[
 
 def over_rows(x: Inputs, fn: Callable[[Any, int], Any]) -> Any:
     """`fn(start, rows)` for all rows, some at a time: arrays `[B, rows, ...]` as `[B, T, ...]`."""
-    B, T, N, _ = x.query.shape
-    S = x.key.shape[1]
-    if base.symbolic(T, S):
-        return fn(0, T)
-    size = max(1, CELLS // max((1 if base.symbolic(B) else B) * N * S, 1))
-    if size >= T:
+    T, size = x.query.shape[1], rows_at_once(x)
+    if size is T:
         return fn(0, T)
     found = lax.map(lambda start: fn(start, size), jnp.arange(T // size, dtype=jnp.int32) * size)
     parts = [jax.tree.map(_rows_joined, found)]
     if T % size:
         parts.append(fn(T - T % size, T % size))
     return jax.tree.map(lambda *each: jnp.concatenate(each, 1), *parts)
+
+
+def rows_at_once(x: Inputs) -> Any:
+    """The number of rows that are computed at once: `T`, or fewer if there are too many logits."""
+    B, T, N, _ = x.query.shape
+    S = x.key.shape[1]
+    if base.symbolic(T, S):
+        return T
+    size = max(1, CELLS // max((1 if base.symbolic(B) else B) * N * S, 1))
+    return T if size >= T else size
 
 
 def _rows_joined(array: Array) -> Array:
@@ -399,9 +405,23 @@ def _counted(layout: str, a: Array, b: Array) -> Bool[Array, "..."]:
     return jnp.einsum(layout, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
 
 
-def kinds(value: Float[Array, "B K S Hv"]) -> Bool[Array, "B K S kinds"]:
-    """Where values are NaN, inf, and -inf: the flags that `reach` takes, and `added` adds."""
-    return jnp.concatenate([jnp.isnan(value), value == jnp.inf, value == -jnp.inf], -1)
+def kinds(value: Float[Array, "B K S Hv"], *, every: bool = False) -> Bool[Array, "B K S kinds"]:
+    """Where values are NaN, inf, and -inf: the flags that `reach` takes, and `added` adds.
+
+    With `every`, a channel that is NaN comes last: `split_kinds` takes it apart.
+    """
+    if every:
+        value = jnp.pad(value, ((0, 0),) * 3 + ((0, 1),), constant_values=jnp.nan)
+    sort = jnp.where(value == jnp.inf, 1, jnp.where(value == -jnp.inf, 2, 3))
+    sort = jnp.where(jnp.isfinite(value), 3, jnp.where(jnp.isnan(value), 0, sort))
+    flags = sort[..., None, :] == jnp.arange(3)[:, None]
+    return flags.reshape(*value.shape[:-1], -1)
+
+
+def split_kinds(kinds: Bool[Array, "B N T more"]) -> tuple[Array, Array]:
+    """What is reached of `kinds`, and of its last channel, for values with `every`."""
+    parts = jnp.stack(jnp.split(kinds, 3, -1), -2)
+    return parts[..., :-1].reshape(*kinds.shape[:-1], -1), parts[..., 0, -1]
 
 
 def added(kinds: Bool[Array, "B N T kinds"], dtype: Any) -> Float[Array, "B N T Hv"]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..shapes import Array, Float, Int
-from ..tiles import intervals
+from ..tiles import intervals, known
 from ..tiles.tile_map import TileStates
 from ..tracing.dependence import Kind
 from ..tracing.pointwise import pointwise
@@ -71,6 +71,7 @@ class Engine(NamedTuple):
         finite too.
       heads_first: whether keys and values lie in memory with heads first, as `Call` says.
       states: whether it reads the states of tiles.
+      known: whether it takes them from the config where they are known.
     """
 
     forward: Callable[..., Any]
@@ -80,6 +81,7 @@ class Engine(NamedTuple):
     exact: bool = False
     heads_first: bool = False
     states: bool = True
+    known: bool = False
 
 
 class Config(NamedTuple):
@@ -92,6 +94,8 @@ class Config(NamedTuple):
       precision: of matrix products.
       dtype: of the factors of products.
       tile: queries and keys of a tile.
+      states: those of the tiles, a row of bytes each, where they are the same for all values of the
+        inputs, and the engine takes them from here; else None.
     """
 
     engine: Engine | None
@@ -101,6 +105,7 @@ class Config(NamedTuple):
     precision: Any
     dtype: Any
     tile: tuple[int, int]
+    states: tuple[bytes, ...] | None = None
 
 
 class Inputs(NamedTuple):
@@ -109,7 +114,7 @@ class Inputs(NamedTuple):
     Attributes:
       query: `[B, T, N, H]`.
       key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
-      states: int8 `[B|1, N|1, nq, nk]`; None where every tile is FULL.
+      states: int8 `[B|1, N|1, nq, nk]`; None where every tile is FULL, or `Config` has them.
       scale: `[B|1]`.
       mask, score: operands of the residues, `[B|1, N|1, ...]`.
       dropout: empty, or two words for each row `[B, N, T]`, positions of keys `[B|1, 1, S]`, and
@@ -207,18 +212,21 @@ def build(
     sizes = call.sizes
     B, T, S, N, *_ = sizes
     wide = base.accumulator(call.query.dtype)
-    states, parts = None, None
+    states, parts, fixed = None, None, None
     operands: tuple[Operand, ...] = ()
-    known = call.tiles
+    mapped = call.tiles
     if call.mask is not None:
         parts = call.mask
         operands = parts.operands(call.positions, B, N, T, S)
-    tile = choose(known, _heads(sizes, operands))
+    tile = choose(mapped, _heads(sizes, operands))
     if parts is not None and engine is not None and engine.states:
-        if known is not None and _within(known.tile, T, S) == _within(tile, T, S):
-            states = known.states
+        if mapped is not None and _within(mapped.tile, T, S) == _within(tile, T, S):
+            states = mapped.states
         else:
-            states = intervals.states(parts, operands, *tile, T, S)
+            if engine.known and not base.symbolic(B, N):
+                fixed = known.states(parts, call.positions, (B, N, T, S), tile)
+            if fixed is None:
+                states = intervals.states(parts, operands, *tile, T, S)
 
     scores, scored = None, tuple[Operand, ...]()
     if call.score is not None:
@@ -232,6 +240,7 @@ def build(
         call.precision,
         dtype,
         tile,
+        fixed,
     )
     return config, Inputs(
         call.query,

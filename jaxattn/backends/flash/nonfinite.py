@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ...shapes import Array, Bool
@@ -35,36 +36,48 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     out, lse = joined(out, 2), joined(lse, 2)
     if config.engine.exact:
         return out, lse
-    # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
-    lost = lse == -jnp.inf
 
-    def with_nonfinite(found: tuple[Array, Array]) -> tuple[Array, Array]:
+    def with_nonfinite(x: Inputs, start: Any, rows: int, found: Any) -> Any:
         out, lse = found
-        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
-        every = jnp.ones((*flags.shape[:-1], 1), bool)
-        seen = _reached(config, x, jnp.concatenate([every, flags], -1))
-        nothing = lost & seen[..., 0]
+        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2), every=True)
+        seen, some = formula.split_kinds(_reached(config, x, flags, start, rows))
+        # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
+        nothing = (lse == -jnp.inf) & some
         return (
-            _where(nothing[..., None], jnp.nan, out + formula.added(seen[..., 1:], out.dtype)),
+            _where(nothing[..., None], jnp.nan, out + formula.added(seen, out.dtype)),
             _where(nothing, jnp.nan, lse),
         )
 
     wrong = ~base.all_finite(x.value) | lax.cond(
         lse.min() > -jnp.inf, lambda: jnp.zeros((), bool), lambda: _extreme(config, x)
     )
-    return _corrected(wrong, with_nonfinite, (out, lse))
+    return _corrected(x, wrong, with_nonfinite, (out, lse))
 
 
-def _corrected(wrong: Bool[Array, ""], correct: Callable[[Any], Any], results: Any) -> Any:
-    """`correct(results)` if they are wrong, or else the results, which are not copied then.
+def _corrected(
+    x: Inputs, wrong: Bool[Array, ""], correct: Callable[[Inputs, Any, int, Any], Any], results: Any
+) -> Any:
+    """Results `[B, T, ...]`, put right some rows at a time if they are wrong.
 
-    They would be if they went through a branch of a `cond`. A loop of at most one round works where
-    they are.
+    `correct(x, start, rows, results)` puts these rows of the results right, and would change
+    nothing a second time. Without a round the loop leaves all where it is, while results that go
+    through a branch of a `cond` are copied.
     """
-    done = jnp.zeros_like(wrong)
-    return lax.while_loop(
-        lambda carry: carry[0], lambda carry: (done, correct(carry[1])), (wrong, results)
-    )[1]
+    size, T = formula.rows_at_once(x), x.query.shape[1]
+
+    def body(n: Any, results: Any) -> Any:
+        # With the barrier, what is the same in all rounds is not computed before the loop.
+        n, key, value = lax.optimization_barrier((n, *fixed))
+        start = lax.min(n * size, T - size)
+        parts = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, 1), results)
+        parts = correct(x._replace(key=key, value=value), start, size, parts)
+        return jax.tree.map(
+            lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 1), results, parts
+        )
+
+    fixed = lax.stop_gradient((x.key, x.value))
+    rounds = _where(~wrong, 0, jnp.full_like(wrong, -(-T // size), jnp.int32))
+    return lax.fori_loop(np.int32(0), rounds, body, results)
 
 
 def _where(flags: Array, number: float, array: Array) -> Array:
@@ -82,16 +95,14 @@ def _extreme(config: Config, x: Inputs) -> Bool[Array, ""]:
     return ~(most[0] * most[1] * jnp.maximum(most[2], 1) * x.query.shape[-1] < _LARGE)
 
 
-def _reached(config: Config, x: Inputs, flags: Bool[Array, "B K S C"]) -> Bool[Array, "B T N C"]:
-    """For each query, whether any visible key has a flag."""
+def _reached(
+    config: Config, x: Inputs, flags: Bool[Array, "B K S C"], start: Any, rows: int
+) -> Bool[Array, "B rows N C"]:
+    """For each of some queries, whether any visible key has a flag."""
     N, S = x.query.shape[2], x.key.shape[1]
-
-    def some(start: Any, rows: int) -> Array:
-        seen = formula.visible(config, x, start, rows)
-        seen = jnp.ones((1, 1, rows, S), bool) if seen is None else seen
-        return jnp.moveaxis(formula.reach(seen, flags, N), 1, 2)
-
-    return formula.over_rows(x, some)
+    seen = formula.visible(config, x, start, rows)
+    seen = jnp.ones((1, 1, rows, S), bool) if seen is None else seen
+    return jnp.moveaxis(formula.reach(seen, flags, N), 1, 2)
 
 
 def backward(
@@ -104,11 +115,11 @@ def backward(
     alive = lse != -jnp.inf
     bad = ~jnp.isfinite(lse) | ~base.all_finite(out, d_out, axis=-1)
 
-    def that_see_others(bad: Array) -> Array:
-        keys = jnp.swapaxes(formula.has_nonfinite(x.key, x.value), 1, 2)[..., None]
-        return bad | _reached(config, x, keys)[..., 0]
+    def that_see_others(x: Inputs, start: Any, rows: int, bad: Array) -> Array:
+        keys = jnp.swapaxes(~base.all_finite(x.key, x.value, axis=-1), 1, 2)[..., None]
+        return bad | _reached(config, x, keys, start, rows)[..., 0]
 
-    bad = alive & _corrected(~base.all_finite(x.key, x.value), that_see_others, bad)
+    bad = alive & _corrected(x, ~base.all_finite(x.key, x.value), that_see_others, bad)
     K = x.key.shape[2]
     given = x.grouped()
     out, lse, d_out, d_lse = (

@@ -7,10 +7,11 @@ of other sizes.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from ...shapes import Array, Int
 from ...tiles.tile_map import EMPTY, FULL, PARTIAL
@@ -30,7 +31,7 @@ class Lists(NamedTuple):
 
 
 def states_of(
-    states: Int[Array, "b k g nq nk"] | None,
+    states: Int[Array | np.ndarray, "b k g nq nk"] | None,
     given: tuple[int, int],
     wanted: tuple[int, int],
     T: int,
@@ -42,7 +43,8 @@ def states_of(
     beyond the end are PARTIAL at most: the mask has to hide what is beyond it.
 
     Args:
-      states: those of grouped `Inputs`; None where every tile is FULL.
+      states: those of grouped `Inputs`; None where every tile is FULL. Those of NumPy stay NumPy's
+        if the sizes are the same.
       given, wanted: queries and keys of a tile.
       T, S: numbers of queries and keys.
     """
@@ -52,11 +54,12 @@ def states_of(
     else:
         for axis, old, new, count in zip((3, 4), given, wanted, counts, strict=True):
             states = _resized(states, axis, old, new, count)
-    last = jnp.minimum(states, jnp.int8(PARTIAL))
+    xp: Any = jnp if isinstance(states, jax.Array) else np
+    last = xp.minimum(states, np.int8(PARTIAL))
     for axis, length, n, count in zip((3, 4), (T, S), wanted, counts, strict=True):
         if length % n:
-            at = lax.broadcasted_iota(jnp.int32, states.shape, axis)
-            states = jnp.where(at == count - 1, last, states)
+            at = np.arange(count).reshape(-1, 1) if axis == 3 else np.arange(count)
+            states = xp.where(at == count - 1, last, states)
     return states
 
 

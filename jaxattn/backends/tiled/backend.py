@@ -23,7 +23,7 @@ LIMITS: tuple[str, ...] = ()
 
 prepare = unchanged
 
-ENGINE = Engine(passes.forward, passes.backward, differentiable=passes.forward)
+ENGINE = Engine(passes.forward, passes.backward, differentiable=passes.forward, known=True)
 
 
 def refuse(call: Call) -> str | None:

@@ -26,7 +26,7 @@ from .. import base
 from ..flash.operands import backward_rows, cropped_gradient, learned, padded, replaced
 from ..problem import Config, Gradients, Inputs
 from .exponential import exp
-from .schedule import Step, StepSizes, loop, step_lists
+from .schedule import Step, StepSizes, loop, states_of, step_lists
 from .tile_step import TileStep, add, heads_first, padded_inputs, read, write
 
 
@@ -45,7 +45,7 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
     sizes = StepSizes.chosen(config, x)
     dtype = base.accumulator(x.query.dtype)
-    lists = step_lists(sizes, x.states)
+    lists = step_lists(sizes, states_of(config, sizes, x))
     given = padded_inputs(config, sizes, x)
 
     def compute(at: Step, sums: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -203,7 +203,7 @@ def backward(
     sizes = StepSizes.chosen(config, x)
     if groups > 1:
         sizes = replace(sizes, step_rows=1)
-    lists = step_lists(sizes, x.states)
+    lists = step_lists(sizes, states_of(config, sizes, x))
     given = padded_inputs(config, sizes, x)
     rows = jnp.stack(backward_rows(out, lse, d_out, d_lse), 2)
     more = BackwardInputs(

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ...shapes import Array, Int
@@ -131,36 +133,54 @@ def _even(length: int, most: int) -> int:
     return -(-length // (count * 8)) * 8
 
 
-def step_lists(sizes: StepSizes, states: Array | None) -> list[StepList]:
-    """The lists of steps: groups of FULL tiles, runs of other active tiles, and single ones."""
+def states_of(config: Config, sizes: StepSizes, x: Inputs) -> Array | np.ndarray:
+    """The states of tiles `[B|1, K|1, G|1, nq, nk]`; NumPy's where they are known."""
+    tile = sizes.tq, sizes.tk
+    states: Any = x.states
+    if config.states is not None:
+        rows = [np.frombuffer(row, np.int8) for row in config.states]
+        states = np.stack(rows)[None, None, None]
+    elif states is None:
+        states = np.full((1, 1, 1, sizes.Tp // tile[0], sizes.Sp // tile[1]), FULL, np.int8)
+    return tile_lists.states_of(states, tile, tile, sizes.T, sizes.S)
+
+
+def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
+    """The lists of steps: groups of FULL tiles, runs of other active tiles, and single ones.
+
+    Where the states are NumPy's so are the lists, and those without a step are left out.
+    """
     tq, tk = sizes.tq, sizes.tk
-    states = tile_lists.states_of(states, (tq, tk), (tq, tk), sizes.T, sizes.S)
+    known = not isinstance(states, jax.Array)
+    xp: Any = np if known else jnp
     nq, nk = states.shape[3:]
     # The query heads of one key head are computed together.
     active, all_full = (states != EMPTY).any(2), (states == FULL).all(2)
     gq, gk, run = min(nq, 2), min(nk, 2), min(nk, RUN)
     eb, eh = active.shape[:2]
-    wide = jnp.pad(all_full, [(0, 0), (0, 0), (0, -nq % gq), (0, -nk % gk)])
+    wide = xp.pad(all_full, [(0, 0), (0, 0), (0, -nq % gq), (0, -nk % gk)])
     full = wide.reshape(eb, eh, -(-nq // gq), gq, -(-nk // gk), gk).all((3, 5))
-    grouped = jnp.repeat(jnp.repeat(full, gq, 2), gk, 3)[:, :, :nq, :nk]
+    grouped = xp.repeat(xp.repeat(full, gq, 2), gk, 3)[:, :, :nq, :nk]
     rest = active & ~grouped
-    row, column = (lax.broadcasted_iota(jnp.int32, active.shape, axis) for axis in (2, 3))
+    row, column = np.ogrid[: np.int32(nq), : np.int32(nk)]
     # How far into its stretch of neighbours a tile is, and how long that is.
-    before = _running_max(jnp.where(rest, jnp.int32(-1), column))
-    after = -_running_max(jnp.where(rest, jnp.int32(-nk), -column), reverse=True)
+    before = _running_max(xp.where(rest, np.int32(-1), column))
+    after = -_running_max(xp.where(rest, np.int32(-nk), -column), reverse=True)
     place, length = column - before - 1, after - before - 1
-    within = lax.rem(place, jnp.int32(run))
+    within = xp.fmod(place, np.int32(run))
     in_run = place - within + run <= length
     # The list that a tile begins a step of.
-    of_runs = jnp.where(within == 0, jnp.int32(_RUNS), jnp.int32(_NONE))
-    kind = jnp.where(in_run, of_runs, jnp.int32(_SINGLES))
-    kind = jnp.where(rest, kind, jnp.int32(_NONE))
-    begins = (lax.rem(row, jnp.int32(gq)) == 0) & (lax.rem(column, jnp.int32(gk)) == 0)
-    kind = jnp.where(grouped & begins, jnp.int32(_GROUPS), kind)
+    of_runs = xp.where(within == 0, np.int32(_RUNS), np.int32(_NONE))
+    kind = xp.where(in_run, of_runs, np.int32(_SINGLES))
+    kind = xp.where(rest, kind, np.int32(_NONE))
+    begins = (row % gq == 0) & (column % gk == 0)
+    kind = xp.where(grouped & begins, np.int32(_GROUPS), kind)
     size = math.prod(active.shape)
-    tile = lax.iota(jnp.int32, size).reshape(active.shape)
-    # Without a barrier XLA would compute them again in every sum of them.
-    keys = lax.optimization_barrier(kind * size + tile)
+    tile = xp.arange(size, dtype=np.int32).reshape(active.shape)
+    keys = kind * size + tile
+    if not known:
+        # Without a barrier XLA would compute them again in every sum of them.
+        keys = lax.optimization_barrier(keys)
     order = _sorted(keys.reshape(-1))
     repeats = (
         sizes.B // sizes.step_rows if eb == 1 else 1,
@@ -169,13 +189,14 @@ def step_lists(sizes: StepSizes, states: Array | None) -> list[StepList]:
     # The queries and keys of a step, in tiles, and `masked`, of each list.
     kinds = [((gq, gk), False), ((1, run), True), ((1, 1), True)]
     lists: list[StepList] = []
+    first: Any = np.int32(0)
     for n, ((by_q, by_k), masked) in enumerate(kinds[: 2 if run == 1 else 3]):
-        first = lists[-1].end if lists else jnp.int32(0)
-        end = (keys < (n + 1) * size).sum(dtype=jnp.int32)
+        end = (keys < (n + 1) * size).sum(dtype=np.int32)
         grid = (eb, eh, nq, nk)
-        lists.append(
-            StepList(order, n * size, first, end, grid, repeats, tq * by_q, tk * by_k, masked)
-        )
+        one = StepList(order, n * size, first, end, grid, repeats, tq * by_q, tk * by_k, masked)
+        if not known or first < end:
+            lists.append(one)
+        first = end
     return lists
 
 
@@ -183,8 +204,11 @@ def step_lists(sizes: StepSizes, states: Array | None) -> list[StepList]:
 _GROUPS, _RUNS, _SINGLES, _NONE = range(4)
 
 
-def _running_max(array: Int[Array, "b h nq nk"], *, reverse: bool = False) -> Array:
+def _running_max(array: Any, *, reverse: bool = False) -> Any:
     """The largest number up to each along the last axis, or with `reverse` from each on."""
+    if isinstance(array, np.ndarray):
+        way = slice(None, None, -1 if reverse else 1)
+        return np.maximum.accumulate(array[..., way], 3)[..., way]
     length = array.shape[-1]
     if length > FEW:
         return lax.cummax(array, axis=3, reverse=reverse)
@@ -194,9 +218,11 @@ def _running_max(array: Int[Array, "b h nq nk"], *, reverse: bool = False) -> Ar
     return jnp.where(counts, array[..., None], jnp.iinfo(jnp.int32).min).max(3)
 
 
-def _sorted(keys: Int[Array, "n"]) -> Int[Array, "n"]:
+def _sorted(keys: Any) -> Any:
     """Keys, `list * n + tile`, in order; those of no list may be missing."""
     size = keys.shape[0]
+    if isinstance(keys, np.ndarray):
+        return np.sort(keys)[: (keys < _NONE * size).sum()]
     if not base.symbolic(size) and size <= FEW**2:
         return lax.sort(keys)
     # Sorting many takes longer than the steps. Each goes to the place that a running count says.
