@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
-from .backends import base, cudnn, decode, dense, mosaic, rows, tiled, triton
+from .backends import base, costs, cudnn, decode, dense, mosaic, rows, tiled, triton
 from .backends.base import Backend, Call
 from .checks import foreign_names
 from .mesh import automatic
@@ -21,12 +21,6 @@ from .shapes import Array
 from .tracing.program import Program
 from .tracing.split import Split
 
-# Up to this many pairs of a query and a key the rows backend is ahead on CPU, forward and backward,
-# for batches of short rows as for single ones. Times cross those of the tiled backend between 256
-# and 384 squared with a mask that hides half, and at about 512 squared without a mask.
-_SHORT = 9 * 2**13
-# Logits of one batch row, 8 MB of float32, beyond which they would leave the caches.
-_SMALL_ROW = 2**21
 # On accelerators, 256 MB of logits is a bound on memory, for calls that no kernel takes. Their
 # speed was not measured.
 _SMALL_ACCELERATED = 2**26
@@ -226,8 +220,7 @@ def choose(call: Call, backend: str) -> Choice:
     platform = base.platform(call)
     others = {
         "rows": rows.refuse(call) or f"not timed on {platform}",
-        "decode": decode.refuse(call)
-        or "faster from a KVCache, which asks for it, and in 16 bits on cpu",
+        "decode": decode.refuse(call) or "faster from a KVCache, which asks for it",
         "mosaic": mosaic.refuse(call) or _UNTIMED,
     }
     here = {name: BACKENDS[name].refuse(call) for name in _AUTOMATIC}
@@ -244,13 +237,9 @@ def choose(call: Call, backend: str) -> Choice:
             "the size of the batch is symbolic, and O(T + S) memory is enough for any size",
             others | dict.fromkeys(("dense", "rows"), "O(T * S) memory for each row of the batch"),
         )
-    if platform == "cpu" and decode.refuse(call) is None and decode.converts_in_blocks(call):
-        why = "XLA would first make a float32 copy of all 16-bit keys and values, which is slower"
-        behind = {"dense": why, "rows": "slower forward", "tiled": "slower for few queries"}
-        rest = {name: reason for name, reason in others.items() if name != "decode"}
-        return Choice("decode", "reads 16-bit keys and values a block at a time", behind | rest)
-    # Kernels that are interpreted, in tests, run where they are asked for.
-    fit = [name for name in _AUTOMATIC if here[name] is None and platform != "cpu"]
+    if platform == "cpu":
+        return _cheapest(call, others)
+    fit = [name for name in _AUTOMATIC if here[name] is None]
     if fit and (each >= _FUSED or logits > _SMALL_ACCELERATED):
         name, *second = fit
         why = f"faster from {_FUSED} logits a head on by published figures; not measured here"
@@ -259,26 +248,30 @@ def choose(call: Call, backend: str) -> Choice:
         others["dense"] = f"O(T * S) memory; {name} is {why}"
         rest = {other: reason for other, reason in others.items() if other != name}
         return Choice(name, f"{BACKENDS[name].WHY}; {why}", rest)
-    if platform == "cpu" and each <= _SHORT and N * each <= _SMALL_ROW:
-        why = f"rows are short ({each} pairs): fastest up to {_SHORT} on cpu"
-        behind = {
-            "dense": "sets aside memory for all logits, and is slower on cpu",
-            "tiled": f"slower up to {_SHORT} pairs, where there is little to skip",
-        }
-        rest = {name: reason for name, reason in others.items() if name != "rows"}
-        return Choice("rows", f"{rows.WHY}; {why}", rest | behind)
-    if platform != "cpu" and logits <= _SMALL_ACCELERATED:
+    if logits <= _SMALL_ACCELERATED:
         why = f"there are few logits ({logits}): they fit into memory up to {_SMALL_ACCELERATED}"
         loops = f"loops of plain XLA; their speed on {platform} was not measured"
         return Choice(
             "dense", f"{why}; no speed was measured on {platform}", {"tiled": loops, **others}
         )
     others["dense"] = f"O(T * S) memory: {logits} logits"
-    if platform == "cpu":
-        others["dense"] += ", and slower on cpu"
-        others["rows"] = f"computes all pairs: slower above {_SHORT} of them on cpu"
-    return Choice(
-        "tiled",
-        f"computes only the tiles that the mask allows, in O(T + S) memory ({logits} logits)",
-        others,
-    )
+    return Choice("tiled", f"{tiled.WHY} ({logits} logits)", others)
+
+
+def _cheapest(call: Call, others: dict[str, str]) -> Choice:
+    """The backend of plain XLA with the least estimate, on CPU."""
+    found = costs.estimates(call)
+    name = min(found, key=lambda name: found[name])
+    said = {each: f"estimated at {_duration(ms)}" for each, ms in found.items()}
+    logits = call.sizes.N * call.sizes.T * call.sizes.S
+    others |= {
+        "dense": "sets aside memory for all logits, and is slower on cpu",
+        "rows": f"O(T * S) memory: {logits} logits for each row of the batch",
+        **said,
+    }
+    del others[name]
+    return Choice(name, f"{BACKENDS[name].WHY}; {said[name]} (2 cores, AVX2)", others)
+
+
+def _duration(ms: float) -> str:
+    return f"{ms:.2g} ms" if ms < 100 else f"{ms / 1e3:.2g} s"

@@ -177,6 +177,8 @@ def test_a_cache_of_16_bits_is_never_copied(vmapped: bool) -> None:
     assert all(n < whole for n in sizes(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|fusion)\("))
 
 
-def test_auto_reads_16_bits_in_blocks() -> None:
-    for dtype, backend in ((jnp.bfloat16, "decode"), (jnp.float32, "rows")):
-        assert ja.explain(*inputs(dtype)).backend == backend
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_auto_takes_it_for_long_rows_of_keys(dtype: Any) -> None:
+    for keys, backend in ((4096, "decode"), (16, "rows")):
+        query, key = (jax.ShapeDtypeStruct((4, n, 8, 64), dtype) for n in (1, keys))
+        assert ja.explain(query, key, key).backend == backend

@@ -12,7 +12,11 @@ import pytest
 
 import jaxattn as ja
 from jaxattn import masks, scores
+from jaxattn.arguments import checked_call
+from jaxattn.backends import costs
+from jaxattn.backends.tiled import backend as tiled
 from jaxattn.dispatch import ACCELERATED, BACKENDS
+from jaxattn.tiles.tile_map import EMPTY
 
 
 def struct(B: int, T: int, N: int = 2, H: int = 8) -> jax.ShapeDtypeStruct:
@@ -33,12 +37,42 @@ def test_short_rows_are_computed_whole_and_long_ones_in_tiles() -> None:
     assert all(reason for each in (found, large) for reason in each.others.values())
 
 
-def test_few_queries_of_many_keys_are_a_short_row() -> None:
-    query, keys = struct(8, 1, 8, 64), struct(8, 2048, 2, 64)
-    assert ja.explain(query, keys, keys).backend == "rows"
-    # Unless keys have to be converted first.
-    query, keys = (jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in (query, keys))
-    assert ja.explain(query, keys, keys).backend == "decode"
+SHAPES = [(8, 1, 2048), (16, 64, 64), (4, 512, 512), (1, 2048, 2048), (2, 4, 100)]
+SHARES = [None, masks.causal(), masks.causal() & masks.sliding_window(32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mask", SHARES, ids=str)
+def test_on_cpu_the_least_estimate_runs(shape: tuple[int, int, int], mask: Any) -> None:
+    B, T, S = shape
+    query, keys = struct(B, T, 8, 64), struct(B, S, 8, 64)
+    found = ja.explain(query, keys, keys, mask=mask)
+    estimates = costs.estimates(checked_call(query, keys, keys, mask=mask))
+    assert found.backend == min(estimates, key=lambda name: estimates[name])
+    for name in estimates.keys() - {found.backend}:
+        assert "estimated at" in found.others[name]
+    assert "estimated at" in found.reason
+
+
+@pytest.mark.parametrize("T", [256, 1000, 4096])
+def test_the_estimate_of_tiles_counts_the_pairs_in_them(
+    T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that a mask without arrays leaves; of others, three quarters of the tiles are assumed."""
+    monkeypatch.setattr(costs, "TILED", costs.Price(1e6, 0, 0))
+    monkeypatch.setattr(costs, "PRODUCT", 0)
+    x = struct(1, T, 8, 64)
+
+    def pairs(mask: Any) -> float:
+        return costs.estimates(checked_call(x, x, x, mask=mask))["tiled"] / 8
+
+    tile = tiled.tile_of(checked_call(x, x, x), None, None, 8)
+    whole = -(-T // tile[0]) * tile[0] * -(-T // tile[1]) * tile[1]
+    assert pairs(None) == whole
+    assert pairs(masks.segments(jnp.zeros((1, T), jnp.int32))) == 0.75 * whole
+    for mask in SHARES[1:]:
+        states = np.asarray(ja.tile_map(mask, x.shape, x.shape, tile=tile).states)
+        assert pairs(mask) == pytest.approx((states != EMPTY).sum() * tile[0] * tile[1])
 
 
 def test_a_long_row_of_many_heads_is_cut_into_tiles() -> None:

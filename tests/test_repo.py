@@ -129,7 +129,7 @@ ROOMS = {
     "tiles": "elementwise_rules | array_rules | intervals | tile_map known",
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula | flash"
-    " | dense rows cudnn tiled triton mosaic | decode",
+    " | dense rows cudnn tiled triton mosaic | decode | costs",
     "backends/flash": "tile_sizes tile_lists | operands gpu | nonfinite | transforms",
     "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",

@@ -77,13 +77,6 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     )
 
 
-def converts_in_blocks(call: Call) -> bool:
-    """Whether this backend reads 16-bit keys a block at a time, faster than any other on CPU."""
-    block = _block(call)
-    narrow = jnp.dtype(call.key.dtype).itemsize < 4
-    return narrow and block is not None and block < call.sizes.S
-
-
 def _block(call: Call) -> int | None:
     """The number of keys in a block; None where all are multiplied at once."""
     B, _, S, _, K, H, Hv = call.sizes

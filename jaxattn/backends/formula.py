@@ -414,8 +414,7 @@ def kinds(value: Float[Array, "B K S Hv"], *, every: bool = False) -> Bool[Array
         value = jnp.pad(value, ((0, 0),) * 3 + ((0, 1),), constant_values=jnp.nan)
     sort = jnp.where(value == jnp.inf, 1, jnp.where(value == -jnp.inf, 2, 3))
     sort = jnp.where(jnp.isfinite(value), 3, jnp.where(jnp.isnan(value), 0, sort))
-    flags = sort[..., None, :] == jnp.arange(3)[:, None]
-    return flags.reshape(*value.shape[:-1], -1)
+    return jnp.concatenate([sort == n for n in range(3)], -1)
 
 
 def split_kinds(kinds: Bool[Array, "B N T more"]) -> tuple[Array, Array]:

@@ -7,14 +7,18 @@ of other sizes.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ...shapes import Array, Int
 from ...tiles.tile_map import EMPTY, FULL, PARTIAL
+
+# Arrays of JAX, or of NumPy.
+Arrays = TypeVar("Arrays", Array, np.ndarray)
 
 
 class Lists(NamedTuple):
@@ -31,7 +35,7 @@ class Lists(NamedTuple):
 
 
 def states_of(
-    states: Int[Array | np.ndarray, "b k g nq nk"] | None,
+    states: Int[Array, "b k g nq nk"] | None,
     given: tuple[int, int],
     wanted: tuple[int, int],
     T: int,
@@ -39,12 +43,10 @@ def states_of(
 ) -> Int[Array, "b k g rows columns"]:
     """States of tiles of the size `wanted`, from those of the size `given`.
 
-    Along each axis one size divides the other, or one tile covers everything. Tiles that reach
-    beyond the end are PARTIAL at most: the mask has to hide what is beyond it.
+    Along each axis one size divides the other, or one tile covers everything.
 
     Args:
-      states: those of grouped `Inputs`; None where every tile is FULL. Those of NumPy stay NumPy's
-        if the sizes are the same.
+      states: those of grouped `Inputs`; None where every tile is FULL.
       given, wanted: queries and keys of a tile.
       T, S: numbers of queries and keys.
     """
@@ -54,11 +56,22 @@ def states_of(
     else:
         for axis, old, new, count in zip((3, 4), given, wanted, counts, strict=True):
             states = _resized(states, axis, old, new, count)
+    return partial_at_ends(states, wanted, T, S)
+
+
+def partial_at_ends(
+    states: Int[Arrays, "b k g rows columns"], tile: tuple[int, int], T: int, S: int
+) -> Int[Arrays, "b k g rows columns"]:
+    """States where tiles that reach beyond the end are PARTIAL at most: the mask has to hide that.
+
+    Those of NumPy stay NumPy's.
+    """
     xp: Any = jnp if isinstance(states, jax.Array) else np
     last = xp.minimum(states, np.int8(PARTIAL))
-    for axis, length, n, count in zip((3, 4), (T, S), wanted, counts, strict=True):
+    for axis, length, n in zip((3, 4), (T, S), tile, strict=True):
         if length % n:
-            at = np.arange(count).reshape(-1, 1) if axis == 3 else np.arange(count)
+            count = states.shape[axis]
+            at = np.expand_dims(np.arange(count), [i for i in range(5) if i != axis])
             states = xp.where(at == count - 1, last, states)
     return states
 

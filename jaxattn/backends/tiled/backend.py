@@ -54,10 +54,10 @@ def run(
 
 def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
     """What the loops are compiled for, and what they are given."""
-    return problem.build(call, ENGINE, base.factors(call), partial(_tile, call, tile))
+    return problem.build(call, ENGINE, base.factors(call), partial(tile_of, call, tile))
 
 
-def _tile(
+def tile_of(
     call: Call, tile: tuple[int, int] | None, known: TileStates | None, heads: int
 ) -> tuple[int, int]:
     """The requested tile, else that of the call's tile map if it has a usual size, else one chosen

@@ -142,7 +142,7 @@ def states_of(config: Config, sizes: StepSizes, x: Inputs) -> Array | np.ndarray
         states = np.stack(rows)[None, None, None]
     elif states is None:
         states = np.full((1, 1, 1, sizes.Tp // tile[0], sizes.Sp // tile[1]), FULL, np.int8)
-    return tile_lists.states_of(states, tile, tile, sizes.T, sizes.S)
+    return tile_lists.partial_at_ends(states, tile, sizes.T, sizes.S)
 
 
 def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
@@ -162,7 +162,8 @@ def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
     full = wide.reshape(eb, eh, -(-nq // gq), gq, -(-nk // gk), gk).all((3, 5))
     grouped = xp.repeat(xp.repeat(full, gq, 2), gk, 3)[:, :, :nq, :nk]
     rest = active & ~grouped
-    row, column = np.ogrid[: np.int32(nq), : np.int32(nk)]
+    row = np.arange(nq, dtype=np.int32).reshape(1, 1, nq, 1)
+    column = np.arange(nk, dtype=np.int32).reshape(1, 1, 1, nk)
     # How far into its stretch of neighbours a tile is, and how long that is.
     before = _running_max(xp.where(rest, np.int32(-1), column))
     after = -_running_max(xp.where(rest, np.int32(-nk), -column), reverse=True)
