@@ -26,8 +26,8 @@ from .tiled import backend as tiled
 # A multiplication and an addition of a product of matrices: 120 GFLOP/s.
 PRODUCT = 1 / 60
 
-# The share of tiles to compute that is assumed of a mask with arrays, whose values may be traced:
-# that of a causal mask on two tiles of queries and of keys.
+# The share of tiles to compute that is assumed of a mask with numbers or arrays, so that new values
+# never change the choice: that of a causal mask on two tiles of queries and of keys.
 UNKNOWN = 0.75
 
 # Logits of one batch row, 8 MB of float32, up to which whole rows are computed: beyond, they would

@@ -1,8 +1,7 @@
 """States of tiles that are known when a program is traced, computed by NumPy.
 
-A mask such as `causal()` or `sliding_window(256)` holds no arrays. At positions counted from 0 its
-states are the same in every call, and a program that is given them as constants has less to
-compile. JAX would compile a
+A mask such as `causal()` holds no arrays. At positions counted from 0 its states are the same in
+every call, and a program that is given them as constants has less to compile. JAX would compile a
 program to find them, which takes longer than NumPy to run the same operations.
 """
 
@@ -44,21 +43,16 @@ def states(
       not known, or are too many.
     """
     _, _, T, S = sizes
-    leaves, tree = jax.tree.flatten((parts, positions))
-    numbers = all(isinstance(leaf, (int, float)) for leaf in leaves)
-    if not numbers or -(-T // tile[0]) * -(-S // tile[1]) > MOST:
+    if jax.tree.leaves((parts, positions)) or -(-T // tile[0]) * -(-S // tile[1]) > MOST:
         return None
-    return _states(tree, tuple((type(leaf), leaf) for leaf in leaves), sizes, tile)
+    return _states(jax.tree.structure((parts, positions)), sizes, tile)
 
 
 @lru_cache(maxsize=256)
 def _states(
-    tree: Any,
-    leaves: tuple[tuple[type, Any], ...],
-    sizes: tuple[int, int, int, int],
-    tile: tuple[int, int],
+    tree: Any, sizes: tuple[int, int, int, int], tile: tuple[int, int]
 ) -> tuple[bytes, ...] | None:
-    parts, positions = jax.tree.unflatten(tree, [leaf for _, leaf in leaves])
+    parts, positions = jax.tree.unflatten(tree, ())
 
     def find() -> Any:
         return intervals.states(parts, parts.operands(positions, *sizes), *tile, *sizes[2:])
