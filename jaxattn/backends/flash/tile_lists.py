@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ...shapes import Array, Int
 from ...tiles.tile_map import EMPTY, FULL, PARTIAL
@@ -36,7 +37,7 @@ def states_of(
     wanted: tuple[int, int],
     T: int,
     S: int,
-) -> Int[Array, "b k g rows columns"]:
+) -> Any:
     """States of tiles of the size `wanted`, from those of the size `given`.
 
     Along each axis one size divides the other, or one tile covers everything. Tiles that reach
@@ -49,21 +50,22 @@ def states_of(
       T, S: numbers of queries and keys.
     """
     counts = [-(-length // n) for length, n in zip((T, S), wanted, strict=True)]
+    found: Any = states
     if states is None:
-        states = jnp.full((1, 1, 1, *counts), FULL, jnp.int8)
+        found = jnp.full((1, 1, 1, *counts), FULL, jnp.int8)
     else:
         for axis, old, new, count in zip((3, 4), given, wanted, counts, strict=True):
-            states = _resized(states, axis, old, new, count)
-    xp: Any = jnp if isinstance(states, jax.Array) else np
-    last = xp.minimum(states, np.int8(PARTIAL))
+            found = _resized(found, axis, old, new, count)
+    xp: Any = jnp if isinstance(found, jax.Array) else np
+    last = xp.minimum(found, np.int8(PARTIAL))
     for axis, length, n, count in zip((3, 4), (T, S), wanted, counts, strict=True):
         if length % n:
-            at = np.arange(count).reshape(-1, 1) if axis == 3 else np.arange(count)
-            states = xp.where(at == count - 1, last, states)
-    return states
+            at = np.arange(count).reshape((1, 1, 1, -1, 1) if axis == 3 else (1, 1, 1, 1, -1))
+            found = xp.where(at == count - 1, last, found)
+    return found
 
 
-def _resized(states: Array, axis: int, old: int, new: int, count: int) -> Array:
+def _resized(states: Any, axis: int, old: int, new: int, count: int) -> Any:
     extent = states.shape[axis]
     if extent == count and old == new:
         return states
