@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 
 from ..masks.mask import Mask
@@ -205,7 +206,7 @@ def finite(array: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_jvp
 def _finite(array: Array) -> Array:
-    return jnp.where(jnp.isfinite(array), array, jnp.zeros((), array.dtype))
+    return lax.select(lax.is_finite(array), array, lax.full_like(array, 0))
 
 
 @_finite.defjvp

@@ -104,7 +104,7 @@ def by_rows(config: Config, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[
 def over_rows(x: Inputs, fn: Callable[[Any, int], Any]) -> Any:
     """`fn(start, rows)` for all rows, some at a time: arrays `[B, rows, ...]` as `[B, T, ...]`."""
     T, size = x.query.shape[1], rows_at_once(x)
-    if size is T:
+    if base.symbolic(T) or size == T:
         return fn(0, T)
     found = lax.map(lambda start: fn(start, size), jnp.arange(T // size, dtype=jnp.int32) * size)
     parts = [jax.tree.map(_rows_joined, found)]
@@ -405,22 +405,14 @@ def _counted(layout: str, a: Array, b: Array) -> Bool[Array, "..."]:
     return jnp.einsum(layout, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
 
 
-def kinds(value: Float[Array, "B K S Hv"], *, every: bool = False) -> Bool[Array, "B K S kinds"]:
-    """Where values are NaN, inf, and -inf: the flags that `reach` takes, and `added` adds.
-
-    With `every`, a channel that is NaN comes last: `split_kinds` takes it apart.
-    """
-    if every:
-        value = jnp.pad(value, ((0, 0),) * 3 + ((0, 1),), constant_values=jnp.nan)
-    sort = jnp.where(value == jnp.inf, 1, jnp.where(value == -jnp.inf, 2, 3))
-    sort = jnp.where(jnp.isfinite(value), 3, jnp.where(jnp.isnan(value), 0, sort))
-    return jnp.concatenate([sort == n for n in range(3)], -1)
-
-
-def split_kinds(kinds: Bool[Array, "B N T more"]) -> tuple[Array, Array]:
-    """What is reached of `kinds`, and of its last channel, for values with `every`."""
-    parts = jnp.stack(jnp.split(kinds, 3, -1), -2)
-    return parts[..., :-1].reshape(*kinds.shape[:-1], -1), parts[..., 0, -1]
+def kinds(value: Float[Array, "B K S Hv"]) -> Bool[Array, "B K S kinds"]:
+    """Where values are NaN, inf, and -inf: the flags that `reach` takes, and `added` adds."""
+    # Not three arrays, joined: XLA compiles that as a loop for each and one for joining them.
+    which = jnp.where(value == jnp.inf, 1, jnp.where(value == -jnp.inf, 2, 3))
+    which = jnp.where(jnp.isnan(value), 0, which)[..., None, :]
+    *lead, _, width = which.shape
+    flags = which == lax.broadcasted_iota(which.dtype, (*lead, 3, width), len(lead))
+    return flags.reshape(*lead, 3 * width)
 
 
 def added(kinds: Bool[Array, "B N T kinds"], dtype: Any) -> Float[Array, "B N T Hv"]:

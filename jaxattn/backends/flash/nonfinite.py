@@ -22,7 +22,7 @@ from jax import lax
 from ...shapes import Array, Bool
 from .. import base, formula
 from ..problem import Config, Gradients, Inputs, by_key_head, joined
-from .operands import cleaned
+from .operands import cleaned, padded
 
 # Products below this are finite in float32, in powers of 2 too.
 _LARGE = 1e37
@@ -39,12 +39,14 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 
     def with_nonfinite(x: Inputs, start: Any, rows: int, found: Any) -> Any:
         out, lse = found
-        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2), every=True)
-        seen, some = formula.split_kinds(_reached(config, x, flags, start, rows))
+        # One more channel, of NaN, says whether a query sees any key.
+        value = padded(x.value, {3: x.value.shape[3] + 1}, jnp.nan)
+        flags = formula.kinds(jnp.moveaxis(value, 1, 2))
+        more = formula.added(_reached(config, x, flags, start, rows), out.dtype)
         # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
-        nothing = (lse == -jnp.inf) & some
+        nothing = (lse == -jnp.inf) & jnp.isnan(more[..., -1])
         return (
-            _where(nothing[..., None], jnp.nan, out + formula.added(seen, out.dtype)),
+            _where(nothing[..., None], jnp.nan, out + more[..., :-1]),
             _where(nothing, jnp.nan, lse),
         )
 
@@ -82,7 +84,9 @@ def _corrected(
 
 def _where(flags: Array, number: float, array: Array) -> Array:
     """The array, with a number where flags are True."""
-    return jnp.where(flags, jnp.asarray(number, array.dtype), array)
+    # Not `jnp.where`, a function of its own in the program, which XLA then has to inline.
+    flags = jnp.broadcast_to(flags, array.shape)
+    return lax.select(flags, lax.full_like(array, number), array)
 
 
 def _extreme(config: Config, x: Inputs) -> Bool[Array, ""]:

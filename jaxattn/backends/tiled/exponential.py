@@ -30,12 +30,12 @@ def exp(x: Float[Array, "..."]) -> Float[Array, "..."]:
     shifted = lax.bitcast_convert_type(shifted, jnp.int32)
     n = (shifted - jnp.int32(0x4B400000)).astype(jnp.float32)
     rest = x - n * jnp.float32(math.log(2))
-    power = jnp.full_like(x, _EXP[0])
+    power = lax.full_like(x, _EXP[0])
     for c in _EXP[1:]:
         power = power * rest + jnp.float32(c)
     bits = lax.bitcast_convert_type(power, jnp.int32) + (shifted << 23)
     power = lax.bitcast_convert_type(bits, jnp.float32)
-    return jnp.where(x >= jnp.float32(-87), power, jnp.maximum(x, jnp.float32(0)))
+    return lax.select(x >= jnp.float32(-87), power, lax.max(x, lax.full_like(x, 0)))
 
 
 @exp.defjvp

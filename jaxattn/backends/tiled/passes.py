@@ -77,7 +77,6 @@ def _forward_step(
       ml: the largest logits so far, and the sums of weights measured from them.
     """
     config, sizes, at = tile.config, tile.sizes, tile.at
-    low = jnp.asarray(-jnp.inf, acc.dtype)
     values = tile.keys(tile.x.value)
     s, c = _forward_logits(tile)
     units, rows = s.shape[:2]
@@ -86,10 +85,11 @@ def _forward_step(
     old = lax.optimization_barrier(read(ml, *place))
     m, l = (a[:, 0] for a in jnp.split(old.reshape(units, 2, rows), 2, 1))
     top = lax.stop_gradient(jnp.maximum(m, s.max(2) * (c[..., 0] if c.ndim else c)))
-    # Rows without any visible key so far are measured from 0: -inf - -inf is NaN.
-    level = jnp.where(top == low, jnp.zeros((), acc.dtype), top)
+    # Rows without any visible key so far are measured from a finite number: -inf - -inf is NaN.
+    level = lax.max(top, lax.full_like(top, jnp.finfo(top.dtype).min))
     p = exp((s if at.masked else s * c) - level[..., None])
-    fade = exp(m - level)
+    # Without a barrier XLA would compute it again for both sums.
+    fade = lax.optimization_barrier(exp(m - level))
     l = l * fade + p.sum(2)
     if config.dropout:
         factors = tile.dropout_factors(p.dtype)
@@ -285,15 +285,14 @@ class Slopes(NamedTuple):
 def _logit_gradients(tile: TileStep, parts: Parts, weights: Weights) -> Slopes:
     """`ds = p * (dp - delta)`, taken back through the score."""
     p = weights.p
-    zero = jnp.zeros((), p.dtype)
     dp = _dropped(tile, weights, _dot(tile.config, parts.value, parts.d_out, 2, 2))
     # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
-    ds = jnp.where(p == 0, zero, p * (dp - parts.delta))
+    ds = lax.select(p == 0, lax.full_like(p, 0), p * (dp - parts.delta))
     if weights.pull is None:
         return Slopes(ds, [])
     d_logits, d_operands = weights.pull(ds.reshape(tile.logits_shape))
     if weights.shown is not None:
-        d_logits = jnp.where(weights.shown, d_logits, zero)
+        d_logits = jnp.where(weights.shown, d_logits, jnp.zeros((), p.dtype))
     return Slopes(d_logits.reshape(ds.shape), d_operands)
 
 
