@@ -7,9 +7,9 @@ its tiles. Numbers are those of queries, keys, values and outputs, which are cop
 products read them fastest. Units are the pairs of a batch row and a key head.
 
 The constants are nanoseconds of a forward pass, fitted to calls in float32 of 1 to 512 queries, on
-2 cores of an EPYC with AVX2 and JAX 0.12. The estimates were off by a third on average: what matters
-is which is the least. That was nearly always the same with the backward, and in 16 bits, for which
-CPUs compute in float32 too.
+2 cores of an EPYC with AVX2 and JAX 0.12. The estimates were off by a third on average: what
+matters is which is the least. That was nearly always the same with the backward, and in 16 bits,
+for which CPUs compute in float32 too.
 """
 
 from __future__ import annotations
