@@ -284,11 +284,12 @@ def test_shard_map(sharded_case, check):
     close(got, (*gradients[:3], gradients[4]))
 
 
-@pytest.mark.parametrize("few", [schedule.FEW, 0], ids=["few tiles", "many tiles"])
+@pytest.mark.parametrize("few", [schedule.FEW, 0, None], ids=["few tiles", "many tiles", "known"])
 @pytest.mark.parametrize("grid", [(1, 1, 5, 7), (2, 3, 4, 6), (1, 2, 1, 9), (1, 1, 8, 1)])
 def test_steps_cover_every_active_tile_once(grid, few, monkeypatch):
-    """And those without the mask cover FULL tiles alone; in both ways of making the lists."""
+    """And those without the mask cover FULL tiles alone; in all ways of making the lists."""
     monkeypatch.setattr(schedule, "FEW", few)
+    given = np.asarray if few is None else jnp.asarray
     B, K, nq, nk = grid
     tq, tk = 8, 4
     sizes = schedule.StepSizes(
@@ -306,7 +307,7 @@ def test_steps_cover_every_active_tile_once(grid, few, monkeypatch):
             old = jax.lax.dynamic_slice(counts, at, wide.shape)
             return jax.lax.dynamic_update_slice(counts, old + wide, at)
 
-        lists = schedule.step_lists(sizes, jnp.asarray(states))
+        lists = schedule.step_lists(sizes, given(states))
         # Steps may reach beyond the last tile, by less than their length.
         empty = jnp.zeros((2, B, K, nq + 1, nk + 2), jnp.int32)
         masked, full = np.asarray(schedule.loop(sizes, lists, counted, empty))
@@ -315,3 +316,14 @@ def test_steps_cover_every_active_tile_once(grid, few, monkeypatch):
         assert (states[:, :, 0][full[:, :, :nq, :nk] > 0] == 2).all()
         assert not masked[:, :, nq:].any()
         assert not masked[:, :, :, nk:].any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "loops"), [(masks.causal(), 2), (None, 1), (masks.full(), 1), (masks.empty(), 0)]
+)
+def test_lists_of_a_known_mask_are_not_computed(mask, loops):
+    """Nor are loops compiled for lists without a step; one more puts right what is not finite."""
+    even = make(mask, T=64, S=64)
+    text = jax.jit(run).lower(even).as_text()
+    assert "stablehlo.sort" not in text
+    assert text.count("stablehlo.while") == loops + 1

@@ -10,8 +10,12 @@ import pytest
 from predicates import TILE, B, N, S, T, tile_states
 
 from jaxattn import masks
+from jaxattn.masks.mask import as_mask
 from jaxattn.masks.positions import Positions
+from jaxattn.tiles import known
 from jaxattn.tiles.tile_map import TileMap, tile_map
+from jaxattn.tracing.canonical import canonicalize
+from jaxattn.tracing.split import split
 
 QUERY, KEY = (B, T, N, 8), (B, S, N, 8)
 
@@ -42,6 +46,36 @@ def test_a_tile_map_is_a_mask():
     assert (made(tiles).states == tiles.states).all()
     leaves, tree = jax.tree.flatten(tiles)
     assert jax.tree.unflatten(tree, leaves).tile == TILE
+
+
+WITHOUT_ARRAYS = {
+    "causal": (masks.causal(), True),
+    "not causal": (~masks.causal(), True),
+    "full": (masks.full(), True),
+    "empty": (masks.empty(), True),
+    "a window": (lambda b, h, q, k: (q >= k) & (q - k <= 5), True),
+    "floats": (lambda b, h, q, k: (q >= k) | (q.astype(jnp.float32) * 0.5 > 3), True),
+    "by head": (lambda b, h, q, k: (h < 1) | (q >= k), False),
+    "no such operation": (lambda b, h, q, k: q // 3 == k // 3, False),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ARRAYS)
+def test_numpy_finds_the_same_states(name):
+    """Of masks without arrays, where it has all operations, and no batch row or head its own."""
+    mask, possible = WITHOUT_ARRAYS[name]
+    found = known.states(split(canonicalize(as_mask(mask))), Positions(), (B, N, T, S), TILE)
+    assert (found is not None) == possible
+    if found is not None:
+        rows = [np.frombuffer(row, np.int8) for row in found]
+        assert (np.stack(rows) == made(mask).states[0, 0]).all()
+
+
+def test_states_with_arrays_or_positions_are_not_known():
+    at = Positions(q=jnp.arange(T)).checked(B, N, T, S)
+    plain = masks.causal()
+    for mask, given in [(masks.sliding_window(3), Positions()), (plain, at)]:
+        assert known.states(split(canonicalize(mask), given), given, (B, N, T, S), TILE) is None
 
 
 def test_callables_and_arrays_are_taken():

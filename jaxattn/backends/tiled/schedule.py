@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from ...shapes import Array, Int
+from ...tiles import known
 from ...tiles.tile_map import EMPTY, FULL
 from .. import base
 from ..flash import tile_lists
@@ -141,7 +142,9 @@ def states_of(config: Config, sizes: StepSizes, x: Inputs) -> Array | np.ndarray
         rows = [np.frombuffer(row, np.int8) for row in config.states]
         states = np.stack(rows)[None, None, None]
     elif states is None:
-        states = np.full((1, 1, 1, sizes.Tp // tile[0], sizes.Sp // tile[1]), FULL, np.int8)
+        counts = sizes.Tp // tile[0], sizes.Sp // tile[1]
+        xp: Any = np if math.prod(counts) <= known.MOST else jnp
+        states = xp.full((1, 1, 1, *counts), FULL, np.int8)
     return tile_lists.partial_at_ends(states, tile, sizes.T, sizes.S)
 
 
@@ -151,8 +154,8 @@ def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
     Where the states are NumPy's so are the lists, and those without a step are left out.
     """
     tq, tk = sizes.tq, sizes.tk
-    known = not isinstance(states, jax.Array)
-    xp: Any = np if known else jnp
+    traced = isinstance(states, jax.Array)
+    xp: Any = jnp if traced else np
     nq, nk = states.shape[3:]
     # The query heads of one key head are computed together.
     active, all_full = (states != EMPTY).any(2), (states == FULL).all(2)
@@ -179,7 +182,7 @@ def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
     size = math.prod(active.shape)
     tile = xp.arange(size, dtype=np.int32).reshape(active.shape)
     keys = kind * size + tile
-    if not known:
+    if traced:
         # Without a barrier XLA would compute them again in every sum of them.
         keys = lax.optimization_barrier(keys)
     order = _sorted(keys.reshape(-1))
@@ -195,7 +198,7 @@ def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
         end = (keys < (n + 1) * size).sum(dtype=np.int32)
         grid = (eb, eh, nq, nk)
         one = StepList(order, n * size, first, end, grid, repeats, tq * by_q, tk * by_k, masked)
-        if not known or first < end:
+        if traced or first < end:
             lists.append(one)
         first = end
     return lists
