@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -186,6 +187,9 @@ def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
         # Without a barrier XLA would compute them again in every sum of them.
         keys = lax.optimization_barrier(keys)
     order = _sorted(keys.reshape(-1))
+    if not traced:
+        # A function's own constant: in JAX 0.10 `custom_partitioning` refuses those around it.
+        order = jax.jit(partial(jnp.asarray, order))()
     repeats = (
         sizes.B // sizes.step_rows if eb == 1 else 1,
         sizes.K // sizes.step_heads if eh == 1 else 1,
