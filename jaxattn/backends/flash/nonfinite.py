@@ -70,7 +70,7 @@ def _corrected(
     def body(n: Any, results: Any) -> Any:
         # With the barrier, what is the same in all rounds is not computed before the loop.
         n, key, value = lax.optimization_barrier((n, *fixed))
-        start = lax.min(n * size, T - size)
+        start = jnp.minimum(n * size, T - size)
         parts = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, 1), results)
         parts = correct(x._replace(key=key, value=value), start, size, parts)
         return jax.tree.map(

@@ -70,10 +70,20 @@ def partial_at_ends(
     last = xp.minimum(states, np.int8(PARTIAL))
     for axis, length, n in zip((3, 4), (T, S), tile, strict=True):
         if length % n:
-            count = states.shape[axis]
-            at = np.expand_dims(np.arange(count), [i for i in range(5) if i != axis])
-            states = xp.where(at == count - 1, last, states)
+            at = along(states, axis)
+            states = xp.where(at == states.shape[axis] - 1, last, states)
     return states
+
+
+def along(array: Arrays, axis: int) -> Arrays:
+    """0, 1, 2, ... along an axis of an array, of extent 1 along others; NumPy's for NumPy's.
+
+    Made by XLA for JAX's: `custom_partitioning` of JAX 0.10 refuses arrays from around it.
+    """
+    extents = [n if i == axis else 1 for i, n in enumerate(array.shape)]
+    if isinstance(array, jax.Array):
+        return lax.broadcasted_iota(jnp.int32, extents, axis)
+    return np.arange(array.shape[axis], dtype=np.int32).reshape(extents)
 
 
 def _resized(states: Array, axis: int, old: int, new: int, count: int) -> Array:

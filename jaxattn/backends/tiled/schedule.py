@@ -166,8 +166,7 @@ def step_lists(sizes: StepSizes, states: Array | np.ndarray) -> list[StepList]:
     full = wide.reshape(eb, eh, -(-nq // gq), gq, -(-nk // gk), gk).all((3, 5))
     grouped = xp.repeat(xp.repeat(full, gq, 2), gk, 3)[:, :, :nq, :nk]
     rest = active & ~grouped
-    row = np.arange(nq, dtype=np.int32).reshape(1, 1, -1, 1)
-    column = np.arange(nk, dtype=np.int32).reshape(1, 1, 1, -1)
+    row, column = (tile_lists.along(active, axis) for axis in (2, 3))
     # How far into its stretch of neighbours a tile is, and how long that is.
     before = _running_max(xp.where(rest, np.int32(-1), column))
     after = -_running_max(xp.where(rest, np.int32(-nk), -column), reverse=True)
