@@ -289,6 +289,7 @@ def dropout_factors(x: Inputs, dtype: Any, *, across: bool = False) -> Float[Arr
 
 
 def where(flags: Array | None, array: Array, other: float) -> Array:
+    """The array, with another number where flags are False; without flags the array."""
     return array if flags is None else jnp.where(flags, array, jnp.asarray(other, array.dtype))
 
 
@@ -307,6 +308,7 @@ def _queries(config: Config, array: Float[Array, "B T K G width"]) -> Float[Arra
 
 
 def keys(config: Config, array: Float[Array, "B S K width"]) -> Float[Array, "B K S width"]:
+    """Keys or values as a factor of a product: heads in front."""
     return array.transpose(0, 2, 1, 3).astype(config.dtype)
 
 
@@ -316,6 +318,7 @@ def _keys_across(config: Config, array: Float[Array, "B S K width"]) -> Array:
 
 
 def factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B K GT S"]:
+    """Weights as a factor of a product."""
     B, K, G, T, S = array.shape
     return array.reshape(B, K, G * T, S).astype(config.dtype)
 
