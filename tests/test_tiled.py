@@ -327,3 +327,11 @@ def test_lists_of_a_known_mask_are_not_computed(mask, loops):
     text = jax.jit(run).lower(even).as_text()
     assert "stablehlo.sort" not in text
     assert text.count("stablehlo.while") == loops + 1
+
+
+def test_nothing_is_evaluated_on_all_pairs_if_all_is_finite():
+    """What puts right what is not finite stays in its loop, also where that has one round."""
+    entry = jax.jit(run).lower(make(masks.causal())).compile().as_text().partition("\nENTRY")[2]
+    assert entry
+    assert f"{T},{S}]" not in entry
+    assert f"{S},{T}]" not in entry

@@ -69,15 +69,15 @@ def _corrected(
 
     def body(n: Any, results: Any) -> Any:
         # With the barrier, what is the same in all rounds is not computed before the loop.
-        n, key, value = lax.optimization_barrier((n, *fixed))
+        n, here = lax.optimization_barrier((n, fixed))
         start = jnp.minimum(n * size, T - size)
         parts = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, 1), results)
-        parts = correct(x._replace(key=key, value=value), start, size, parts)
+        parts = correct(here, start, size, parts)
         return jax.tree.map(
             lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 1), results, parts
         )
 
-    fixed = lax.stop_gradient((x.key, x.value))
+    fixed = lax.stop_gradient(x)
     rounds = _where(~wrong, 0, jnp.full_like(wrong, -(-T // size), jnp.int32))
     return lax.fori_loop(np.int32(0), rounds, body, results)
 

@@ -88,8 +88,7 @@ def _forward_step(
     # Rows without any visible key so far are measured from a finite number: -inf - -inf is NaN.
     level = lax.max(top, lax.full_like(top, jnp.finfo(top.dtype).min))
     p = exp((s if at.masked else s * c) - level[..., None])
-    # Without a barrier XLA would compute it again for both sums.
-    fade = lax.optimization_barrier(exp(m - level))
+    fade = exp(m - level)
     l = l * fade + p.sum(2)
     if config.dropout:
         factors = tile.dropout_factors(p.dtype)
