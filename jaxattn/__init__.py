@@ -24,7 +24,7 @@ The words of the library, in its docstrings and error messages:
 import sys
 import typing
 
-from . import deprecated, masks, nn, scores, testing, views
+from . import deprecated, masks, nn, parallel, scores, testing, views
 from .attention import attention, attention_weights
 from .caches.kv_cache import KVCache
 from .caches.paged import PagedKVCache
@@ -52,6 +52,7 @@ __all__ = [
     "explain",
     "masks",
     "nn",
+    "parallel",
     "scaled_dot_product_attention",
     "scores",
     "testing",

@@ -114,7 +114,7 @@ LAYERS = [
     "backends",
     "arguments dispatch",
     "attention",
-    "explain views testing compat caches",
+    "explain views testing compat caches parallel",
     "nn",
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
@@ -130,11 +130,12 @@ ROOMS = {
     "views": "array cells why | text plot html | diff",
     "backends": "base operation | problem | formula | flash"
     " | dense rows cudnn tiled triton mosaic | decode | costs",
-    "backends/flash": "tile_sizes tile_lists | operands gpu | nonfinite | transforms",
+    "backends/flash": "tile_sizes tile_lists | operands gpu | nonfinite | exchange | transforms",
     "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
+    "parallel": "known | layouts plan | attention",
     "nn": "flax_packages rope functional | attention_fn | linen nnx",
 }
 

@@ -45,6 +45,25 @@ class Dropout:
         return row_keys(self.seed, *((nowhere, nowhere) if self.shared else (b, h)), q)
 
 
+class Shards(NamedTuple):
+    """How devices share a sequence: each has an equal part of the queries, keys and values.
+
+    Attributes:
+      axis: the mesh axes over which lengths are split, the first the slowest.
+      ranks: the number of parts. The part of rank r begins at query `r * T` and key `r * S`, for
+        the `T` queries and `S` keys that a device has.
+      schedule: how keys reach the queries that see them: "ring", "gather" or "halo"; see
+        `flash/exchange.py`.
+      before, after: for "halo", how many keys before and after its own a device needs.
+    """
+
+    axis: tuple[str, ...]
+    ranks: int
+    schedule: str
+    before: int = 0
+    after: int = 0
+
+
 @pytree
 class Call:
     """One call of attention, its arguments checked: what every backend is given.
@@ -60,6 +79,8 @@ class Call:
       tiles: the states of tiles, if the mask was given as a `TileMap`.
       heads_first: whether keys and values lie in memory with heads first, transposed views of what
         a `KVCache` holds. XLA does not show where arrays lie, and copies them if it is guessed.
+      shards: how devices share the sequence, inside a `shard_map`. Then query, key and value are
+        this device's part; mask, score, positions and tiles are those of the whole sequence.
       prepared: what the backend's own `prepare` puts there; None before.
       precision: of matrix products; None for the highest.
     """
@@ -77,13 +98,20 @@ class Call:
     prepared: Any = None
     precision: Any = static(default=None)
     heads_first: bool = static(default=False)
+    shards: Shards | None = static(default=None)
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes of the call."""
+        """The sizes of the call, on this device."""
         B, T, N, H = self.query.shape
         _, S, K, Hv = self.value.shape
         return Sizes(B, T, S, N, K, H, Hv)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The numbers of queries and keys of the whole sequence."""
+        ranks = 1 if self.shards is None else self.shards.ranks
+        return self.sizes.T * ranks, self.sizes.S * ranks
 
 
 class Sizes(NamedTuple):
@@ -148,6 +176,13 @@ def nothing_to_cut(call: Call) -> str | None:
     if symbolic(call.sizes.T, call.sizes.S):
         return "lengths are symbolic, and the work is cut by known ones; 'dense' takes any"
     return nothing_to_compute(call)
+
+
+def shared(call: Call) -> str | None:
+    """The reason of backends that compute whole rows."""
+    if call.shards is None:
+        return None
+    return "the sequence is shared by devices, and this backend needs all keys of a query at once"
 
 
 def not_on_nvidia(call: Call) -> str | None:

@@ -80,7 +80,7 @@ class Band(Mask):
 
 def refuse(call: Call) -> str | None:
     """Why cuDNN can't compute the call, or `None` if it can."""
-    return base.not_on_nvidia(call) or _obstacle(call) or _missing(call)
+    return base.shared(call) or base.not_on_nvidia(call) or _obstacle(call) or _missing(call)
 
 
 def footprint(call: Call) -> int:

@@ -40,9 +40,9 @@ BLOCK = 2**19
 
 
 def refuse(call: Call) -> str | None:
-    """Why this backend can't compute the call: there are many queries, or none."""
+    """Why this backend can't compute the call: many queries, none, or a shared sequence."""
     _, T, _, N, K, _, _ = call.sizes
-    nothing = base.nothing_to_compute(call)
+    nothing = base.nothing_to_compute(call) or base.shared(call)
     if nothing is not None:
         return nothing
     if base.symbolic(T):

@@ -16,7 +16,7 @@ from ..tracing.pointwise import pointwise
 from ..tracing.program import Program
 from ..tracing.split import Operand, Split
 from . import base
-from .base import Call, Sizes
+from .base import Call, Shards, Sizes
 
 # The kinds of the operands of dropout, `Inputs.dropout`.
 DROPOUT: tuple[Kind, ...] = ("row", "row", "column", "head")
@@ -96,6 +96,7 @@ class Config(NamedTuple):
       tile: queries and keys of a tile.
       states: those of the tiles, a row of bytes each, where they are the same for all values of the
         inputs, and the engine takes them from here; else None.
+      shards: how devices share the sequence, or None.
     """
 
     engine: Engine | None
@@ -106,10 +107,14 @@ class Config(NamedTuple):
     dtype: Any
     tile: tuple[int, int]
     states: tuple[bytes, ...] | None = None
+    shards: Shards | None = None
 
 
 class Inputs(NamedTuple):
     """The arrays of a call; extents of operands are 1 where they don't depend on b or h.
+
+    Where devices share the sequence, query, key and value are this device's part, and all others
+    are those of the whole sequence.
 
     Attributes:
       query: `[B, T, N, H]`.
@@ -210,7 +215,8 @@ def build(
         tiles, to the queries and keys of a tile.
     """
     sizes = call.sizes
-    B, T, S, N, *_ = sizes
+    B, N = sizes.B, sizes.N
+    T, S = call.lengths
     wide = base.accumulator(call.query.dtype)
     states, parts, fixed = None, None, None
     operands: tuple[Operand, ...] = ()
@@ -219,7 +225,12 @@ def build(
         parts = call.mask
         operands = parts.operands(call.positions, B, N, T, S)
     tile = choose(mapped, _heads(sizes, operands))
-    if parts is not None and engine is not None and engine.states:
+    if call.shards is not None:
+        # States are computed of one device's queries and another's keys, unless tiles divide both.
+        whole_tiles = sizes.T % tile[0] == 0 and sizes.S % tile[1] == 0
+        if mapped is not None and mapped.tile == tile and whole_tiles:
+            states = mapped.states
+    elif parts is not None and engine is not None and engine.states:
         if mapped is not None and _within(mapped.tile, T, S) == _within(tile, T, S):
             states = mapped.states
         else:
@@ -241,6 +252,7 @@ def build(
         dtype,
         tile,
         fixed,
+        call.shards,
     )
     return config, Inputs(
         call.query,
@@ -274,11 +286,12 @@ def _residue(parts: Split[Any] | None) -> Residue | None:
 def _dropout(call: Call) -> tuple[Array, ...]:
     if call.dropout is None:
         return ()
-    sizes = call.sizes
-    at = call.positions.filled(sizes.B, sizes.N, sizes.T, sizes.S)
+    B, N = call.sizes.B, call.sizes.N
+    T, S = call.lengths
+    at = call.positions.filled(B, N, T, S)
     b, h = at.b[:, None, None], at.h[None, :, None]
     first, second = call.dropout.rows(b, h, at.q[:, None, :])
-    shape = (sizes.B, sizes.N, sizes.T)
+    shape = (B, N, T)
     rate = jnp.asarray(call.dropout.rate, base.accumulator(call.query.dtype))
     return (
         jnp.broadcast_to(first, shape),

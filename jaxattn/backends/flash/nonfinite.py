@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ...mesh import constant
 from ...shapes import Array, Bool
 from .. import base, formula
 from ..problem import Config, Gradients, Inputs, by_key_head, joined
@@ -30,10 +31,8 @@ _LARGE = 1e37
 
 def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, N, Hv]` and LSE `[B, T, N]` by the config's engine."""
+    out, lse = _by_engine(config, x)
     assert config.engine is not None
-    given = x if config.engine.cleans else x._replace(value=base.finite(x.value))
-    out, lse = config.engine.forward(config, given.grouped())
-    out, lse = joined(out, 2), joined(lse, 2)
     if config.engine.exact:
         return out, lse
 
@@ -50,10 +49,70 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
             _where(nothing, jnp.nan, lse),
         )
 
-    wrong = ~base.all_finite(x.value) | lax.cond(
-        lse.min() > -jnp.inf, lambda: jnp.zeros((), bool), lambda: _extreme(config, x)
-    )
+    wrong = ~base.all_finite(x.value) | _doubtful(config, x, lse)
     return _corrected(x, wrong, with_nonfinite, (out, lse))
+
+
+def of_some_keys(config: Config, x: Inputs) -> tuple[Array, Array, Bool[Array, ""]]:
+    """Output and LSE over some of the keys, and whether `decided` is needed.
+
+    The LSE of a query whose visible logits are all -inf is -inf: with other keys it may be finite.
+    """
+    out, lse = _by_engine(config, x)
+
+    def with_nonfinite(x: Inputs, start: Any, rows: int, out: Any) -> Any:
+        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
+        return out + formula.added(_reached(config, x, flags, start, rows), out.dtype)
+
+    out = _corrected(x, ~base.all_finite(x.value), with_nonfinite, out)
+    return out, lse, _doubtful(config, x, lse)
+
+
+def decided(
+    config: Config, x: Inputs, out: Array, lse: Array, doubtful: Bool[Array, ""]
+) -> tuple[Array, Array]:
+    """Output and LSE, NaN where the LSE over all keys is -inf though a key is visible.
+
+    Of the keys and values in `x` only the number is read.
+    """
+
+    def where_seen(x: Inputs, start: Any, rows: int, found: Any) -> Any:
+        B, S, K, _ = x.key.shape
+        seen = _reached(config, x, jnp.ones((B, K, S, 1), bool), start, rows)[..., 0]
+        out, lse = found
+        nothing = (lse == -jnp.inf) & seen
+        return _where(nothing[..., None], jnp.nan, out), _where(nothing, jnp.nan, lse)
+
+    found: tuple[Array, Array] = _corrected(x, doubtful, where_seen, (out, lse))
+    return found
+
+
+def that_see(
+    config: Config, x: Inputs, flags: Bool[Array, "B S K"], bad: Bool[Array, "B T N"]
+) -> Bool[Array, "B T N"]:
+    """The queries that are bad already or see a key with a flag; only shapes of keys are read."""
+    by_head = jnp.swapaxes(flags, 1, 2)[..., None]
+
+    def more(x: Inputs, start: Any, rows: int, bad: Array) -> Array:
+        return bad | _reached(config, x, by_head, start, rows)[..., 0]
+
+    found: Array = _corrected(x, flags.any(), more, bad)
+    return found
+
+
+def _by_engine(config: Config, x: Inputs) -> tuple[Array, Array]:
+    assert config.engine is not None
+    given = x if config.engine.cleans else x._replace(value=base.finite(x.value))
+    out, lse = config.engine.forward(config, given.grouped())
+    return joined(out, 2), joined(lse, 2)
+
+
+def _doubtful(config: Config, x: Inputs, lse: Array) -> Bool[Array, ""]:
+    """Whether a row without any weight may see a key."""
+    some = constant(lse, (), bool, fill=True)
+    if config.score is not None:
+        return ~(lse.min() > -jnp.inf) & some
+    return lax.cond(lse.min() > -jnp.inf, lambda: ~some, lambda: _extreme(x) & some)
 
 
 def _corrected(
@@ -89,10 +148,8 @@ def _where(flags: Array, number: float, array: Array) -> Array:
     return lax.select(flags, lax.full_like(array, number), array)
 
 
-def _extreme(config: Config, x: Inputs) -> Bool[Array, ""]:
-    """Whether a logit may be -inf."""
-    if config.score is not None:
-        return jnp.ones((), bool)
+def _extreme(x: Inputs) -> Bool[Array, ""]:
+    """Whether a product of a query and a key, scaled, may be -inf."""
     dtype = x.scale.dtype
     most = [jnp.abs(a).max().astype(dtype) for a in (x.query, x.key, x.scale)]
     # Not `>`, which NaN would pass.

@@ -30,7 +30,7 @@ from ...shapes import Array, Float
 from .. import base, formula
 from ..operation import Rules, operation
 from ..problem import Config, Gradients, Inputs
-from . import nonfinite
+from . import exchange, nonfinite
 
 # The names of the results that the backward needs, for `jax.checkpoint` policies.
 SAVED = ("jaxattn_out", "jaxattn_lse")
@@ -140,7 +140,8 @@ def _inputs(tree: Any, leaves: Sequence[Any]) -> Inputs:
 
 def _by_formula(config: Config, x: Inputs) -> Callable[..., Any]:
     """Output and LSE from `x.floats()`, for derivatives that no engine has."""
-    return lambda *floats: formula.by_rows(config, x.with_floats(floats))
+    by_rows = formula.by_rows if config.shards is None else exchange.by_formula
+    return lambda *floats: by_rows(config, x.with_floats(floats))
 
 
 # --- vmap -----------------------------------------------------------------------------------------
@@ -321,13 +322,14 @@ def _partitioned(work: Pass, config: Config, local: bool, x: Inputs, *rest: Any)
 @lru_cache(maxsize=1024)
 def _local(work: Pass, config: Config) -> Callable[..., Any]:
     """What is computed; traced once for its shapes, for the primal and for the forward rule."""
+    passes: Any = nonfinite if config.shards is None else exchange
     match work.name:
         case "forward":
-            fn: Any = partial(nonfinite.forward, config)
+            fn: Any = partial(passes.forward, config)
         case "tangent":
-            fn = partial(nonfinite.tangent, config)
+            fn = partial(passes.tangent, config)
         case _:
-            fn = partial(nonfinite.backward, config, work.groups)
+            fn = partial(passes.backward, config, work.groups)
     return jax.jit(fn, inline=True)
 
 

@@ -1,0 +1,242 @@
+"""Layouts: which blocks of a sequence each rank holds.
+
+A causal mask over equal, contiguous parts leaves half of the devices idle: the queries of the last
+one see all keys, those of the first one few. A layout deals smaller blocks. Masks, scores and
+dropout see positions, so no mask needs another form for it: tokens are put in order once, at the
+door of a model, and `parallel.attention(layout=...)` is told of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..masks.mask import MaskLike, as_mask
+from ..tiles.tile_map import EMPTY, tile_map
+from ..tracing.canonical import canonicalize
+from .known import evaluated, is_known
+
+# Blocks of a rank: enough that blocks of unequal work can be dealt out evenly, for ten masks to
+# within 2%, and few enough that blocks stay longer than tiles.
+_BLOCKS = 16
+
+# Of a cyclic layout, which knows nothing of the mask: more of them, so that their work evens out.
+_CYCLIC = 32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which blocks of a sequence each rank holds, in order.
+
+    Attributes:
+      blocks: a row of block numbers for each rank; every number from 0 to the number of blocks
+        occurs once.
+      length: the number of tokens of the sequence, a multiple of the number of blocks.
+
+    Raises:
+      ValueError: for rows that are not such a table, and for a length that they don't divide.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattn import parallel
+      >>> layout = parallel.zigzag(8, ranks=2)
+      >>> layout.blocks
+      ((0, 3), (1, 2))
+      >>> tokens = layout.shard(jnp.arange(8), axis=0)
+      >>> print(tokens, layout.unshard(tokens, axis=0))
+      [0 1 6 7 2 3 4 5] [0 1 2 3 4 5 6 7]
+    """
+
+    blocks: tuple[tuple[int, ...], ...]
+    length: int
+
+    def __post_init__(self) -> None:
+        rows = tuple(tuple(map(int, row)) for row in self.blocks)
+        object.__setattr__(self, "blocks", rows)
+        numbers = sorted(number for row in rows for number in row)
+        even = len({len(row) for row in rows}) == 1
+        if not numbers or not even or numbers != list(range(len(numbers))):
+            raise ValueError(
+                f"Layout.blocks: got {_short(rows)}, expected a row of equal length for each rank, "
+                "and in them every number from 0 on once"
+            )
+        if self.length <= 0 or self.length % len(numbers):
+            raise ValueError(
+                f"Layout.length: got {self.length}, expected a multiple of the {len(numbers)} "
+                "blocks: pad the sequence, and mask the padding"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks."""
+        return len(self.blocks)
+
+    @property
+    def block(self) -> int:
+        """The number of tokens of a block."""
+        return self.length // (self.ranks * len(self.blocks[0]))
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the tokens stay in their order."""
+        return bool((self._order == np.arange(len(self._order))).all())
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        return np.asarray(self.blocks, np.int32).reshape(-1)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The position of each token, int32 `[length]`, in the order in which ranks hold them."""
+        inside = np.arange(self.block, dtype=np.int32)
+        return (self._order[:, None] * np.int32(self.block) + inside).reshape(-1)
+
+    def shard(self, tree: Any, axis: int = 1) -> Any:
+        """Arrays with an axis of tokens, put in the order of the ranks.
+
+        Args:
+          tree: a pytree of arrays, such as tokens, labels and segment ids, with axes `[.., length,
+            ..]`.
+          axis: that of the tokens.
+
+        Raises:
+          ValueError: for an axis of another length.
+        """
+        return jax.tree.map(lambda a: self._moved(a, self._order, axis), tree)
+
+    def unshard(self, tree: Any, axis: int = 1) -> Any:
+        """Arrays put back in the order of positions: undoes `shard`."""
+        return jax.tree.map(lambda a: self._moved(a, np.argsort(self._order), axis), tree)
+
+    def _moved(self, array: Any, order: np.ndarray, axis: int) -> Any:
+        array = jnp.asarray(array)
+        if not -array.ndim <= axis < array.ndim or array.shape[axis] != self.length:
+            raise ValueError(
+                f"Layout: got an array of shape {list(array.shape)} and axis={axis}, expected "
+                f"{self.length} tokens along that axis; axis= says which axis the tokens are"
+            )
+        axis %= array.ndim
+        shape = array.shape
+        blocks = array.reshape(*shape[:axis], len(order), self.block, *shape[axis + 1 :])
+        return jnp.take(blocks, order, axis).reshape(shape)
+
+    def __repr__(self) -> str:
+        return f"Layout({_short(self.blocks)}, length={self.length})"
+
+
+def _short(blocks: Any) -> str:
+    said = str(blocks)
+    return said if len(said) <= 120 else f"{said[:100]}..., {len(blocks)} ranks"
+
+
+def contiguous(length: int, ranks: int) -> Layout:
+    """One block a rank, in order: best where few keys come from elsewhere, as with a window."""
+    return Layout(tuple((rank,) for rank in range(ranks)), length)
+
+
+def zigzag(length: int, ranks: int) -> Layout:
+    """Two blocks a rank, one from each end: even for a causal mask alone.
+
+    Source: Zhu 2024, github.com/zhuzilin/ring-flash-attention.
+    """
+    return Layout(tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks)), length)
+
+
+def cyclic(length: int, ranks: int, blocks: int | None = None) -> Layout:
+    """Every `ranks`-th block: about even for every mask, without knowing it.
+
+    Args:
+      length: of the sequence, in tokens.
+      ranks: their number.
+      blocks: of a rank; by default the largest divisor of the length of its part up to 32.
+    """
+    count = _divisor(length, ranks, _CYCLIC) if blocks is None else blocks
+    rows = tuple(tuple(rank + n * ranks for n in range(count)) for rank in range(ranks))
+    return Layout(rows, length)
+
+
+def striped(length: int, ranks: int) -> Layout:
+    """Every `ranks`-th token: even, but for masks of blocks and windows no tile stays empty.
+
+    Source: Brandon et al. 2023, arXiv 2311.09431.
+    """
+    return cyclic(length, ranks, blocks=length // ranks if ranks else 0)
+
+
+def layout(
+    masks: MaskLike | Sequence[MaskLike],
+    length: int,
+    ranks: int,
+    *,
+    blocks: int | None = None,
+    batch: int = 1,
+    heads: int = 1,
+) -> Layout:
+    """The layout under which the ranks have equal work, for one mask or those of all layers.
+
+    Blocks are dealt by the tiles that their queries have to compute, the most work first, each to
+    the rank with the least so far. A mask whose arrays are traced can't be looked at: then the
+    layout is `cyclic`.
+
+    Args:
+      masks: a mask, or those of several layers, which share the tokens' order.
+      length: of the sequence, in tokens.
+      ranks: their number.
+      blocks: of a rank; by default the largest divisor of the length of its part up to 16.
+      batch, heads: numbers of batch rows and heads, for masks that depend on them.
+
+    Raises:
+      ValueError: for a length that the ranks don't divide.
+
+    Example:
+      >>> from jaxattn import masks, parallel
+      >>> parallel.layout(masks.causal(), 4096, ranks=2, blocks=2).blocks
+      ((3, 0), (2, 1))
+    """
+    given = list(masks) if isinstance(masks, (list, tuple)) else [masks]
+    whole = [canonicalize(as_mask(mask)) for mask in given]
+    count = _divisor(length, ranks, _BLOCKS) if blocks is None else blocks
+    even = Layout(tuple(tuple(range(r * count, (r + 1) * count)) for r in range(ranks)), length)
+    if not all(map(is_known, whole)):
+        return cyclic(length, ranks)
+    tile = (even.block, min(256, length))
+
+    def work() -> np.ndarray:
+        total = np.zeros(ranks * count)
+        for mask in whole:
+            shape = (batch, length, heads, 1)
+            states = np.asarray(tile_map(mask, shape, shape, tile=tile).states)
+            total += (states != EMPTY).mean((0, 1)).sum(-1)
+        return total
+
+    return _dealt(evaluated(work), ranks, length)
+
+
+def _dealt(work: np.ndarray, ranks: int, length: int) -> Layout:
+    """Blocks dealt to ranks by their work, as many to each."""
+    count = len(work) // ranks
+    rows: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for block in np.argsort(-work, kind="stable"):
+        open_ = [rank for rank in range(ranks) if len(rows[rank]) < count]
+        rank = min(open_, key=lambda rank: (loads[rank], len(rows[rank])))
+        rows[rank].append(int(block))
+        loads[rank] += work[block]
+    return Layout(tuple(map(tuple, rows)), length)
+
+
+def _divisor(length: int, ranks: int, most: int) -> int:
+    """The largest number of blocks up to `most` that a rank's part can be cut into."""
+    if ranks < 1 or length % ranks or length <= 0:
+        raise ValueError(
+            f"length: got {length}, expected a multiple of the {ranks} ranks: pad the sequence, "
+            "and mask the padding"
+        )
+    part = length // ranks
+    return max(n for n in range(1, most + 1) if part % n == 0)

@@ -1,0 +1,189 @@
+"""How keys reach the queries that see them: what each schedule sends, and the choice of one."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..backends import base
+from ..backends.base import Call, Shards
+from ..masks.positions import Positions
+from ..tiles.tile_map import EMPTY, tile_map
+from .known import evaluated, known_part
+
+SCHEDULES = ("ring", "heads", "halo", "gather")
+
+# Bytes of keys and values of all ranks up to which "auto" gathers them: one collective instead of
+# one for each rank, and no more memory than a step of an engine takes.
+_SMALL = 2**22
+
+
+class Sent(NamedTuple):
+    """Bytes that a rank sends in a forward pass, and in its backward."""
+
+    forward: int
+    backward: int
+
+
+class Schedule(NamedTuple):
+    """The schedule that runs, the reason, the reasons against others, and what each sends.
+
+    Attributes:
+      shards: what the engines are told of it; None for "heads".
+    """
+
+    name: str
+    reason: str
+    others: dict[str, str]
+    sent: dict[str, Sent]
+    before: int
+    after: int
+
+
+def refuse(name: str, call: Call, ranks: int, contiguous: bool) -> str | None:
+    """Why a schedule can't compute a call, or None if it can.
+
+    Args:
+      name: of the schedule.
+      call: with this rank's arrays.
+      ranks: their number.
+      contiguous: whether tokens lie in their order.
+    """
+    _, _, _, N, K, *_ = call.sizes
+    if name == "heads" and N % ranks:
+        return f"{ranks} ranks don't divide the {N} query heads"
+    if name == "halo" and not contiguous:
+        return "tokens of a layout have no neighbours; it takes contiguous parts"
+    if name == "halo" and call.sizes.T != call.sizes.S:
+        return "queries and keys have different lengths, so their parts are not neighbours"
+    return None
+
+
+def choose(call: Call, asked: str, axis: tuple[str, ...], ranks: int, contiguous: bool) -> Schedule:
+    """The schedule that is named, or with "auto" the one that sends least and fits in memory.
+
+    The choice depends on shapes, dtypes and known values only, so that it is the same on all hosts.
+
+    Args:
+      call: with this rank's arrays, and the mask and positions of the whole sequence.
+      asked: the name of a schedule, or "auto".
+      axis, ranks: the mesh axes of the sequence, and their size.
+      contiguous: whether tokens lie in their order.
+
+    Raises:
+      ValueError: for an unknown name, and for a schedule that can't compute the call.
+    """
+    if asked not in ("auto", *SCHEDULES):
+        names = ", ".join(map(repr, ("auto", *SCHEDULES)))
+        raise ValueError(f"schedule: got {asked!r}, expected one of {names}")
+    refused = {name: refuse(name, call, ranks, contiguous) for name in SCHEDULES}
+    halo = None
+    if refused["halo"] is None:
+        halo = _halo(call, ranks)
+        if halo is None:
+            refused["halo"] = (
+                "no window is known: the conjuncts of the mask that are known when it is traced "
+                "ask for keys of all ranks"
+            )
+    if asked != "auto" and refused[asked] is not None:
+        raise ValueError(f"schedule: {asked!r} can't compute this call: {refused[asked]}")
+    before, after = halo or (0, 0)
+    sent = {
+        name: _sent(name, call, ranks, before + after)
+        for name, why in refused.items()
+        if why is None
+    }
+    others = {name: why for name, why in refused.items() if why is not None}
+    said = {name: f"sends {_bytes(sum(each))} a rank, both passes" for name, each in sent.items()}
+    if asked != "auto":
+        others |= {name: "another was asked for" for name in sent if name != asked}
+        return Schedule(asked, f"asked for; {said[asked]}", others, sent, before, after)
+    whole = ranks * _keys(call, 0)
+    fit = {name: sum(each) for name, each in sent.items()}
+    if whole > _SMALL:
+        others["gather"] = f"holds all keys and values, {_bytes(whole)}, on every rank"
+        del fit["gather"]
+    name = min(fit, key=lambda name: fit[name])
+    others |= {each: said[each] for each in fit if each != name}
+    return Schedule(name, f"{_WHY[name]}; {said[name]}", others, sent, before, after)
+
+
+_WHY = {
+    "ring": "keys go from rank to rank, in memory for one part of them",
+    "heads": "each rank computes some heads of the whole sequence",
+    "halo": "the mask asks for no more than neighbouring keys",
+    "gather": "there are few keys: all come at once",
+}
+
+
+def _keys(call: Call, least: int) -> int:
+    """Bytes of this rank's keys and values, of at least so many bytes a number."""
+    B, _, S, _, K, H, Hv = call.sizes
+    return B * S * K * (H + Hv) * max(jnp.dtype(call.key.dtype).itemsize, least)
+
+
+def _sent(name: str, call: Call, ranks: int, halo: int) -> Sent:
+    """What a rank sends; gradients of keys are summed, and sent, in the dtype of accumulation."""
+    B, T, S, N, K, H, Hv = call.sizes
+    width = jnp.dtype(call.query.dtype).itemsize
+    keys = _keys(call, 0)
+    gradients = _keys(call, jnp.dtype(base.accumulator(call.query.dtype)).itemsize)
+    others = ranks - 1
+    match name:
+        case "ring":
+            return Sent(others * keys, others * keys + ranks * gradients)
+        case "gather":
+            return Sent(others * keys, others * (keys + gradients))
+        case "halo":
+            return Sent(halo * keys // S, halo * (keys + gradients) // S)
+    heads = math.lcm(K, ranks)
+    numbers = B * (T * N * (H + Hv) + S * heads * (H + Hv))
+    lse = B * T * N * jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+    each = (numbers * width + lse) * others // ranks
+    return Sent(each, each)
+
+
+def _halo(call: Call, ranks: int) -> tuple[int, int] | None:
+    """How many keys before and after its own a rank needs at most, or None for all."""
+    if call.mask is None or call.positions.q is not None or call.positions.k is not None:
+        return None
+    known = known_part(call.mask.given)
+    if known is None:
+        return None
+    B, T, S, N, *_ = call.sizes
+    # Every key for itself, and all queries of a rank together.
+    seen = evaluated(
+        lambda: (
+            np.asarray(
+                tile_map(
+                    known,
+                    (B, T * ranks, N, 1),
+                    (B, S * ranks, N, 1),
+                    positions=Positions(b=call.positions.b, h=call.positions.h),
+                    tile=(T, 1),
+                ).states
+            )
+            != EMPTY
+        )
+    ).any((0, 1))
+    rank, key = np.nonzero(seen)
+    before = int(max(0, (rank * S - key).max(initial=0)))
+    after = int(max(0, (key - (rank + 1) * S + 1).max(initial=0)))
+    return None if before + after >= (ranks - 1) * S else (before, after)
+
+
+def shards_of(schedule: Schedule, axis: tuple[str, ...], ranks: int) -> Shards:
+    """What the engines are told of a schedule."""
+    return Shards(axis, ranks, schedule.name, schedule.before, schedule.after)
+
+
+def _bytes(count: int) -> str:
+    number = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
