@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +40,7 @@ _BLOCKS = 2**17
 RULES = ELEMENTWISE | REARRANGING
 
 
+@runtime_checkable
 class HasResidue(Protocol):
     """A mask that is split, or its residue alone."""
 
