@@ -94,7 +94,8 @@ def attention(
       >>> def local(q, k, v):
       ...     return ja.parallel.attention(q, k, v, mask=ja.masks.causal())
       >>> run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split))
-      >>> q = k = v = jax.numpy.ones([1, 8, 2, 4])
+      >>> x = jax.numpy.ones([1, 8, 2, 4])
+      >>> q = k = v = jax.device_put(x, jax.NamedSharding(mesh, split))
       >>> run(q, k, v).shape
       (1, 8, 2, 4)
 

@@ -226,7 +226,8 @@ def _part(
 
     def into(kind: Kind, array: Array, part: Array) -> Array:
         starts, sizes = tile_slice(kind, *at, *tile, S)
-        starts = (0, 0, *starts, *[0] * (array.ndim - 2 - len(starts)))
+        zero = np.int32(0)
+        starts = (zero, zero, *starts, *[zero] * (array.ndim - 2 - len(starts)))
         old = lax.dynamic_slice(
             array, starts, (*array.shape[:2], *sizes, *part.shape[2 + len(sizes) :])
         )
@@ -256,7 +257,7 @@ def _made(
     if config.mask is not None:
         if x.states is not None and at is not None:
             # Whole tiles of the sequence's own map.
-            first = (0, 0, at[0] // tile[0], at[1] // tile[1])
+            first = (np.int32(0), np.int32(0), at[0] // tile[0], at[1] // tile[1])
             size = (*x.states.shape[:2], T // tile[0], S // tile[1])
             states = lax.dynamic_slice(x.states, first, size)
         else:
@@ -281,7 +282,7 @@ def _rows(config: Config, x: Inputs) -> Inputs:
     B, S, K, _ = x.key.shape
     S *= 1 if shards.schedule == "whole" else shards.ranks
     nothing = constant(x.query, (B, S, K, 0), x.key.dtype)
-    at = (lax.axis_index(shards.axis) * x.query.shape[1], 0)
+    at = (lax.axis_index(shards.axis) * x.query.shape[1], np.int32(0))
     return _part(config, x, (nothing, nothing), at, S).x
 
 
@@ -403,7 +404,7 @@ def _fetched(config: Config, x: Inputs, keys: tuple[Array, Array]) -> _Part:
     T, S = x.query.shape[1], x.key.shape[1]
     me = lax.axis_index(shards.axis)
     if shards.schedule != "halo":
-        return _part(config, x, keys, (me * T, 0), keys[0].shape[1])
+        return _part(config, x, keys, (me * T, np.int32(0)), keys[0].shape[1])
     # The halo of the first ranks wraps around to the last keys: a mask that asks for no more than
     # the halo masks them.
     total, first = S * shards.ranks, me * S - shards.before
@@ -422,7 +423,8 @@ def _fetched(config: Config, x: Inputs, keys: tuple[Array, Array]) -> _Part:
         return array
 
     def into(kind: Kind, array: Array, found: Array) -> Array:
-        like = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        # Varying as the part is: a sum over devices would be taken of its transpose here.
+        like = constant(found, array.shape, array.dtype)
         (more,) = jax.linear_transpose(partial(part, kind), like)(found)
         return array + more
 

@@ -267,9 +267,9 @@ def _unfolded(size: int, tree: Any) -> Any:
 # --- sharding -------------------------------------------------------------------------------------
 
 
-# Names of axes by role. Batch rows b, query heads n, key heads k and lengths t may be sharded, those
-# of keys only where there are as many as queries. Operands have more axes after these, and extents
-# of 1 where they don't depend on b or h.
+# Names of axes by role. Batch rows b, query heads n, key heads k and lengths t may be sharded; that
+# of keys only if there are as many as queries. Operands have more axes after these, and extents of
+# 1 where they don't depend on b or h.
 _AXES = {
     "query": "btnh", "key": "btkh", "value": "btkw", "scale": "b", "operand": "bn", "out": "btnw",
     "lse": "btn",
