@@ -289,20 +289,48 @@ def test_batch_sequence_and_heads() -> None:
     close(got, wanted, 2e-5)
 
 
-def test_several_axes() -> None:
-    """A sequence over two mesh axes, the first the slowest."""
-    case = CASES["causal"](rng(4))
-    parts = [inputs(case)[name] for name in ("query", "key", "value")]
-    mesh = mesh_of(2, 2, names=("pod", "seq"))
-    spec = P(None, ("pod", "seq"))
-    for schedule in ("ring", "gather", "heads"):
-        fn = partial(
-            parallel.attention, axis=("pod", "seq"), mask=masks.causal(), schedule=schedule
-        )
-        run = jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))
-        np.testing.assert_allclose(
-            run(*parts), ja.attention(*parts, mask=masks.causal()), atol=2e-6
-        )
+@pytest.mark.parametrize(
+    "schedule", ["ring", "gather", "heads", ("ring", "heads"), ("heads", "heads")], ids=str
+)
+def test_several_axes(schedule: Any) -> None:
+    """A sequence over two mesh axes, the first the slowest, with a layout and sinks."""
+    case = CASES["sinks, scale"](rng(4))
+    x = inputs(case)
+    mesh, layout = mesh_of(2, 2, names=("pod", "seq")), parallel.zigzag(T, RANKS)
+
+    def local(x: Any, shared: Any) -> Any:
+        return parallel.attention(
+            *x, axis=("pod", "seq"), schedule=schedule, layout=layout, return_lse=True,
+            **case.options(shared),
+        )  # fmt: skip
+
+    def spread(query: Any, key: Any, value: Any, **_: Any) -> Any:
+        split = P(None, ("pod", "seq"))
+        shared = {n: x[n] for n in ("sinks", "scale")}
+        run = jax.shard_map(local, mesh=mesh, in_specs=(split, P()), out_specs=split)
+        return layout.unshard(run(layout.shard((query, key, value)), shared))
+
+    got = slopes(spread, case, x)
+    wanted = slopes(partial(ja.attention, backend="dense"), case, x)
+    for name in ("query", "key", "value"):
+        close(got[1][name], wanted[1][name], 2e-5)
+    close(got[0], wanted[0], 2e-5)
+
+
+def test_explain_of_several_axes() -> None:
+    """Heads inside a node: a rank sends the keys of its own heads alone between nodes."""
+    query, key = (jax.ShapeDtypeStruct((1, 8192, n, 64), "float32") for n in (16, 4))
+    plain = parallel.explain(query, key, key, ranks=16, schedule="ring", mask=masks.causal())
+    both = parallel.explain(
+        query, key, key, ranks=(4, 4), schedule=("ring", "heads"), mask=masks.causal()
+    )
+    assert both.schedule == "ring, heads"
+    assert sum(both.sent) < sum(plain.sent)
+    assert len(both.tiles) == len(plain.tiles) == 16
+    # The four ranks of a node compute the same queries, in four heads of 16 each.
+    for n in range(4):
+        node = sum(plain.tiles[4 * n : 4 * n + 4])
+        assert both.tiles[4 * n : 4 * n + 4] == (node // 4,) * 4
 
 
 # --- transformations ------------------------------------------------------------------------------
@@ -452,8 +480,11 @@ def test_bytes_are_those_that_explain_says(schedule: str) -> None:
     said = parallel.explain(
         x["query"], x["key"], x["value"], ranks=ranks, schedule=schedule, **case.options(x)
     )
-    # One number says whether all keys are finite; the objective itself is another.
-    assert sent_in(text) == {"collective-permute": sum(said.sent), "all-reduce": 4}
+    # The XLA of JAX 0.10 moves the backward's halo to the forward, and sends it once for both.
+    once = schedule == "halo" and jax.__version_info__ < (0, 11)
+    moved = said.sent.backward if once else sum(said.sent)
+    # One number says whether all keys are finite.
+    assert sent_in(text) == {"collective-permute": moved, "all-reduce": 4}
     if schedule == "ring":
         part = (x["key"].nbytes + x["value"].nbytes) // ranks
         assert sum(said.sent) == (3 * ranks - 2) * part
@@ -633,6 +664,10 @@ ERRORS = {
     "schedule": (
         lambda: _local(partial(parallel.attention, schedule="rings")),
         "schedule: got 'rings', expected one of 'auto', 'ring'",
+    ),
+    "schedules": (
+        lambda: _local(partial(parallel.attention, schedule=("ring", "heads"))),
+        "schedule: got .* for 1 mesh axes, expected one schedule, or one for each",
     ),
     "heads": (
         lambda: _local(partial(parallel.attention, schedule="heads"), heads=6),
