@@ -112,12 +112,11 @@ def backward(
         return (query + g.query, scale + g.scale, score), (g.key, g.value)
 
     if shards.schedule == "ring":
-        home = (zeros(x.key.shape), zeros(x.value.shape))
 
         def visit(sums: Any, keys: Any, rank: Any) -> Any:
             return add(sums, _of_rank(config, x, keys, rank))
 
-        sums, (key, value) = _around_with_gradients(shards, (x.key, x.value), home, visit, sums)
+        sums, (key, value) = _around_with_gradients(shards, (x.key, x.value), visit, sums)
     else:
         fetch = _fetch(shards, x)
         fetched = fetch((x.key, x.value))
@@ -337,25 +336,30 @@ def _around(shards: Shards, keys: Any, visit: Callable[[Any, Any, Any], Any], su
 
 
 def _around_with_gradients(
-    shards: Shards, keys: Any, zeros: Any, visit: Callable[[Any, Any, Any], Any], sums: Any
+    shards: Shards, keys: Any, visit: Callable[[Any, Any, Any], Any], sums: Any
 ) -> Any:
-    """The same, and what visits give for keys, summed, at the rank that the keys belong to."""
+    """The same; `visit` also gives what belongs to the keys, which is summed, and sent home."""
     me = lax.axis_index(shards.axis)
+    last = shards.ranks - 1
 
-    def once(keys: Any, found: Any, sums: Any, n: Any) -> Any:
+    def later(keys: Any, found: Any, sums: Any, n: Any) -> Any:
+        # What was found so far for these keys comes in while more of it is computed.
+        arriving = _sent(shards, found)
         sums, more = visit(sums, keys, (me - n) % shards.ranks)
-        return sums, _sent(shards, jax.tree.map(jnp.add, found, more))
+        return jax.tree.map(jnp.add, arriving, more), sums
 
     def step(carry: Any, n: Any) -> Any:
         keys, found, sums = carry
         following = _sent(shards, keys)
-        sums, found = once(keys, found, sums, n)
-        return (following, found, sums), None
+        return (following, *later(keys, found, sums, n)), None
 
-    last = np.int32(shards.ranks - 1)
-    steps = jnp.arange(last, dtype=jnp.int32)
-    (keys, found, sums), _ = lax.scan(step, (keys, zeros, sums), steps)
-    return once(keys, found, sums, last)
+    following = _sent(shards, keys)
+    sums, found = visit(sums, keys, me)
+    steps = jnp.arange(1, last, dtype=jnp.int32)
+    if last > 1:
+        (following, found, sums), _ = lax.scan(step, (following, found, sums), steps)
+    found, sums = later(following, found, sums, np.int32(last))
+    return sums, _sent(shards, found)
 
 
 # --- all at once ----------------------------------------------------------------------------------
