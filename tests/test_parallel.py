@@ -725,3 +725,15 @@ def test_bad_input_says_what_to_do(name: str) -> None:
     run, message = ERRORS[name]
     with pytest.raises((ValueError, TypeError), match=message):
         run()
+
+
+def test_explain_of_attention_speaks_of_lengths() -> None:
+    mesh = mesh_of(4)
+    x = {
+        n: jax.device_put(a, NamedSharding(mesh, SPLIT))
+        for n, a in inputs(CASES["none"](rng(1))).items()
+    }
+    found = ja.explain(x["query"], x["key"], x["value"])
+    assert any("lengths are split over 4 devices" in note for note in found.notes)
+    found = ja.explain(x["query"], x["key"][:, :32], x["value"][:, :32])
+    assert any("are gathered on each" in note for note in found.notes)

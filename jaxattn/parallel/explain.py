@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -50,8 +51,6 @@ class Plan:
       backend: what computes a part.
       ranks: the number of ranks.
       sent: bytes that a rank sends, forward and backward.
-      tiles: the number of tiles of at most 128 x 128 that each rank computes, over
-        all batch rows and heads; None if the mask's arrays are traced.
     """
 
     schedule: str
@@ -60,7 +59,15 @@ class Plan:
     backend: str
     ranks: int
     sent: Sent
-    tiles: tuple[int, ...] | None
+    _count: Callable[[], tuple[int, ...]] | None = field(repr=False)
+
+    @cached_property
+    def tiles(self) -> tuple[int, ...] | None:
+        """The number of tiles, of 128 x 128 or of short parts, that each rank computes.
+
+        Over all batch rows and heads; None if the mask's arrays are traced.
+        """
+        return None if self._count is None else self._count()
 
     @property
     def balance(self) -> float | None:
@@ -155,7 +162,9 @@ def explain(
         choose(met(call, chosen, (), outer), backend).backend,
         total,
         sent,
-        _tiles(mask, at, whole, total, total // outer * (outer if chosen.name == "heads" else 1)),
+        _counting(
+            mask, at, whole, total, total // outer * (outer if chosen.name == "heads" else 1)
+        ),
     )
 
 
@@ -177,10 +186,10 @@ def _part(name: str, array: Any, ranks: int) -> Any:
     return jax.ShapeDtypeStruct((*shape[:-3], shape[-3] // ranks, *shape[-2:]), array.dtype)
 
 
-def _tiles(
+def _counting(
     mask: Any, positions: Positions | None, sizes: Any, ranks: int, by_heads: int
-) -> tuple[int, ...] | None:
-    """The number of tiles that each rank computes; None where they are not known.
+) -> Callable[[], tuple[int, ...]] | None:
+    """What counts the tiles that each rank computes; None where they are not known.
 
     Args:
       mask: as given.
@@ -213,4 +222,7 @@ def _tiles(
         found = (np.asarray(states) != EMPTY).sum((2, 3))
         return np.broadcast_to(found, (B, N)).sum(0).reshape(by_heads, -1).sum(1).tolist()
 
-    return evaluated(lambda: tuple(n for first in range(0, T * ranks, rows) for n in count(first)))
+    def counts() -> tuple[int, ...]:
+        return tuple(n for first in range(0, T * ranks, rows) for n in count(first))
+
+    return lambda: evaluated(counts)
