@@ -20,6 +20,7 @@ from test_attention import many_tiles
 
 import jaxattn as ja
 from jaxattn import Positions, masks, parallel, scores
+from jaxattn.backends import triton
 
 __all__ = ["many_tiles"]
 
@@ -66,6 +67,12 @@ CASES: dict[str, Callable[[Any], Case]] = {
     ),
     "boolean array": lambda draw: Case(
         {"seen": jnp.asarray(draw.random((B, 1, T, T)) < 0.3)}, lambda x: dict(mask=x["seen"])
+    ),
+    "tile map": lambda draw: Case(
+        {},
+        lambda x: dict(
+            mask=ja.tile_map(masks.sliding_window(9, 3), (B, T, N, H), (B, T, K, H), tile=8)
+        ),
     ),
     "alibi": lambda draw: Case(
         {"slopes": jnp.linspace(0.1, 0.4, N)},
@@ -222,6 +229,27 @@ def test_backends(backend: str, check: bool) -> None:
     x = jax.tree.map(lambda a: a.astype(jnp.float32), inputs(case))
     got = slopes(spread(case, "ring", None, check=check, backend=backend), case, x)
     close(got, slopes(partial(ja.attention, backend="dense"), case, x), 2e-5)
+
+
+@pytest.mark.parametrize("schedule", ["ring", pytest.param("halo", marks=pytest.mark.deep)])
+def test_kernels_for_gpus(schedule: str) -> None:
+    """Operands keep their kinds: kernels are given a bias, and distances, as on one device."""
+    x = {
+        **inputs(CASES["none"](rng(2))),
+        "bias": jnp.asarray(rng(3).normal(size=(1, N, T, T))),
+        "slopes": jnp.linspace(0.1, 0.4, N),
+    }
+    x = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+    case = Case(
+        {},
+        lambda x: dict(
+            mask=masks.sliding_window(9, 3),
+            score=scores.chain(scores.bias(x["bias"]), scores.alibi(x["slopes"])),
+        ),
+    )
+    with triton.interpreted():
+        got = slopes(spread(case, schedule, None, check=False, backend="triton"), case, x)
+    close(got, slopes(partial(ja.attention, backend="dense"), case, x), 2e-4)
 
 
 def test_sixteen_bits() -> None:

@@ -177,7 +177,16 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
         else a
         for a in arrays
     ]
-    call = checked_call(*whole, **options)
+    try:
+        call = checked_call(*whole, **options)
+    except (TypeError, ValueError) as error:
+        if ranks > 1:
+            error.add_note(
+                f"Lengths are those of the whole sequence, {ranks} times those of this device's part. "
+                "Arrays in masks and scores, and positions, have them on every device: give them to "
+                "shard_map with in_specs=P()."
+            )
+        raise
     query, key, value = (a[None] if a.ndim == 3 else a for a in arrays)
     return replace(call, query=query, key=key, value=value)
 
