@@ -182,9 +182,9 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
     except (TypeError, ValueError) as error:
         if ranks > 1:
             error.add_note(
-                f"Lengths are those of the whole sequence, {ranks} times those of this device's part. "
-                "Arrays in masks and scores, and positions, have them on every device: give them to "
-                "shard_map with in_specs=P()."
+                f"Lengths are those of the whole sequence, {ranks} times those of this device's "
+                "part. Arrays in masks and scores, and positions, have them on every device: give "
+                "them to shard_map with in_specs=P()."
             )
         raise
     query, key, value = (a[None] if a.ndim == 3 else a for a in arrays)
