@@ -88,7 +88,9 @@ def compiled(config: Config) -> str:
         )
 
     args = (shape(config.heads), shape(config.kv_heads), shape(config.kv_heads))
-    return jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().as_text()
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*args).compile().as_text()
+    assert text is not None
+    return text
 
 
 def transfers(text: str) -> list[Transfer]:

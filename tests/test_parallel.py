@@ -468,6 +468,30 @@ def test_what_is_not_finite_reaches_what_it_would_on_one_device(schedule: str) -
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4, err_msg=what)
 
 
+@pytest.mark.parametrize("how", ["vma", "no vma", "attention"])
+def test_nan_in_one_batch_row_of_a_mesh_stops_nobody(how: str) -> None:
+    """What is sent only if a number is not finite is sent by all devices, or by none."""
+    mesh = mesh_of(2, 4, names=("data", "seq"))
+    x = {n: jnp.asarray(a, jnp.float32) for n, a in inputs(CASES["none"](rng(1))).items()}
+    x["key"] = x["key"].at[0, 13, 1, 2].set(jnp.nan)
+    split = P("data", "seq")
+    fn: Any = partial(ja.attention, mask=masks.causal(), backend="tiled")
+
+    def slope(fn: Any, x: Any) -> Any:
+        return jax.grad(lambda x: (fn(x["query"], x["key"], x["value"]) ** 2).sum())(x)
+
+    wanted = jax.jit(partial(slope, fn))(x)
+    if how == "attention":
+        placed = jax.device_put(x, NamedSharding(mesh, split))
+    else:
+        placed = x
+        local = partial(parallel.attention, mask=masks.causal(), schedule="ring")
+        fn = jax.shard_map(
+            local, mesh=mesh, in_specs=split, out_specs=split, check_vma=how == "vma"
+        )
+    close(jax.jit(partial(slope, fn))(placed), wanted, 2e-5)
+
+
 # --- what moves -----------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -171,7 +172,8 @@ def _halo(call: Call, ranks: int) -> tuple[int, int] | None:
 
 def shards_of(schedule: Schedule, axis: tuple[str, ...], ranks: int) -> Shards:
     """What the engines are told of a schedule."""
-    return Shards(axis, ranks, schedule.name, schedule.before, schedule.after)
+    mesh = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return Shards(axis, ranks, schedule.name, mesh, schedule.before, schedule.after)
 
 
 def as_text(count: int) -> str:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...mesh import constant
+from ...mesh import constant, varying
 from ...shapes import Array, Bool
 from ...tiles import intervals
 from ...tiles.tile_map import EMPTY
@@ -306,8 +306,9 @@ def _without_gradient(config: Config, x: Inputs) -> Bool[Array, "B T N"]:
             return none
         return _around(shards, flags, visit, none)
 
-    # One number from each device: all of them have to go the same way.
-    anywhere = lax.pmax(base.anywhere(flags).astype(jnp.int32), shards.axis) > 0
+    # One number from each device of the mesh: all of them have to go the same way.
+    axes = tuple(sorted(varying(flags))) or shards.mesh
+    anywhere = lax.pmax(base.anywhere(flags).astype(jnp.int32), axes) > 0
     return lax.cond(anywhere, found, lambda: none)
 
 
