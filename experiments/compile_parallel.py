@@ -112,8 +112,8 @@ def transfers(text: str) -> list[Transfer]:
             if op == "collective-permute-start":
                 started[name] = []
             elif op == "collective-permute-done":
-                for began in [n for n in started if re.search(rf"\b{re.escape(n)}\)", line)]:
-                    found.append(Transfer(place, began, tuple(started.pop(began))))
+                ended = [n for n in started if re.search(rf"\b{re.escape(n)}\)", line)]
+                found += [Transfer(place, n, tuple(started.pop(n))) for n in ended]
             elif op == "collective-permute":
                 found.append(Transfer(place, name, ()))
             elif op in COMPUTATION:
