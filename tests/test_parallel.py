@@ -645,15 +645,27 @@ def test_a_layout_for_several_layers() -> None:
     assert total.max() / total.mean() <= 1.05
 
 
-def test_a_layout_for_a_traced_mask_is_cyclic() -> None:
+def test_a_layout_for_a_traced_mask_is_cyclic_but_for_windows() -> None:
     found = []
 
     def run(ids: Any) -> Any:
-        found.append(parallel.layout(lambda b, h, q, k: ids[q] == ids[k], 64, 4))
+        def same(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return ids[q] == ids[k]
+
+        known = masks.full(), masks.causal(), masks.sliding_window(100)
+        found.extend(parallel.layout(masks.predicate(same) & mask, 4096, 4) for mask in known)
+        found.append(parallel.layout(same, 4096, 4))
         return ids
 
-    jax.jit(run)(jnp.zeros(64, jnp.int32))
-    assert found == [parallel.cyclic(64, 4)]
+    jax.jit(run)(jnp.zeros(4096, jnp.int32))
+    anything, window = parallel.cyclic(4096, 4), parallel.contiguous(4096, 4)
+    assert found == [anything, anything, window, anything]
+
+
+def test_tokens_stay_in_order_where_that_is_even() -> None:
+    for mask in (masks.full(), masks.sliding_window(200), masks.chunked(64)):
+        assert parallel.layout(mask, 4096, 4).contiguous
+    assert not parallel.layout(masks.causal(), 4096, 4).contiguous
 
 
 # --- the choice -----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..masks.mask import MaskLike, as_mask
 from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
 from ..tracing.canonical import canonicalize
-from .known import is_known
+from .known import is_known, known_part
 
 # Blocks of a rank: enough that blocks of unequal work can be dealt out evenly, for ten masks to
 # within 2%, and few enough that blocks stay longer than tiles.
@@ -29,6 +29,12 @@ _BLOCKS = 16
 
 # Keys of the tiles by which work is measured: those of the engine on CPU, near those of kernels.
 _TILE = 128
+
+# The most work of a rank, in means of all, up to which tokens stay in order.
+_EVEN = 1.05
+
+# The share of the keys below which a mask is taken for a window.
+_NARROW = 0.5
 
 # Of a cyclic layout, which knows nothing of the mask: more of them, so that their work evens out.
 _CYCLIC = 32
@@ -185,7 +191,9 @@ def layout(
     """The layout under which the ranks have equal work, for one mask or those of all layers.
 
     Blocks are dealt by the tiles that their queries have to compute, the most work first, each to
-    the rank with the least so far. A mask whose arrays are traced can't be looked at: then the
+    the rank with the least so far. Where equal parts in order are even already, as with a window,
+    the tokens stay in order: few keys then come from elsewhere. Of a mask with arrays that are
+    traced only the conjuncts that are known can be looked at. If they are no such window, the
     layout is `cyclic`.
 
     Args:
@@ -201,25 +209,34 @@ def layout(
     Example:
       >>> from jaxattn import masks, parallel
       >>> parallel.layout(masks.causal(), 4096, ranks=2, blocks=2).blocks
-      ((3, 0), (2, 1))
+      ((0, 3), (1, 2))
     """
     given = list(masks) if isinstance(masks, (list, tuple)) else [masks]
     whole = [canonicalize(as_mask(mask)) for mask in given]
     count = _divisor(length, ranks, _BLOCKS) if blocks is None else blocks
-    even = Layout(tuple(tuple(range(r * count, (r + 1) * count)) for r in range(ranks)), length)
-    if not all(map(is_known, whole)):
-        return cyclic(length, ranks)
-    tile = (even.block, min(_TILE, length))
+    # Checks the length, too.
+    block = Layout(tuple((n,) for n in range(ranks * count)), length).block
+    parts = [known_part(mask) for mask in whole]
+    known = [part for part in parts if part is not None]
 
     def work() -> np.ndarray:
+        """The share of the keys that each block sees, in tiles, over all masks."""
         total = np.zeros(ranks * count)
-        for mask in whole:
+        for mask in known:
             shape = (batch, length, heads, 1)
-            states = np.asarray(tile_map(mask, shape, shape, tile=tile).states)
-            total += (states != EMPTY).mean((0, 1)).sum(-1)
-        return total
+            found = tile_map(mask, shape, shape, tile=(block, min(_TILE, length))).states
+            total += (np.asarray(found) != EMPTY).mean((0, 1, 3))
+        return total / len(known)
 
-    return _dealt(evaluated(work), ranks, length)
+    if len(known) < len(whole):
+        return cyclic(length, ranks)
+    shares = evaluated(work)
+    loads = shares.reshape(ranks, count).sum(1)
+    even = loads.max() <= _EVEN * loads.mean()
+    if not all(map(is_known, whole)):
+        narrow = shares.mean() < _NARROW
+        return contiguous(length, ranks) if even and narrow else cyclic(length, ranks)
+    return contiguous(length, ranks) if even else _dealt(shares, ranks, length)
 
 
 def _dealt(work: np.ndarray, ranks: int, length: int) -> Layout:
@@ -232,7 +249,7 @@ def _dealt(work: np.ndarray, ranks: int, length: int) -> Layout:
         rank = min(open_, key=lambda rank: (loads[rank], len(rows[rank])))
         rows[rank].append(int(block))
         loads[rank] += work[block]
-    return Layout(tuple(map(tuple, rows)), length)
+    return Layout(tuple(tuple(sorted(row)) for row in rows), length)
 
 
 def _divisor(length: int, ranks: int, most: int) -> int:
