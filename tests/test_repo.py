@@ -135,7 +135,7 @@ ROOMS = {
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
-    "parallel": "known | layouts plan | attention",
+    "parallel": "known | layouts plan | attention | explain",
     "nn": "flax_packages rope functional | attention_fn | linen nnx",
 }
 

@@ -52,8 +52,8 @@ class Shards(NamedTuple):
       axis: the mesh axes over which lengths are split, the first the slowest.
       ranks: the number of parts. The part of rank r begins at query `r * T` and key `r * S`, for
         the `T` queries and `S` keys that a device has.
-      schedule: how keys reach the queries that see them: "ring", "gather" or "halo"; see
-        `flash/exchange.py`.
+      schedule: how keys reach the queries that see them: "ring", "gather", "halo", or "whole" if
+        every device has all keys; see `flash/exchange.py`.
       before, after: for "halo", how many keys before and after its own a device needs.
     """
 

@@ -9,17 +9,20 @@ and any layout of tokens work, forward and backward, as on one device.
 (4, 64)
 
 Read `layouts` (which tokens a device holds), `plan` (what moves between devices, and the choice),
-then `attention`.
+then `attention`, and `explain`, which shows it all without running it.
 """
 
 from .attention import attention
+from .explain import Plan, explain
 from .layouts import Layout, contiguous, cyclic, layout, striped, zigzag
 
 __all__ = [
     "Layout",
+    "Plan",
     "attention",
     "contiguous",
     "cyclic",
+    "explain",
     "layout",
     "striped",
     "zigzag",

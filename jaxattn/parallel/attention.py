@@ -14,6 +14,7 @@ from jax import lax
 
 from ..arguments import checked_call
 from ..attention import attention as whole_attention
+from ..backends import base
 from ..backends.base import Call
 from ..checks.foreign_names import with_remedies
 from ..dispatch import choose, dispatch
@@ -59,7 +60,7 @@ def attention(
         | schedule | what moves | takes | memory |
         |---|---|---|---|
         | "ring" | keys from rank to rank, and their gradients home | everything | a part |
-        | "heads" | sequence against heads (DeepSpeed-Ulysses) | heads that the ranks divide | a part |
+        | "heads" | sequence against heads (Ulysses) | heads that the ranks divide | a part |
         | "halo" | the keys that a known window asks for | contiguous parts | a part and the halo |
         | "gather" | all keys to all, and their gradients summed | everything | all keys |
 
@@ -105,14 +106,14 @@ def attention(
     arrays = [jnp.asarray(a) for a in (query, key, value)]
     lengths = _lengths(arrays, ranks)
     if layout is not None:
-        _check_layout(layout, ranks, lengths)
+        check_layout(layout, ranks, lengths)
     contiguous = layout is None or layout.contiguous
     if not contiguous and isinstance(mask, TileMap):
         # Its tiles are those of another order.
         B, N = math.prod(arrays[0].shape[:-3]), arrays[0].shape[-2]
         mask.check(B, N, *lengths, positions)
         mask = mask.mask
-    at = positions if contiguous else _reordered(positions, layout)
+    at = positions if contiguous else reordered(positions, layout)
     options: dict[str, Any] = {
         "mask": mask,
         "score": score,
@@ -124,14 +125,13 @@ def attention(
         "precision": precision,
     }
     call = call_of(arrays, ranks, options)
-    chosen = plan.choose(call, schedule, names, ranks, contiguous)
-    if ranks == 1:
-        results = dispatch(call, backend, with_lse=return_lse)
-    elif chosen.name == "heads":
+    chosen = plan.choose(call, schedule, ranks, contiguous)
+    if ranks > 1 and chosen.name == "heads":
         return _by_heads(arrays, names, ranks, options, backend, return_lse)
-    else:
+    if ranks > 1:
+        backend = choose(met(call, chosen, names, ranks), backend).backend
         call = replace(call, shards=plan.shards_of(chosen, names, ranks))
-        results = dispatch(call, choose(_met(call), backend).backend, with_lse=return_lse)
+    results = dispatch(call, backend, with_lse=return_lse)
     if arrays[0].ndim == 3:
         results = tuple(each[0] for each in results)
     return results if return_lse else results[0]
@@ -150,19 +150,34 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
     return replace(call, query=query, key=key, value=value)
 
 
-def _met(call: Call) -> Call:
-    """The call as an engine meets it: with the number of keys that it is given at once."""
-    shards = call.shards
-    assert shards is not None
-    if shards.schedule == "ring":
-        return call
-    S = call.sizes.S
-    met = S * shards.ranks if shards.schedule == "gather" else shards.before + S + shards.after
+def met(call: Call, chosen: plan.Schedule, axis: tuple[str, ...], ranks: int) -> Call:
+    """The call as an engine meets it: with the queries, keys and heads that it is given at once.
 
-    def wider(array: Any) -> Any:
-        return jax.ShapeDtypeStruct((array.shape[0], met, *array.shape[2:]), array.dtype)
+    Args:
+      call: with one rank's arrays.
+      chosen: the schedule.
+      axis, ranks: the mesh axes of the sequence, and their size.
+    """
+    B, T, S, N, K, H, Hv = call.sizes
+    shards: base.Shards | None = plan.shards_of(chosen, axis, ranks)
+    match chosen.name:
+        case "gather":
+            S *= ranks
+        case "halo":
+            S += chosen.before + chosen.after
+        case "heads":
+            T, S, N, K, shards = T * ranks, S * ranks, N // ranks, math.lcm(K, ranks) // ranks, None
 
-    return replace(call, key=wider(call.key), value=wider(call.value))
+    def like(array: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((B, *shape), array.dtype)
+
+    return replace(
+        call,
+        query=like(call.query, T, N, H),
+        key=like(call.key, S, K, H),
+        value=like(call.value, S, K, Hv),
+        shards=shards if ranks > 1 else None,
+    )
 
 
 # --- sequence against heads -----------------------------------------------------------------------
@@ -257,7 +272,8 @@ def _lengths(arrays: Sequence[Any], ranks: int) -> tuple[int, int]:
     return T * ranks, S * ranks
 
 
-def _check_layout(layout: Any, ranks: int, lengths: tuple[int, int]) -> None:
+def check_layout(layout: Any, ranks: int, lengths: tuple[int, int]) -> None:
+    """Checks that a layout is one of these lengths and this number of ranks."""
     if not isinstance(layout, Layout):
         raise TypeError(
             f"layout: got {type(layout).__name__}, expected a jaxattn.parallel.Layout, as "
@@ -265,13 +281,13 @@ def _check_layout(layout: Any, ranks: int, lengths: tuple[int, int]) -> None:
         )
     if layout.ranks != ranks or any(n != layout.length for n in lengths):
         raise ValueError(
-            f"layout: got one of {layout.length} tokens over {layout.ranks} ranks, expected "
-            f"{lengths[0]} queries and {lengths[1]} keys over {ranks}, those of query and key times "
-            "the size of the axis"
+            f"layout: got one of {layout.length} tokens over {layout.ranks} ranks, expected one "
+            f"for {lengths[0]} queries and {lengths[1]} keys over {ranks}: each device's query and "
+            "key are one part of that many"
         )
 
 
-def _reordered(positions: Positions | None, layout: Layout | None) -> Positions:
+def reordered(positions: Positions | None, layout: Layout | None) -> Positions:
     """The positions of queries and keys, in the order in which ranks hold them."""
     assert layout is not None
     given = positions or Positions()

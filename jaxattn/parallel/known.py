@@ -13,9 +13,9 @@ from ..masks.mask import And, Mask
 R = TypeVar("R")
 
 
-def is_known(mask: Mask) -> bool:
-    """Whether the values of all arrays of a mask are known, here and on every host."""
-    return not any(map(_is_unknown, jax.tree.leaves(mask)))
+def is_known(tree: Any) -> bool:
+    """Whether the values of all arrays, of a mask for example, are known, on every host."""
+    return not any(map(_is_unknown, jax.tree.leaves(tree)))
 
 
 def _is_unknown(leaf: Any) -> bool:

@@ -32,7 +32,7 @@ class Schedule(NamedTuple):
     """The schedule that runs, the reason, the reasons against others, and what each sends.
 
     Attributes:
-      shards: what the engines are told of it; None for "heads".
+      before, after: for "halo", how many keys before and after its own a rank needs.
     """
 
     name: str
@@ -52,7 +52,7 @@ def refuse(name: str, call: Call, ranks: int, contiguous: bool) -> str | None:
       ranks: their number.
       contiguous: whether tokens lie in their order.
     """
-    _, _, _, N, K, *_ = call.sizes
+    N = call.sizes.N
     if name == "heads" and N % ranks:
         return f"{ranks} ranks don't divide the {N} query heads"
     if name == "halo" and not contiguous:
@@ -62,7 +62,7 @@ def refuse(name: str, call: Call, ranks: int, contiguous: bool) -> str | None:
     return None
 
 
-def choose(call: Call, asked: str, axis: tuple[str, ...], ranks: int, contiguous: bool) -> Schedule:
+def choose(call: Call, asked: str, ranks: int, contiguous: bool) -> Schedule:
     """The schedule that is named, or with "auto" the one that sends least and fits in memory.
 
     The choice depends on shapes, dtypes and known values only, so that it is the same on all hosts.
@@ -70,7 +70,7 @@ def choose(call: Call, asked: str, axis: tuple[str, ...], ranks: int, contiguous
     Args:
       call: with this rank's arrays, and the mask and positions of the whole sequence.
       asked: the name of a schedule, or "auto".
-      axis, ranks: the mesh axes of the sequence, and their size.
+      ranks: their number.
       contiguous: whether tokens lie in their order.
 
     Raises:
@@ -97,14 +97,14 @@ def choose(call: Call, asked: str, axis: tuple[str, ...], ranks: int, contiguous
         if why is None
     }
     others = {name: why for name, why in refused.items() if why is not None}
-    said = {name: f"sends {_bytes(sum(each))} a rank, both passes" for name, each in sent.items()}
+    said = {name: f"sends {as_text(sum(each))} a rank, both passes" for name, each in sent.items()}
     if asked != "auto":
         others |= {name: "another was asked for" for name in sent if name != asked}
         return Schedule(asked, f"asked for; {said[asked]}", others, sent, before, after)
     whole = ranks * _keys(call, 0)
     fit = {name: sum(each) for name, each in sent.items()}
     if whole > _SMALL:
-        others["gather"] = f"holds all keys and values, {_bytes(whole)}, on every rank"
+        others["gather"] = f"holds all keys and values, {as_text(whole)}, on every rank"
         del fit["gather"]
     name = min(fit, key=lambda name: fit[name])
     others |= {each: said[each] for each in fit if each != name}
@@ -180,10 +180,11 @@ def shards_of(schedule: Schedule, axis: tuple[str, ...], ranks: int) -> Shards:
     return Shards(axis, ranks, schedule.name, schedule.before, schedule.after)
 
 
-def _bytes(count: int) -> str:
+def as_text(count: int) -> str:
+    """A number of bytes, to read."""
     number = float(count)
     for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
+        if number < 1000:
             return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:.3g} GiB"

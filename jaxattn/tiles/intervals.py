@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from jax import lax
 
 from ..shapes import Array, Int
 from ..tracing.hashing import Const, Type
-from ..tracing.program import Step
+from ..tracing.program import Program, Step
 from ..tracing.split import Operand, Split
 from .array_rules import REARRANGING
 from .elementwise_rules import (
@@ -40,13 +40,22 @@ _BLOCKS = 2**17
 RULES = ELEMENTWISE | REARRANGING
 
 
+@runtime_checkable
+class HasResidue(Protocol):
+    """A mask that is split, or its residue alone."""
+
+    @property
+    def program(self) -> Program:
+        """The residue: a program from one element of each operand."""
+
+
 def states(
-    split: Split[Any], operands: Sequence[Operand], tile_q: int, tile_k: int, T: int, S: int
+    split: HasResidue, operands: Sequence[Operand], tile_q: int, tile_k: int, T: int, S: int
 ) -> Int[Array, "B N nq nk"]:
     """What a mask allows in every tile: 0 (EMPTY) nothing, 2 (FULL) everything, 1 (PARTIAL) maybe.
 
     Args:
-      split: the mask, split.
+      split: the mask, split, or its residue.
       operands: its operands.
       tile_q, tile_k: queries and keys in a tile; the last ones may be ragged.
       T, S: numbers of queries and of keys.
@@ -76,7 +85,7 @@ def unruled(split: Split[Any]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name not in RULES))
 
 
-def interpret(split: Split[Any], bounds: Sequence[Interval | None]) -> Interval:
+def interpret(split: HasResidue, bounds: Sequence[Interval | None]) -> Interval:
     """The residue on intervals: bounds of its result from bounds of its operands."""
     program = split.program
     values: dict[Any, Interval | None] = dict(zip(program.inputs, bounds, strict=True))
@@ -129,7 +138,7 @@ def _apply(
 
 
 def _cuts(
-    split: Split[Any], operands: Sequence[Operand], tile_q: int, tile_k: int, T: int, S: int
+    split: HasResidue, operands: Sequence[Operand], tile_q: int, tile_k: int, T: int, S: int
 ) -> tuple[int, int]:
     """Into how many blocks a tile is cut along queries and keys."""
     # A batch of unknown size, as in `jax.export`, counts for one row.
@@ -148,7 +157,7 @@ def _cuts(
         cut[axis] *= 2
 
 
-def _inner(split: Split[Any]) -> list[Type]:
+def _inner(split: HasResidue) -> list[Type]:
     """The types of what the residue computes."""
     return [split.program.types[ref] for step in split.program.steps for ref in step.outs]
 

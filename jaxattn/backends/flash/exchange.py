@@ -9,6 +9,7 @@ of parts out of them, as an engine does for a tile, and only keys, values and th
   around with them, and arrive at home. A part of which no query here sees a key is passed on.
 - "gather": all keys come at once. In the backward their gradients are summed at home.
 - "halo": only the keys come that a window asks for, a number before and a number after one's own.
+- "whole": all keys are here already, and their gradients are summed by the caller.
 
 Sums over parts are in the dtype of accumulation.
 """
@@ -91,12 +92,9 @@ def backward(
             found: Gradients = jax.tree.map(lambda a: a.astype(wide), g)
             return found
 
-        like = (here.x.query, here.x.key, here.x.value)
-        none = Gradients(
-            *(zeros(a.shape) for a in like),
-            zeros(x.query.shape[:1]),
-            tuple(zeros(shape_of(here.x.score[n])) for n in which),
-        )
+        query, key, value = (zeros(a.shape) for a in (here.x.query, here.x.key, here.x.value))
+        score = tuple(zeros(shape_of(here.x.score[n])) for n in which)
+        none = Gradients(query, key, value, zeros(query.shape[:1]), score)
         return _if(here.active, seen, none)
 
     own = (zeros(x.query.shape), zeros(x.query.shape[:1]))
@@ -109,6 +107,7 @@ def backward(
         score = tuple(
             here.into(kinds[n], whole, part)
             for n, whole, part in zip(which, score, g.score, strict=True)
+            if part is not None
         )
         return (query + g.query, scale + g.scale, score), (g.key, g.value)
 
@@ -149,7 +148,9 @@ def tangent(config: Config, x: Inputs, moved: tuple[Array, ...]) -> tuple[Array,
 
 def by_formula(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output and LSE by the formula, for derivatives: all keys are gathered."""
-    keys = partial(_gathered, _of(config))
+    shards = _of(config)
+    whole = shards.schedule == "whole"
+    keys = (lambda array: array) if whole else partial(_gathered, shards)
     rows = _rows(config, x)._replace(key=keys(x.key), value=keys(x.value))
     return formula.by_rows(_local(config), rows)
 
@@ -278,9 +279,10 @@ def _rows(config: Config, x: Inputs) -> Inputs:
     """The inputs of this device's queries and all keys, with keys and values of width 0."""
     shards = _of(config)
     B, S, K, _ = x.key.shape
-    nothing = constant(x.query, (B, S * shards.ranks, K, 0), x.key.dtype)
+    S *= 1 if shards.schedule == "whole" else shards.ranks
+    nothing = constant(x.query, (B, S, K, 0), x.key.dtype)
     at = (lax.axis_index(shards.axis) * x.query.shape[1], 0)
-    return _part(config, x, (nothing, nothing), at, S * shards.ranks).x
+    return _part(config, x, (nothing, nothing), at, S).x
 
 
 def _if(active: Bool[Array, ""] | None, compute: Callable[[], Any], otherwise: Any) -> Any:
@@ -299,6 +301,9 @@ def _without_gradient(config: Config, x: Inputs) -> Bool[Array, "B T N"]:
             here = _of_rank(config, x, (flags[..., None], flags[..., None]), rank)
             return nonfinite.that_see(here.config, here.x, flags, bad)
 
+        if shards.schedule == "whole":
+            # The backward of a part looks at its keys itself.
+            return none
         return _around(shards, flags, visit, none)
 
     # One number from each device: all of them have to go the same way.
@@ -361,8 +366,14 @@ def _gathered(shards: Shards, array: Array) -> Array:
 
 def _fetch(shards: Shards, x: Inputs) -> Callable[[Any], Any]:
     """The function from this device's keys to those that its queries need; linear."""
-    one = partial(_gathered if shards.schedule == "gather" else _with_halo, shards)
-    return lambda keys: jax.tree.map(one, keys)
+    match shards.schedule:
+        case "whole":
+            return lambda keys: keys
+        case "gather":
+            one = _gathered
+        case _:
+            one = _with_halo
+    return partial(jax.tree.map, partial(one, shards))
 
 
 def _with_halo(shards: Shards, array: Array) -> Array:
@@ -391,8 +402,8 @@ def _fetched(config: Config, x: Inputs, keys: tuple[Array, Array]) -> _Part:
     shards = _of(config)
     T, S = x.query.shape[1], x.key.shape[1]
     me = lax.axis_index(shards.axis)
-    if shards.schedule == "gather":
-        return _part(config, x, keys, (me * T, 0), S * shards.ranks)
+    if shards.schedule != "halo":
+        return _part(config, x, keys, (me * T, 0), keys[0].shape[1])
     # The halo of the first ranks wraps around to the last keys: a mask that asks for no more than
     # the halo masks them.
     total, first = S * shards.ranks, me * S - shards.before

@@ -6,7 +6,7 @@ From the outside in:
   over the same tiles. Second derivatives are those of the formula, some rows at a time;
 - `custom_vmap`: a vmapped axis is folded into the batch axis. A loop batched by JAX would run for
   every batch row as long as for the longest;
-- `custom_partitioning`: inputs sharded over batch or heads are computed where they are.
+- `custom_partitioning`: inputs sharded over batch, heads or lengths are computed where they are.
 """
 
 from __future__ import annotations
@@ -267,10 +267,11 @@ def _unfolded(size: int, tree: Any) -> Any:
 # --- sharding -------------------------------------------------------------------------------------
 
 
-# Names of axes by role. Batch rows b, query heads n and key heads k may be sharded; operands have
-# more axes after these, and extents of 1 where they don't depend on b or h.
+# Names of axes by role. Batch rows b, query heads n, key heads k and lengths t may be sharded, those
+# of keys only where there are as many as queries. Operands have more axes after these, and extents
+# of 1 where they don't depend on b or h.
 _AXES = {
-    "query": "btnh", "key": "bskh", "value": "bskw", "scale": "b", "operand": "bn", "out": "btnw",
+    "query": "btnh", "key": "btkh", "value": "btkw", "scale": "b", "operand": "bn", "out": "btnw",
     "lse": "btn",
 }  # fmt: skip
 
@@ -305,7 +306,8 @@ def _partitioned(work: Pass, config: Config, local: bool, x: Inputs, *rest: Any)
             given = (roles, "out", "lse", "out", "lse")
             query, key, value, _, scale = own
             out_roles = Gradients(query, key, value, scale, operands(shapes.score))
-    extents = {"b": x.query.shape[0], "n": x.query.shape[2], "k": x.key.shape[2]}
+    B, T, N, _ = x.query.shape
+    extents = {"b": B, "n": N, "k": x.key.shape[2], "t": T}
     leaves, tree = jax.tree.flatten(args)
     results, out_tree = jax.tree.flatten(shapes)
 
@@ -334,7 +336,7 @@ def _local(work: Pass, config: Config) -> Callable[..., Any]:
 
 
 def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
-    """A letter for each axis: b, n, k where it has that extent, "." for what stays whole."""
+    """A letter for each axis: b, n, k, t where it has that extent, "." for what stays whole."""
     letters = _AXES[role].ljust(len(shape), ".")
     return "".join(
         letter if letter in extents and extents[letter] == size else "."
@@ -343,11 +345,12 @@ def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
 
 
 class _ShardedAxes(NamedTuple):
-    """How an operation is split: mesh axes of batch rows, of query heads, and of key heads."""
+    """How an operation is split: mesh axes of batch rows, query heads, key heads, and lengths."""
 
     b: tuple[Any, ...] = ()
     n: tuple[Any, ...] = ()
     k: tuple[Any, ...] = ()
+    t: tuple[Any, ...] = ()
 
 
 @lru_cache(maxsize=1024)
@@ -359,12 +362,17 @@ def _operation(
     outs: tuple[str, ...],
     extents: tuple[tuple[str, int], ...],
 ) -> Callable[..., Any]:
-    """The work as an operation that XLA's partitioner may split along batch rows and heads.
+    """The work as an operation that XLA's partitioner may split.
 
     Where key heads are fewer than the devices that query heads are split over, every device is
-    given all of them, and takes those that its query heads use.
+    given all of them, and takes those that its query heads use. Where lengths are split, keys go
+    from device to device (`exchange`).
     """
-    B, N, K = (size for _, size in extents)
+    B, N, K, T = (size for _, size in extents)
+    engine = config.engine
+    # An engine that is exact needs all keys at once.
+    lengths = engine is not None and not engine.exact
+    key_word = names[1]
 
     def local(split: _ShardedAxes, parts: int, *leaves: Array) -> Any:
         # XLA asks for this while it compiles, under whatever mesh the caller has set; on one
@@ -381,8 +389,21 @@ def _operation(
                 jnp.take(a, used, 2) if "k" in word else a
                 for a, word in zip(leaves, names, strict=True)
             )
-        results = jax.tree.leaves(_local(here, config)(*jax.tree.unflatten(tree, leaves)))
+        x, *rest = jax.tree.unflatten(tree, leaves)
+        made, x = over_lengths(split, x)
+        results = jax.tree.leaves(_local(here, made)(x, *rest))
         return tuple(whole(a, word, split, used) for a, word in zip(results, outs, strict=True))
+
+    def over_lengths(split: _ShardedAxes, x: Inputs) -> tuple[Config, Inputs]:
+        """The config and inputs of a device that has a part of the queries, and of the keys."""
+        if not split.t:
+            return config, x
+        t, s = x.query.shape[1], x.key.shape[1]
+        keys = "ring" if "t" in key_word else "whole"
+        if t % config.tile[0] or s % config.tile[1]:
+            x = x._replace(states=None)
+        shards = base.Shards(split.t, T // t, keys)
+        return config._replace(states=None, shards=shards), x
 
     def whole(array: Array, word: str, split: _ShardedAxes, used: Array | None) -> Array:
         """A result of all devices: gradients of arrays that they share are summed."""
@@ -392,6 +413,8 @@ def _operation(
         over = () if "b" in word else split.b
         if "n" not in word and not ("k" in word and split.k):
             over += split.n
+        if "t" not in word:
+            over += split.t
         return lax.psum(array, over) if over else array
 
     @custom_partitioning
@@ -402,14 +425,16 @@ def _operation(
         """How the queries are split, and into how many parts their batch rows are."""
         sharding = arg_shapes[0].sharding
         spec = (*getattr(sharding, "spec", ()), *(None,) * 4)
-        b, n = _tuple(spec[0]), _tuple(spec[2])
-        sizes = [math.prod(sharding.mesh.shape[axis] for axis in axes) for axes in (b, n)]
+        b, t, n = (_tuple(axes) for axes in spec[:3])
+        sizes = [math.prod(sharding.mesh.shape[axis] for axis in axes) for axes in (b, n, t)]
         # A gradient for each group of rows: only whole groups are split off.
         if B % sizes[0] or (work.groups > 1 and work.groups % sizes[0]):
             b, sizes[0] = (), 1
         if N % sizes[1]:
             n, sizes[1] = (), 1
-        return _ShardedAxes(b, n, () if K % sizes[1] else n), sizes[0]
+        if not lengths or T % sizes[2]:
+            t = ()
+        return _ShardedAxes(b, n, () if K % sizes[1] else n, t), sizes[0]
 
     def shardings(mesh: Any, split: _ShardedAxes, words: Sequence[str]) -> tuple[Any, ...]:
         axes = split._asdict()
@@ -433,7 +458,7 @@ def _operation(
     def spelled(word: str) -> str:
         named = []
         for n in word:
-            if n == ".":
+            if n == "." or (n == "t" and not lengths):
                 left.append(f"x{len(left)}")
                 n = left[-1]
             # As many key heads as query heads: they go together.
