@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ from language_model import load_config, model_of
 from packing import Packed
 from report import Report, write_metrics
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table as Grid
 from training import Checkpoints, Rows
 
@@ -101,9 +102,9 @@ class Table:
     devices: tuple[int, ...] = (1, 2, 4, 8)
     schedules: tuple[Literal["ring", "heads", "halo", "gather"], ...] = ("ring",)
     layout: LayoutName = "balanced"
-    heads: int = 2
-    kv_heads: int = 1
-    head_dim: int = 16
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
     window: int = 0  # 0: causal without a window
     timed: int = 16384  # tokens up to which it is run too; longer ones are only compiled
 
@@ -172,7 +173,7 @@ class Batch(NamedTuple):
 
 
 # A mask is that of the whole row on every device, so that ids are not split over "seq".
-PARTS = Batch(*[P("data", "seq")] * 4, P("data"))
+PARTS: Any = Batch._make([*[P("data", "seq")] * 4, P("data")])
 
 
 def batch_of(packed: Packed, layout: ja.parallel.Layout) -> Batch:
@@ -180,7 +181,7 @@ def batch_of(packed: Packed, layout: ja.parallel.Layout) -> Batch:
     ids = packed.ids
     counted = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     parts = packed.tokens[:, :-1], packed.tokens[:, 1:], counted, packed.places[:, :-1]
-    return Batch(*layout.shard(parts), ids[:, :-1])
+    return Batch._make([*layout.shard(parts), ids[:, :-1]])
 
 
 def make_mesh(config: Train) -> jax.sharding.Mesh:
@@ -281,9 +282,7 @@ def train(
     probe = [on_devices(batch) for batch in some]
     step_fn = train_step(graph, tx, mesh)
     evaluate = jax.jit(
-        jax.shard_map(
-            partial(mean_loss, graph), mesh=mesh, in_specs=(P(), PARTS), out_specs=P()
-        )
+        jax.shard_map(partial(mean_loss, graph), mesh=mesh, in_specs=(P(), PARTS), out_specs=P())
     )
     started = time.monotonic()
     stream = language_model.batches(examples, longer, done)
@@ -319,7 +318,18 @@ def check(config: Train) -> None:
         if wrong:
             raise DataError(message)
 
-    for name in ("processes", "data", "seq", "length", "rows", "steps", "save_every", "window"):
+    counts = (
+        "processes",
+        "data",
+        "seq",
+        "length",
+        "rows",
+        "steps",
+        "save_every",
+        "window",
+        "probe",
+    )
+    for name in counts:
         refuse(getattr(config, name) < 1, f"--{name.replace('_', '-')}: expected 1 or more")
     devices = config.data * config.seq
     refuse(
@@ -349,13 +359,19 @@ def check(config: Train) -> None:
 
 def save_tokens(config: Train) -> None:
     """Text as tokens, once for all processes."""
-    documents = packing.read(config.text or packing.standard_library(), whole=True)
+    documents = packing.read(config.text or packing.standard_library(), cut=False)
     tokenizer = data.byte_pairs(
         documents.train, config.vocabulary, packing.SPECIAL, sentences=False
     )
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, texts in (("train", documents.train), ("test", documents.test)):
         found = packing.encode(tokenizer, texts, config.length + 1)
+        total = sum(map(len, found))
+        if name == "train" and total <= config.rows * (config.length + 1):
+            raise DataError(
+                f"{total:,} tokens of text don't fill a batch; give more text, fewer --rows or a "
+                "smaller --length"
+            )
         arrays |= {name: np.concatenate(found), f"{name}_ends": np.cumsum(list(map(len, found)))}
     size = tokenizer.get_vocab_size()
     np.savez(config.out / "tokens.npz", vocabulary=size, **arrays)
@@ -423,20 +439,23 @@ def run(config: Train, console: Console) -> Rows:
     ]
     limits = processes.Limits(config.silence, config.grace, config.minutes)
     resume = f"python experiments/{NAME} --config {config.out}/config.json --resume"
+
+    def kept() -> str:
+        return f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+
     try:
         with report.progress:
-            asked = processes.run(
-                commands, config.out / "logs", devices_of(devices), limits, told
-            )
+            asked = processes.run(commands, config.out / "logs", devices_of(devices), limits, told)
     except processes.ProcessError as error:
-        kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
         raise processes.ProcessError(
-            f"{error}; all processes were ended; {kept}; to continue: {resume}"
+            f"{error}; all processes were ended; {kept()}; to continue: {resume}"
         ) from None
     if asked:
-        console.print(f"stopped after {saved} steps, and saved; to continue:", highlight=False)
+        console.print(f"stopped; {kept()}; to continue:", highlight=False)
         console.print(f"  {resume}", highlight=False, soft_wrap=True)
         raise KeyboardInterrupt
+    if not rows:
+        raise processes.ProcessError(f"no step was done within {config.minutes} minutes")
     write_metrics(config.out / "metrics.csv", rows)
     return rows
 
@@ -479,7 +498,93 @@ def run_compare(config: Train, console: Console) -> float:
 
 def run_table(config: Table, console: Console) -> list[dict[str, Any]]:
     """Each measurement in a process of its own, which has as many devices."""
-    return []
+    kind = f"a window of {config.window}" if config.window else "causal"
+    title = f"attention of {config.heads} heads of {config.head_dim}, {kind}, {config.layout}"
+    names = ("schedule", "tokens", "devices", "memory a device", "seconds", "sent a device",
+             "balance")  # fmt: skip
+    grid = Grid(*names, title=f"{title}, forward and backward")
+    found = []
+    cases = list(itertools.product(config.schedules, config.lengths, config.devices))
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        for schedule, length, devices in bar.track(cases, description="table"):
+            case = asdict(config) | {"schedule": schedule, "length": length, "devices": devices}
+            done = subprocess.run(
+                [sys.executable, __file__, "measure", json.dumps(case)],
+                env=devices_of(devices),
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+                raise DataError(f"{schedule}, {length} tokens over {devices}: {last[0]}")
+            row = json.loads(done.stdout.splitlines()[-1])
+            found.append(row)
+            seconds = row["seconds"]
+            cells = (
+                schedule if devices > 1 else "-",
+                f"{length:,}",
+                str(devices),
+                f"{row['memory'] / 2**20:.1f} MiB",
+                "compiled only" if seconds is None else f"{seconds:.2f}",
+                f"{row['sent'] / 2**20:.1f} MiB",
+                f"{row['balance']:.2f}",
+            )
+            grid.add_row(*cells)
+            if not console.is_terminal:
+                console.print("  ".join(cells), highlight=False)
+    console.print(grid)
+    return found
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """What one layer's attention takes, forward and backward, on this process's devices.
+
+    Args:
+      case: the fields of `Table`, and a `schedule`, a `length` and a number of `devices`.
+
+    Returns:
+      Bytes of temporary memory on each device, as the compiler counts them; seconds of a second
+      call, or None; bytes that a device sends; and the most work of a device by the mean.
+    """
+    length, devices, window = case["length"], case["devices"], case["window"]
+    mask = ja.masks.sliding_window(window) if window else ja.masks.causal()
+    layout = made_layout(case["layout"], [mask], length, devices)
+    options = {"schedule": case["schedule"], "layout": layout, "mask": mask}
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("seq",), automatic, devices=jax.devices()[:devices])
+    parts = P(None, "seq")
+
+    def both(query: Array, key: Array, value: Array, slope: Array) -> Any:
+        out, back = jax.vjp(partial(ja.parallel.attention, **options), query, key, value)
+        return out, back(slope)
+
+    split = NamedSharding(mesh, parts)
+    query, key = (
+        jax.ShapeDtypeStruct((1, length, n, case["head_dim"]), jnp.float32, sharding=split)
+        for n in (case["heads"], case["kv_heads"])
+    )
+    given = query, key, key, query
+    run = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=parts, out_specs=parts))
+    compiled = run.lower(*given).compile()
+    seconds = None
+    if length <= case["timed"]:
+        draw = jax.jit(
+            lambda: [jax.random.normal(jax.random.key(i), a.shape) for i, a in enumerate(given)],
+            out_shardings=split,
+        )
+        arrays = draw()
+        jax.block_until_ready(compiled(*arrays))
+        started = time.monotonic()
+        jax.block_until_ready(compiled(*arrays))
+        seconds = time.monotonic() - started
+    plan = ja.parallel.explain(query, key, key, ranks=devices, **options)
+    memory: Any = compiled.memory_analysis()
+    return {
+        "memory": memory.temp_size_in_bytes,
+        "seconds": seconds,
+        "sent": sum(plan.sent) if devices > 1 else 0,
+        "balance": plan.balance,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -497,7 +602,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["table"]:
                 run_table(tyro.cli(Table, prog=f"{NAME} table", args=given[1:]), console)
             case ["measure"]:
-                print(json.dumps(measure(**json.loads(given[1]))))
+                print(json.dumps(measure(json.loads(given[1]))))
             case _:
                 default = Train()
                 if "--config" in given[:-1]:

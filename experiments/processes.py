@@ -194,7 +194,9 @@ def _watch(
                     told(message)
                 if messages is None:
                     pipes.unregister(rank.pipe)
-                    _check_end(number, rank)
+                    if _ended_early(number, rank, deadline is not None):
+                        # The others can't save without it.
+                        return
             # After all pipes were read: this process may have been stopped itself, and they full.
             now = time.monotonic()
             for key in pipes.get_map().values():
@@ -217,18 +219,25 @@ def _watch(
                 raise ProcessError(f"the ranks did not end within {limits.grace:g} s")
 
 
-def _check_end(number: int, rank: _Rank) -> None:
-    """Raises if a rank that closed its pipe did not end well."""
+def _ended_early(number: int, rank: _Rank, asked: bool) -> bool:
+    """Whether a rank that closed its pipe was asked to end before it could catch SIGTERM.
+
+    Raises:
+      ProcessError: if it failed, or was killed.
+    """
     try:
         status = rank.process.wait(10)
     except subprocess.TimeoutExpired:
         raise ProcessError(f"rank {number} closed its pipe and did not end") from None
+    if asked and status == -signal.SIGTERM:
+        return True
     if status < 0:
         name = signal.Signals(-status).name
         raise ProcessError(f"rank {number} (process {rank.process.pid}) was killed by {name}")
     if status:
         lines = rank.log.read_text(errors="replace").strip().splitlines() or ["no message"]
         raise ProcessError(f"rank {number} failed: {lines[-1][:300]} (all of it: {rank.log})")
+    return False
 
 
 def free_port() -> int:
