@@ -14,7 +14,7 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model explain gallery docs faults \
-	benchmark benchmark-gpu peers compile-gpu clean
+	benchmark benchmark-gpu peers compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +75,12 @@ compile-gpu: .venv-gpu/ready  ## compile the kernels for an H100, on a machine w
 	version=$$(.venv-gpu/bin/python -c "import jax; print(jax.__version__)") && \
 	.venv-gpu/bin/python -m pip install --progress-bar on \
 		jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version nvidia-cuda-nvcc-cu12
+	touch $@
+
+compile-parallel: .venv-gpu/parallel  ## see what hides the transfers of a ring over eight TPUs
+	.venv-gpu/bin/python experiments/compile_parallel.py $(ARGS)
+.venv-gpu/parallel: .venv-gpu/ready
+	.venv-gpu/bin/python -m pip install --progress-bar on libtpu rich tyro
 	touch $@
 
 clean:  ## remove the environments and what was built

@@ -232,19 +232,30 @@ def _notes(call: Call) -> tuple[str, ...]:
 
 
 def _devices(call: Call) -> tuple[str, ...]:
-    """A note for query heads that are split over more devices than there are key heads."""
+    """Notes on query heads and lengths that are split over devices."""
     sharding = getattr(call.query, "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding):
         return ()
-    axes = (*sharding.spec, None, None, None)[2] or ()
-    names = axes if isinstance(axes, tuple) else (axes,)
-    parts = math.prod(sharding.mesh.shape[name] for name in names)
-    if call.sizes.K % parts == 0:
-        return ()
-    return (
-        f"query heads are split over {parts} devices, and there are {call.sizes.K} key heads: each "
-        "device receives all keys and values, and uses those of its query heads",
-    )
+    _, lengths, heads = (*sharding.spec, None, None, None)[:3]
+
+    def parts(axes: Any) -> int:
+        names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+        return math.prod(sharding.mesh.shape[name] for name in names)
+
+    notes = []
+    if call.sizes.K % parts(heads):
+        notes.append(
+            f"query heads are split over {parts(heads)} devices, and there are {call.sizes.K} key "
+            "heads: each device receives all keys and values, and uses those of its query heads"
+        )
+    if parts(lengths) > 1:
+        even = call.sizes.T == call.sizes.S
+        how = "travel around a ring of them" if even else "are gathered on each"
+        notes.append(
+            f"lengths are split over {parts(lengths)} devices: with tiled, rows, triton and "
+            f"mosaic, keys and values {how}; parallel.explain says what moves"
+        )
+    return tuple(notes)
 
 
 def _scaled(number: float, base: float) -> str:

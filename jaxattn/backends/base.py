@@ -54,12 +54,15 @@ class Shards(NamedTuple):
         the `T` queries and `S` keys that a device has.
       schedule: how keys reach the queries that see them: "ring", "gather", "halo", or "whole" if
         every device has all keys; see `flash/exchange.py`.
+      mesh: all mesh axes of the program. What devices send under a condition, all of them have to
+        send, or they would wait for each other.
       before, after: for "halo", how many keys before and after its own a device needs.
     """
 
     axis: tuple[str, ...]
     ranks: int
     schedule: str
+    mesh: tuple[str, ...]
     before: int = 0
     after: int = 0
 

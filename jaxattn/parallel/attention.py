@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,6 @@ from jax import lax
 
 from ..arguments import checked_call
 from ..attention import attention as whole_attention
-from ..backends import base
 from ..backends.base import Call
 from ..checks.foreign_names import with_remedies
 from ..dispatch import choose, dispatch
@@ -33,7 +33,7 @@ def attention(
     value: Float[ArrayLike, "*B S K Hv"],
     *,
     axis: str | Sequence[str] = "seq",
-    schedule: str = "auto",
+    schedule: str | Sequence[str] = "auto",
     layout: Layout | None = None,
     mask: Any = None,
     score: Any = None,
@@ -65,7 +65,9 @@ def attention(
         | "gather" | all keys to all, and their gradients summed | everything | all keys |
 
         "auto" takes the one that sends the fewest bytes and fits in memory; `parallel.explain`
-        says which, and why.
+        says which, and why. With several axes there may be one for each: `axis=("node", "gpu")`,
+        `schedule=("ring", "heads")` exchanges heads inside a node, and then sends the keys of
+        fewer heads from node to node. All after the first are "heads".
       layout: which blocks of the sequence each rank holds, if not contiguous parts in order. Tokens
         have to be in that order: `layout.shard(tokens)`.
       mask, score, sinks, positions, dropout_rate, dropout_seed: those of the whole sequence, in the
@@ -94,47 +96,77 @@ def attention(
       >>> def local(q, k, v):
       ...     return ja.parallel.attention(q, k, v, mask=ja.masks.causal())
       >>> run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=split))
-      >>> q = k = v = jax.numpy.ones([1, 8, 2, 4])
+      >>> x = jax.numpy.ones([1, 8, 2, 4])
+      >>> q = k = v = jax.device_put(x, jax.NamedSharding(mesh, split))
       >>> run(q, k, v).shape
       (1, 8, 2, 4)
 
     Source: Liu et al. 2023, arXiv 2310.01889 (ring); Jacobs et al. 2023, arXiv 2309.14509 (heads).
     """
     names = _axes(axis)
+    schedules = schedules_of(schedule, len(names))
     ranks = _ranks(names)
     _check_varying(names, query=query, key=key, value=value)
     arrays = [jnp.asarray(a) for a in (query, key, value)]
     lengths = _lengths(arrays, ranks)
     if layout is not None:
         check_layout(layout, ranks, lengths)
-    contiguous = layout is None or layout.contiguous
-    if not contiguous and isinstance(mask, TileMap):
+    in_order = layout is None or layout.contiguous
+    if not in_order and isinstance(mask, TileMap):
         # Its tiles are those of another order.
         B, N = math.prod(arrays[0].shape[:-3]), arrays[0].shape[-2]
         mask.check(B, N, *lengths, positions)
         mask = mask.mask
-    at = positions if contiguous else reordered(positions, layout)
     options: dict[str, Any] = {
         "mask": mask,
         "score": score,
         "scale": scale,
         "sinks": sinks,
-        "positions": at,
+        "positions": positions if in_order else reordered(positions, layout),
         "dropout_rate": dropout_rate,
         "dropout_seed": dropout_seed,
         "precision": precision,
     }
-    call = call_of(arrays, ranks, options)
-    chosen = plan.choose(call, schedule, ranks, contiguous)
-    if ranks > 1 and chosen.name == "heads":
-        return _by_heads(arrays, names, ranks, options, backend, return_lse)
-    if ranks > 1:
-        backend = choose(met(call, chosen, names, ranks), backend).backend
-        call = replace(call, shards=plan.shards_of(chosen, names, ranks))
-    results = dispatch(call, backend, with_lse=return_lse)
-    if arrays[0].ndim == 3:
-        results = tuple(each[0] for each in results)
+    results = _over(arrays, names, schedules, options, (in_order, backend, return_lse))
     return results if return_lse else results[0]
+
+
+def _over(
+    arrays: Sequence[Array],
+    axis: tuple[str, ...],
+    schedules: tuple[str, ...],
+    options: dict[str, Any],
+    settings: tuple[bool, str, bool],
+) -> tuple[Array, ...]:
+    """Output, and LSE if it is asked for, over the axes that are left.
+
+    Args:
+      arrays: query, key and value.
+      axis: the mesh axes over which lengths are split.
+      schedules: one for all axes, or one for each.
+      options: the arguments of the whole sequence.
+      settings: whether tokens lie in their order, the backend, and whether the LSE is asked for.
+    """
+    in_order, backend, with_lse = settings
+    ranks = _ranks(axis)
+    if len(schedules) > 1:
+        inner = partial(_over, axis=axis[:-1], schedules=schedules[:-1], settings=settings)
+        return _by_heads(arrays, axis[-1:], options, inner)
+    call = call_of(arrays, ranks, options)
+    chosen = plan.choose(call, schedules[0], ranks, in_order)
+    if chosen.name == "heads" and ranks > 1:
+
+        def whole(arrays: Sequence[Array], options: dict[str, Any]) -> tuple[Array, ...]:
+            if with_lse:
+                return whole_attention(*arrays, **options, backend=backend, return_lse=True)
+            return (whole_attention(*arrays, **options, backend=backend),)
+
+        return _by_heads(arrays, axis, options, whole)
+    if ranks > 1:
+        backend = choose(met(call, chosen, axis, ranks), backend).backend
+        call = replace(call, shards=plan.shards_of(chosen, axis, ranks))
+    results = dispatch(call, backend, with_lse=with_lse)
+    return tuple(a[0] for a in results) if arrays[0].ndim == 3 else results
 
 
 def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
@@ -145,7 +177,16 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
         else a
         for a in arrays
     ]
-    call = checked_call(*whole, **options)
+    try:
+        call = checked_call(*whole, **options)
+    except (TypeError, ValueError) as error:
+        if ranks > 1:
+            error.add_note(
+                f"Lengths are those of the whole sequence, {ranks} times those of this device's "
+                "part. Arrays in masks and scores, and positions, have them on every device: give "
+                "them to shard_map with in_specs=P()."
+            )
+        raise
     query, key, value = (a[None] if a.ndim == 3 else a for a in arrays)
     return replace(call, query=query, key=key, value=value)
 
@@ -158,26 +199,39 @@ def met(call: Call, chosen: plan.Schedule, axis: tuple[str, ...], ranks: int) ->
       chosen: the schedule.
       axis, ranks: the mesh axes of the sequence, and their size.
     """
-    B, T, S, N, K, H, Hv = call.sizes
-    shards: base.Shards | None = plan.shards_of(chosen, axis, ranks)
+    if ranks == 1:
+        return call
+    S = call.sizes.S
     match chosen.name:
+        case "heads":
+            return by_heads(call, ranks)
         case "gather":
             S *= ranks
         case "halo":
             S += chosen.before + chosen.after
-        case "heads":
-            T, S, N, K, shards = T * ranks, S * ranks, N // ranks, math.lcm(K, ranks) // ranks, None
-
-    def like(array: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((B, *shape), array.dtype)
-
     return replace(
         call,
-        query=like(call.query, T, N, H),
-        key=like(call.key, S, K, H),
-        value=like(call.value, S, K, Hv),
-        shards=shards if ranks > 1 else None,
+        key=_like(call.key, S, call.sizes.K),
+        value=_like(call.value, S, call.sizes.K),
+        shards=plan.shards_of(chosen, axis, ranks),
     )
+
+
+def by_heads(call: Call, ranks: int) -> Call:
+    """The call with the lengths of so many ranks, and a rank's heads of them."""
+    _, T, S, N, K, *_ = call.sizes
+    queries, keys = (T * ranks, N // ranks), (S * ranks, math.lcm(K, ranks) // ranks)
+    return replace(
+        call,
+        query=_like(call.query, *queries),
+        key=_like(call.key, *keys),
+        value=_like(call.value, *keys),
+    )
+
+
+def _like(array: Any, length: int, heads: int) -> Any:
+    B, *_, width = array.shape
+    return jax.ShapeDtypeStruct((B, length, heads, width), array.dtype)
 
 
 # --- sequence against heads -----------------------------------------------------------------------
@@ -186,26 +240,34 @@ def met(call: Call, chosen: plan.Schedule, axis: tuple[str, ...], ranks: int) ->
 def _by_heads(
     arrays: Sequence[Array],
     axis: tuple[str, ...],
-    ranks: int,
     options: dict[str, Any],
-    backend: str,
-    return_lse: bool,
-) -> Any:
-    """Attention of some heads over the whole sequence, on each device."""
+    inner: Callable[..., tuple[Array, ...]],
+) -> tuple[Array, ...]:
+    """Attention of some heads on each device, over the sequence of all.
+
+    Args:
+      arrays: query, key and value.
+      axis: the mesh axes that exchange heads.
+      options: the arguments of the whole sequence.
+      inner: `(arrays, options) -> results`, attention of some heads.
+    """
     query, key, value = arrays
-    N, K = query.shape[-2], key.shape[-2]
+    ranks, N, K = _ranks(axis), query.shape[-2], key.shape[-2]
+    why = plan.refuse("heads", N, ranks)
+    if why is not None:
+        raise ValueError(f"schedule: 'heads' can't compute this call: {why}")
     # As few copies of key heads as give each rank those that its query heads use.
     copies = math.lcm(K, ranks) // K
     if copies > 1:
         key, value = (jnp.repeat(a, copies, a.ndim - 2) for a in (key, value))
 
-    def to_heads(array: Array, axes: int = 2) -> Array:
-        n = array.ndim
-        return lax.all_to_all(array, axis, n - axes, n - axes - 1, tiled=True)
+    def to_heads(array: Array) -> Array:
+        length = array.ndim - 3
+        return lax.all_to_all(array, axis, length + 1, length, tiled=True)
 
-    def to_lengths(array: Array, axes: int = 2) -> Array:
-        n = array.ndim
-        return lax.all_to_all(array, axis, n - axes - 1, n - axes, tiled=True)
+    def to_lengths(array: Array) -> Array:
+        length = query.ndim - 3
+        return lax.all_to_all(array, axis, length, length + 1, tiled=True)
 
     here = N // ranks
     first = lax.axis_index(axis) * here
@@ -215,15 +277,9 @@ def _by_heads(
     sinks = options["sinks"]
     if sinks is not None:
         sinks = lax.dynamic_slice_in_dim(jnp.asarray(sinks), first, here)
-    out, lse = whole_attention(
-        *map(to_heads, (query, key, value)),
-        **options | {"positions": at, "sinks": sinks},
-        backend=backend,
-        return_lse=True,
-    )
-    if not return_lse:
-        return to_lengths(out)
-    return to_lengths(out), to_lengths(lse, 1)
+    parts = [to_heads(a) for a in (query, key, value)]
+    found = inner(parts, options=options | {"positions": at, "sinks": sinks})
+    return tuple(map(to_lengths, found))
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -246,6 +302,21 @@ def _axes(axis: Any) -> tuple[str, ...]:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"axis: got {axis!r}, expected one mesh axis or several different ones")
     return names
+
+
+def schedules_of(given: Any, axes: int) -> tuple[str, ...]:
+    """The schedule of all axes together, or one for each of them, checked as far as their names."""
+    found = (given,) if isinstance(given, str) else tuple(given)
+    known = ", ".join(map(repr, ("auto", *plan.SCHEDULES)))
+    for name in found:
+        if name not in ("auto", *plan.SCHEDULES):
+            raise ValueError(f"schedule: got {name!r}, expected one of {known}")
+    if len(found) != 1 and (len(found) != axes or set(found[1:]) != {"heads"}):
+        raise ValueError(
+            f"schedule: got {found} for {axes} mesh axes, expected one schedule, or one for each "
+            "axis, where all but the first are 'heads'"
+        )
+    return found
 
 
 def _ranks(axis: tuple[str, ...]) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -17,7 +20,15 @@ from ..masks.positions import Positions
 from ..tiles.tile_map import EMPTY, TileMap, tile_map
 from ..tracing.canonical import canonicalize
 from . import plan
-from .attention import attention, call_of, check_layout, met, reordered
+from .attention import (
+    attention,
+    by_heads,
+    call_of,
+    check_layout,
+    met,
+    reordered,
+    schedules_of,
+)
 from .known import evaluated, is_known
 from .layouts import Layout
 from .plan import Sent
@@ -40,8 +51,6 @@ class Plan:
       backend: what computes a part.
       ranks: the number of ranks.
       sent: bytes that a rank sends, forward and backward.
-      tiles: the number of tiles of at most 128 x 128 that each rank computes, over
-        all batch rows and heads; None if the mask's arrays are traced.
     """
 
     schedule: str
@@ -50,7 +59,15 @@ class Plan:
     backend: str
     ranks: int
     sent: Sent
-    tiles: tuple[int, ...] | None
+    _count: Callable[[], tuple[int, ...]] | None = field(repr=False)
+
+    @cached_property
+    def tiles(self) -> tuple[int, ...] | None:
+        """The number of tiles, of 128 x 128 or of short parts, that each rank computes.
+
+        Over all batch rows and heads; None if the mask's arrays are traced.
+        """
+        return None if self._count is None else self._count()
 
     @property
     def balance(self) -> float | None:
@@ -81,8 +98,8 @@ def explain(
     key: Any,
     value: Any,
     *,
-    ranks: int,
-    schedule: str = "auto",
+    ranks: int | Sequence[int],
+    schedule: str | Sequence[str] = "auto",
     layout: Layout | None = None,
     backend: str = "auto",
     **options: Any,
@@ -92,7 +109,7 @@ def explain(
     Args:
       query, key, value: of the whole sequence: `[B, T, N, H]`, `[B, S, K, H]`, `[B, S, K, Hv]`, or
         without B; arrays, or `jax.ShapeDtypeStruct`s.
-      ranks: the number of devices that share it.
+      ranks: the number of devices that share it, or the sizes of several mesh axes.
       schedule, layout, backend, **options: as in `parallel.attention`.
 
     Returns:
@@ -112,30 +129,47 @@ def explain(
     if unknown:
         raise unexpected("parallel.explain", unknown, _OPTIONS)
     options.pop("return_lse", None)
-    parts = [_part(name, a, ranks) for name, a in zip(_NAMES, (query, key, value), strict=True)]
-    lengths = query.shape[-3], key.shape[-3]
+    sizes = (ranks,) if isinstance(ranks, int) else tuple(ranks)
+    schedules = schedules_of(schedule, len(sizes))
+    total = math.prod(sizes)
+    arrays = zip(("query", "key", "value"), (query, key, value), strict=True)
+    parts = [_part(name, array, total) for name, array in arrays]
     if layout is not None:
-        check_layout(layout, ranks, lengths)
-    contiguous = layout is None or layout.contiguous
+        check_layout(layout, total, (query.shape[-3], key.shape[-3]))
+    in_order = layout is None or layout.contiguous
     positions = options.pop("positions", None)
-    at = positions if contiguous else reordered(positions, layout)
+    at = positions if in_order else reordered(positions, layout)
     mask = options.pop("mask", None)
-    given = mask.mask if isinstance(mask, TileMap) and not contiguous else mask
-    call = call_of(parts, ranks, {**options, "mask": given, "positions": at})
-    chosen = plan.choose(call, schedule, ranks, contiguous)
-    local = met(call, chosen, (), ranks)
+    given = mask.mask if isinstance(mask, TileMap) and not in_order else mask
+    call = call_of(parts, total, {**options, "mask": given, "positions": at})
+    whole = call.sizes
+    sent = Sent(0, 0)
+    # The axes that exchange heads, from the last on.
+    for n in reversed(range(1, len(schedules))):
+        why = plan.refuse("heads", call.sizes.N, sizes[n])
+        if why is not None:
+            raise ValueError(f"schedule: 'heads' can't compute this call: {why}")
+        sent = _sum(sent, plan.sent_by("heads", call, sizes[n]))
+        call = by_heads(call, sizes[n])
+    outer = math.prod(sizes[:1] if len(schedules) > 1 else sizes)
+    chosen = plan.choose(call, schedules[0], outer, in_order)
+    sent = _sum(sent, chosen.sent[chosen.name])
+    names = (chosen.name, *schedules[1:])
     return Plan(
-        chosen.name,
+        ", ".join(names),
         chosen.reason,
         chosen.others,
-        choose(local, backend).backend,
-        ranks,
-        chosen.sent[chosen.name],
-        _tiles(mask, at, call.sizes, chosen.name, ranks),
+        choose(met(call, chosen, (), outer), backend).backend,
+        total,
+        sent,
+        _counting(
+            mask, at, whole, total, total // outer * (outer if chosen.name == "heads" else 1)
+        ),
     )
 
 
-_NAMES = ("query", "key", "value")
+def _sum(a: Sent, b: Sent) -> Sent:
+    return Sent(a.forward + b.forward, a.backward + b.backward)
 
 
 def _part(name: str, array: Any, ranks: int) -> Any:
@@ -152,17 +186,17 @@ def _part(name: str, array: Any, ranks: int) -> Any:
     return jax.ShapeDtypeStruct((*shape[:-3], shape[-3] // ranks, *shape[-2:]), array.dtype)
 
 
-def _tiles(
-    mask: Any, positions: Positions | None, sizes: Any, schedule: str, ranks: int
-) -> tuple[int, ...] | None:
-    """The number of tiles that each rank computes; None where they are not known.
+def _counting(
+    mask: Any, positions: Positions | None, sizes: Any, ranks: int, by_heads: int
+) -> Callable[[], tuple[int, ...]] | None:
+    """What counts the tiles that each rank computes; None where they are not known.
 
     Args:
       mask: as given.
       positions: in the order in which ranks hold them.
       sizes: of a rank.
-      schedule: its name.
       ranks: their number.
+      by_heads: how many ranks, one after the other, compute the same queries of different heads.
     """
     plain = full() if mask is None else mask.mask if isinstance(mask, TileMap) else mask
     known = canonicalize(as_mask(plain))
@@ -174,22 +208,21 @@ def _tiles(
         np.arange(n, dtype=np.int32)[None] if given is None else np.asarray(given)
         for given, n in ((at.q, T * ranks), (at.k, S * ranks))
     )
+    rows = T * by_heads
 
-    def count(rows: slice, length: int) -> np.ndarray:
-        """The active tiles of some queries, for each head."""
+    def count(first: int) -> Any:
+        """The active tiles of some queries, in the heads of each rank that computes them."""
         states = tile_map(
             known,
-            (B, length, N, 1),
+            (B, rows, N, 1),
             (B, S * ranks, N, 1),
-            positions=Positions(b=at.b, h=at.h, q=q[:, rows], k=k),
+            positions=Positions(b=at.b, h=at.h, q=q[:, first : first + rows], k=k),
             tile=(min(_TILE, T), min(_TILE, S)),
         ).states
         found = (np.asarray(states) != EMPTY).sum((2, 3))
-        return np.broadcast_to(found, (B, N)).sum(0)
+        return np.broadcast_to(found, (B, N)).sum(0).reshape(by_heads, -1).sum(1).tolist()
 
-    if schedule == "heads":
-        heads = evaluated(lambda: count(slice(None), T * ranks))
-        return tuple(int(n) for n in heads.reshape(ranks, -1).sum(1))
-    return evaluated(
-        lambda: tuple(int(count(slice(r * T, (r + 1) * T), T).sum()) for r in range(ranks))
-    )
+    def counts() -> tuple[int, ...]:
+        return tuple(n for first in range(0, T * ranks, rows) for n in count(first))
+
+    return lambda: evaluated(counts)

@@ -26,6 +26,9 @@ from .known import evaluated, is_known
 # within 2%, and few enough that blocks stay longer than tiles.
 _BLOCKS = 16
 
+# Keys of the tiles by which work is measured: those of the engine on CPU, near those of kernels.
+_TILE = 128
+
 # Of a cyclic layout, which knows nothing of the mask: more of them, so that their work evens out.
 _CYCLIC = 32
 
@@ -205,7 +208,7 @@ def layout(
     even = Layout(tuple(tuple(range(r * count, (r + 1) * count)) for r in range(ranks)), length)
     if not all(map(is_known, whole)):
         return cyclic(length, ranks)
-    tile = (even.block, min(256, length))
+    tile = (even.block, min(_TILE, length))
 
     def work() -> np.ndarray:
         total = np.zeros(ranks * count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,26 +44,23 @@ class Schedule(NamedTuple):
     after: int
 
 
-def refuse(name: str, call: Call, ranks: int, contiguous: bool) -> str | None:
-    """Why a schedule can't compute a call, or None if it can.
-
-    Args:
-      name: of the schedule.
-      call: with this rank's arrays.
-      ranks: their number.
-      contiguous: whether tokens lie in their order.
-    """
-    N = call.sizes.N
+def refuse(name: str, N: int, ranks: int) -> str | None:
+    """Why a schedule can't divide this number of query heads, or None if it can."""
     if name == "heads" and N % ranks:
         return f"{ranks} ranks don't divide the {N} query heads"
-    if name == "halo" and not contiguous:
-        return "tokens of a layout have no neighbours; it takes contiguous parts"
-    if name == "halo" and call.sizes.T != call.sizes.S:
-        return "queries and keys have different lengths, so their parts are not neighbours"
     return None
 
 
-def choose(call: Call, asked: str, ranks: int, contiguous: bool) -> Schedule:
+def _refuse(name: str, call: Call, ranks: int, in_order: bool) -> str | None:
+    """Why a schedule can't compute a call, or None if it can."""
+    if name == "halo" and not in_order:
+        return "tokens of a layout have no neighbours; it takes contiguous parts"
+    if name == "halo" and call.sizes.T != call.sizes.S:
+        return "queries and keys have different lengths, so their parts are not neighbours"
+    return refuse(name, call.sizes.N, ranks)
+
+
+def choose(call: Call, asked: str, ranks: int, in_order: bool) -> Schedule:
     """The schedule that is named, or with "auto" the one that sends least and fits in memory.
 
     The choice depends on shapes, dtypes and known values only, so that it is the same on all hosts.
@@ -71,15 +69,12 @@ def choose(call: Call, asked: str, ranks: int, contiguous: bool) -> Schedule:
       call: with this rank's arrays, and the mask and positions of the whole sequence.
       asked: the name of a schedule, or "auto".
       ranks: their number.
-      contiguous: whether tokens lie in their order.
+      in_order: whether tokens lie in their order.
 
     Raises:
-      ValueError: for an unknown name, and for a schedule that can't compute the call.
+      ValueError: for a schedule that can't compute the call.
     """
-    if asked not in ("auto", *SCHEDULES):
-        names = ", ".join(map(repr, ("auto", *SCHEDULES)))
-        raise ValueError(f"schedule: got {asked!r}, expected one of {names}")
-    refused = {name: refuse(name, call, ranks, contiguous) for name in SCHEDULES}
+    refused = {name: _refuse(name, call, ranks, in_order) for name in SCHEDULES}
     halo = None
     if refused["halo"] is None:
         halo = _halo(call, ranks)
@@ -92,7 +87,7 @@ def choose(call: Call, asked: str, ranks: int, contiguous: bool) -> Schedule:
         raise ValueError(f"schedule: {asked!r} can't compute this call: {refused[asked]}")
     before, after = halo or (0, 0)
     sent = {
-        name: _sent(name, call, ranks, before + after)
+        name: sent_by(name, call, ranks, before + after)
         for name, why in refused.items()
         if why is None
     }
@@ -125,8 +120,8 @@ def _keys(call: Call, least: int) -> int:
     return B * S * K * (H + Hv) * max(jnp.dtype(call.key.dtype).itemsize, least)
 
 
-def _sent(name: str, call: Call, ranks: int, halo: int) -> Sent:
-    """What a rank sends; gradients of keys are summed, and sent, in the dtype of accumulation."""
+def sent_by(name: str, call: Call, ranks: int, halo: int = 0) -> Sent:
+    """What a rank sends by a schedule; gradients of keys in the dtype in which they are summed."""
     B, T, S, N, K, H, Hv = call.sizes
     width = jnp.dtype(call.query.dtype).itemsize
     keys = _keys(call, 0)
@@ -177,7 +172,8 @@ def _halo(call: Call, ranks: int) -> tuple[int, int] | None:
 
 def shards_of(schedule: Schedule, axis: tuple[str, ...], ranks: int) -> Shards:
     """What the engines are told of a schedule."""
-    return Shards(axis, ranks, schedule.name, schedule.before, schedule.after)
+    mesh = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return Shards(axis, ranks, schedule.name, mesh, schedule.before, schedule.after)
 
 
 def as_text(count: int) -> str:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...mesh import constant
+from ...mesh import constant, varying
 from ...shapes import Array, Bool
 from ...tiles import intervals
 from ...tiles.tile_map import EMPTY
@@ -112,12 +112,11 @@ def backward(
         return (query + g.query, scale + g.scale, score), (g.key, g.value)
 
     if shards.schedule == "ring":
-        home = (zeros(x.key.shape), zeros(x.value.shape))
 
         def visit(sums: Any, keys: Any, rank: Any) -> Any:
             return add(sums, _of_rank(config, x, keys, rank))
 
-        sums, (key, value) = _around_with_gradients(shards, (x.key, x.value), home, visit, sums)
+        sums, (key, value) = _around_with_gradients(shards, (x.key, x.value), visit, sums)
     else:
         fetch = _fetch(shards, x)
         fetched = fetch((x.key, x.value))
@@ -226,7 +225,8 @@ def _part(
 
     def into(kind: Kind, array: Array, part: Array) -> Array:
         starts, sizes = tile_slice(kind, *at, *tile, S)
-        starts = (0, 0, *starts, *[0] * (array.ndim - 2 - len(starts)))
+        zero = np.int32(0)
+        starts = (zero, zero, *starts, *[zero] * (array.ndim - 2 - len(starts)))
         old = lax.dynamic_slice(
             array, starts, (*array.shape[:2], *sizes, *part.shape[2 + len(sizes) :])
         )
@@ -256,7 +256,7 @@ def _made(
     if config.mask is not None:
         if x.states is not None and at is not None:
             # Whole tiles of the sequence's own map.
-            first = (0, 0, at[0] // tile[0], at[1] // tile[1])
+            first = (np.int32(0), np.int32(0), at[0] // tile[0], at[1] // tile[1])
             size = (*x.states.shape[:2], T // tile[0], S // tile[1])
             states = lax.dynamic_slice(x.states, first, size)
         else:
@@ -281,7 +281,7 @@ def _rows(config: Config, x: Inputs) -> Inputs:
     B, S, K, _ = x.key.shape
     S *= 1 if shards.schedule == "whole" else shards.ranks
     nothing = constant(x.query, (B, S, K, 0), x.key.dtype)
-    at = (lax.axis_index(shards.axis) * x.query.shape[1], 0)
+    at = (lax.axis_index(shards.axis) * x.query.shape[1], np.int32(0))
     return _part(config, x, (nothing, nothing), at, S).x
 
 
@@ -306,8 +306,9 @@ def _without_gradient(config: Config, x: Inputs) -> Bool[Array, "B T N"]:
             return none
         return _around(shards, flags, visit, none)
 
-    # One number from each device: all of them have to go the same way.
-    anywhere = lax.pmax(base.anywhere(flags).astype(jnp.int32), shards.axis) > 0
+    # One number from each device of the mesh: all of them have to go the same way.
+    axes = tuple(sorted(varying(flags))) or shards.mesh
+    anywhere = lax.pmax(base.anywhere(flags).astype(jnp.int32), axes) > 0
     return lax.cond(anywhere, found, lambda: none)
 
 
@@ -336,25 +337,30 @@ def _around(shards: Shards, keys: Any, visit: Callable[[Any, Any, Any], Any], su
 
 
 def _around_with_gradients(
-    shards: Shards, keys: Any, zeros: Any, visit: Callable[[Any, Any, Any], Any], sums: Any
+    shards: Shards, keys: Any, visit: Callable[[Any, Any, Any], Any], sums: Any
 ) -> Any:
-    """The same, and what visits give for keys, summed, at the rank that the keys belong to."""
+    """The same; `visit` also gives what belongs to the keys, which is summed, and sent home."""
     me = lax.axis_index(shards.axis)
+    last = shards.ranks - 1
 
-    def once(keys: Any, found: Any, sums: Any, n: Any) -> Any:
+    def later(keys: Any, found: Any, sums: Any, n: Any) -> Any:
+        # What was found so far for these keys comes in while more of it is computed.
+        arriving = _sent(shards, found)
         sums, more = visit(sums, keys, (me - n) % shards.ranks)
-        return sums, _sent(shards, jax.tree.map(jnp.add, found, more))
+        return jax.tree.map(jnp.add, arriving, more), sums
 
     def step(carry: Any, n: Any) -> Any:
         keys, found, sums = carry
         following = _sent(shards, keys)
-        sums, found = once(keys, found, sums, n)
-        return (following, found, sums), None
+        return (following, *later(keys, found, sums, n)), None
 
-    last = np.int32(shards.ranks - 1)
-    steps = jnp.arange(last, dtype=jnp.int32)
-    (keys, found, sums), _ = lax.scan(step, (keys, zeros, sums), steps)
-    return once(keys, found, sums, last)
+    following = _sent(shards, keys)
+    sums, found = visit(sums, keys, me)
+    steps = jnp.arange(1, last, dtype=jnp.int32)
+    if last > 1:
+        (following, found, sums), _ = lax.scan(step, (following, found, sums), steps)
+    found, sums = later(following, found, sums, np.int32(last))
+    return sums, _sent(shards, found)
 
 
 # --- all at once ----------------------------------------------------------------------------------
@@ -403,7 +409,7 @@ def _fetched(config: Config, x: Inputs, keys: tuple[Array, Array]) -> _Part:
     T, S = x.query.shape[1], x.key.shape[1]
     me = lax.axis_index(shards.axis)
     if shards.schedule != "halo":
-        return _part(config, x, keys, (me * T, 0), keys[0].shape[1])
+        return _part(config, x, keys, (me * T, np.int32(0)), keys[0].shape[1])
     # The halo of the first ranks wraps around to the last keys: a mask that asks for no more than
     # the halo masks them.
     total, first = S * shards.ranks, me * S - shards.before
@@ -422,7 +428,8 @@ def _fetched(config: Config, x: Inputs, keys: tuple[Array, Array]) -> _Part:
         return array
 
     def into(kind: Kind, array: Array, found: Array) -> Array:
-        like = jax.ShapeDtypeStruct(array.shape, array.dtype)
+        # Varying as the part is: a sum over devices would be taken of its transpose here.
+        like = constant(found, array.shape, array.dtype)
         (more,) = jax.linear_transpose(partial(part, kind), like)(found)
         return array + more
 

@@ -267,9 +267,9 @@ def _unfolded(size: int, tree: Any) -> Any:
 # --- sharding -------------------------------------------------------------------------------------
 
 
-# Names of axes by role. Batch rows b, query heads n, key heads k and lengths t may be sharded, those
-# of keys only where there are as many as queries. Operands have more axes after these, and extents
-# of 1 where they don't depend on b or h.
+# Names of axes by role. Batch rows b, query heads n, key heads k and lengths t may be sharded; that
+# of keys only if there are as many as queries. Operands have more axes after these, and extents of
+# 1 where they don't depend on b or h.
 _AXES = {
     "query": "btnh", "key": "btkh", "value": "btkw", "scale": "b", "operand": "bn", "out": "btnw",
     "lse": "btn",
@@ -345,12 +345,16 @@ def _names(shape: tuple[int, ...], role: str, extents: dict[str, int]) -> str:
 
 
 class _ShardedAxes(NamedTuple):
-    """How an operation is split: mesh axes of batch rows, query heads, key heads, and lengths."""
+    """How an operation is split: mesh axes of batch rows, query heads, key heads, and lengths.
+
+    And all axes of the mesh.
+    """
 
     b: tuple[Any, ...] = ()
     n: tuple[Any, ...] = ()
     k: tuple[Any, ...] = ()
     t: tuple[Any, ...] = ()
+    mesh: tuple[Any, ...] = ()
 
 
 @lru_cache(maxsize=1024)
@@ -402,7 +406,7 @@ def _operation(
         keys = "ring" if "t" in key_word else "whole"
         if t % config.tile[0] or s % config.tile[1]:
             x = x._replace(states=None)
-        shards = base.Shards(split.t, T // t, keys)
+        shards = base.Shards(split.t, T // t, keys, split.mesh)
         return config._replace(states=None, shards=shards), x
 
     def whole(array: Array, word: str, split: _ShardedAxes, used: Array | None) -> Array:
@@ -434,7 +438,8 @@ def _operation(
             n, sizes[1] = (), 1
         if not lengths or T % sizes[2]:
             t = ()
-        return _ShardedAxes(b, n, () if K % sizes[1] else n, t), sizes[0]
+        mesh = tuple(sharding.mesh.axis_names)
+        return _ShardedAxes(b, n, () if K % sizes[1] else n, t, mesh), sizes[0]
 
     def shardings(mesh: Any, split: _ShardedAxes, words: Sequence[str]) -> tuple[Any, ...]:
         axes = split._asdict()
