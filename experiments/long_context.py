@@ -411,9 +411,10 @@ def run(config: Train, console: Console) -> Rows:
         raise DataError(f"no socket on 127.0.0.1, which processes join by ({error})") from None
     devices = config.data * config.seq // config.processes
     console.print(
-        f"{config.processes} processes of {devices} devices; rows of {config.length} tokens over "
-        f"{config.seq} devices",
+        f"processes: {config.processes}, devices of each: {devices}; rows of {config.length} "
+        f"tokens, each over {config.seq} of the devices",
         highlight=False,
+        soft_wrap=True,
     )
     rows: Rows = []
     saved = 0
@@ -472,6 +473,7 @@ def run_train(config: Train, console: Console) -> None:
         f"{int(end['step'])} steps in {end['seconds']:.0f} s; loss {end['loss']:.3f} nats a token"
         f"{held_out}; the whole run took {time.monotonic() - started:.0f} s",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(str(config.out / "metrics.csv"), highlight=False, soft_wrap=True)
 
@@ -492,6 +494,7 @@ def run_compare(config: Train, console: Console) -> float:
         f"the largest difference of {len(differences)} losses, in nats a token: "
         f"{max(differences):.1e}",
         highlight=False,
+        soft_wrap=True,
     )
     return max(differences)
 
@@ -502,7 +505,8 @@ def run_table(config: Table, console: Console) -> list[dict[str, Any]]:
     title = f"attention of {config.heads} heads of {config.head_dim}, {kind}, {config.layout}"
     names = ("schedule", "tokens", "devices", "memory a device", "seconds", "sent a device",
              "balance")  # fmt: skip
-    grid = Grid(*names, title=f"{title}, forward and backward")
+    title, note = f"{title}, forward and backward", "seconds -: compiled, and not run"
+    grid = Grid(*names, title=title, caption=note)
     found = []
     cases = list(itertools.product(config.schedules, config.lengths, config.devices))
     with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -525,7 +529,7 @@ def run_table(config: Table, console: Console) -> list[dict[str, Any]]:
                 f"{length:,}",
                 str(devices),
                 f"{row['memory'] / 2**20:.1f} MiB",
-                "compiled only" if seconds is None else f"{seconds:.2f}",
+                "-" if seconds is None else f"{seconds:.2f}",
                 f"{row['sent'] / 2**20:.1f} MiB",
                 f"{row['balance']:.2f}",
             )
@@ -596,8 +600,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["worker"]:
                 worker(int(given[1]), int(given[2]), load_config(Path(given[3]), Train))
             case ["compare"]:
-                default = Train(steps=20, out=OUT / "compare")
-                config = tyro.cli(Train, prog=f"{NAME} compare", args=given[1:], default=default)
+                default = Train(steps=20, minutes=None, out=OUT / "compare")
+                config = tyro.cli(
+                    Train,
+                    prog=f"{NAME} compare",
+                    description="Train on one device and on all, and compare the losses.",
+                    args=given[1:],
+                    default=default,
+                )
                 run_compare(config, console)
             case ["table"]:
                 run_table(tyro.cli(Table, prog=f"{NAME} table", args=given[1:]), console)
