@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from compile_gpu import H100
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -63,6 +62,9 @@ def devices(kind: str) -> np.ndarray:
     if kind == "v5e":
         found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
     else:
+        # Imported here: it sets up the assembler for all that follows.
+        from compile_gpu import H100
+
         found = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x8")
     return np.array(found.devices)
 
@@ -101,17 +103,17 @@ def transfers(text: str) -> list[Transfer]:
         place = "the program" if head and head.group(1) else "a loop"
         started: dict[str, list[str]] = {}
         for line in block.splitlines():
-            step = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)", line)
+            step = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line)
             if step is None:
                 continue
-            name, dtype, op, args = step.groups()
+            name, dtype, op = step.groups()
             if op.startswith("collective-permute") and "pred" in dtype:
                 continue
             if op == "collective-permute-start":
                 started[name] = []
             elif op == "collective-permute-done":
-                began = args.strip().split(" ")[-1].lstrip("%")
-                found.append(Transfer(place, began, tuple(started.pop(began, ()))))
+                ended = [n for n in started if re.search(rf"\b{re.escape(n)}\)", line)]
+                found += [Transfer(place, n, tuple(started.pop(n))) for n in ended]
             elif op == "collective-permute":
                 found.append(Transfer(place, name, ()))
             elif op in COMPUTATION:

@@ -1,13 +1,16 @@
-"""Meshes: explicit axes made automatic, and the axes that arrays vary over in `shard_map`."""
+"""Meshes: explicit axes made automatic, axes that arrays vary over, and what is outside of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+R = TypeVar("R")
 
 
 def varying_alike(args: list[Any]) -> list[Any]:
@@ -53,3 +56,13 @@ def automatic(run: Callable[..., Any], args: tuple[Any, ...], out: Any) -> Any:
             with jax.sharding.use_abstract_mesh(mesh):
                 return jax.sharding.auto_axes(run, out_sharding=out)(*args)
     return run(*args)
+
+
+def evaluated(fn: Callable[[], R]) -> R:
+    """The result of a function of known values, under `jit` and inside `shard_map` too.
+
+    JAX's `ensure_compile_time_eval` fails in a `shard_map` that is not compiled. What JAX traces,
+    and its meshes and devices, belong to a thread, and in a new one there are none.
+    """
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(fn).result()

@@ -19,6 +19,18 @@ def of_functions(x: jax.Array, flag: bool) -> None:
     assert_type(ja.masks.causal().dense(4, 4), jax.Array)
 
 
+def of_parallel(x: jax.Array, flag: bool) -> None:
+    parts = ja.parallel.attention
+    assert_type(parts(x, x, x, axis="seq", mask=ja.masks.causal()), jax.Array)
+    assert_type(
+        parts(x, x, x, schedule=("ring", "heads"), return_lse=True), tuple[jax.Array, jax.Array]
+    )
+    assert_type(parts(x, x, x, return_lse=flag), jax.Array | tuple[jax.Array, jax.Array])
+    parts(x, x, x, schedules="ring")  # type: ignore[call-overload]
+    assert_type(ja.parallel.layout(ja.masks.causal(), 64, 4), ja.parallel.Layout)
+    assert_type(ja.parallel.explain(x, x, x, ranks=4).sent.forward, int)
+
+
 def of_modules(
     x: jax.Array, cache: ja.KVCache, one: linen.MultiHeadAttention, other: nnx.MultiHeadAttention
 ) -> None:

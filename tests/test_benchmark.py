@@ -15,6 +15,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 import benchmark_gpu  # noqa: E402
 import benchmark_gpu_worker as worker  # noqa: E402
 import benchmark_shapes  # noqa: E402
+import compile_parallel  # noqa: E402
 from benchmark_gpu import GpuConfig  # noqa: E402
 from benchmark_shapes import SHAPES, ShapesConfig  # noqa: E402
 from contestant import Contestant  # noqa: E402
@@ -262,3 +263,29 @@ def test_the_suite_of_shapes_is_rehearsed(tmp_path: Path, capsys: Any) -> None:
     assert "geometric mean, float32 forward" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         benchmark_shapes.main(ShapesConfig(only="no such shape", matmul=0, output=output))
+
+
+SCHEDULED = """
+%body (p: f32[8]) -> f32[8] {
+  %start.1 = ((f32[8]{0}, f32[8]{0}), (f32[8]{0}, f32[8]{0})) collective-permute-start(%a, %b)
+  %start.2 = (pred[8]{0}, pred[8]{0}) collective-permute-start(%c)
+  %add.1 = f32[8]{0} add(%a, %b)
+  %found.1 = f32[8]{0} conditional(%flag, %a, %b), branch_computations={%x, %y}
+  %done.1 = (f32[8]{0}, f32[8]{0}) collective-permute-done(%start.1), metadata={op_name="jit(f)"}
+  %done.2 = pred[8]{0} collective-permute-done(%start.2)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %start.3 = (f32[8]{0}, f32[8]{0}) collective-permute-start(f32[8]{0} %p)
+  %done.3 = f32[8]{0} collective-permute-done((f32[8]{0}, f32[8]{0}) %start.3)
+  ROOT %last = f32[8]{0} collective-permute(%done.3)
+}
+"""
+
+
+def test_a_transfer_is_hidden_by_what_is_computed_before_it_ends() -> None:
+    assert compile_parallel.transfers(SCHEDULED) == [
+        ("a loop", "start.1", ("conditional",)),
+        ("the program", "start.3", ()),
+        ("the program", "last", ()),
+    ]

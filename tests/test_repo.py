@@ -131,7 +131,7 @@ ROOMS = {
     "backends": "base operation | problem | formula | flash"
     " | dense rows cudnn tiled triton mosaic | decode | costs",
     "backends/flash": "tile_sizes tile_lists | operands gpu | nonfinite | exchange | transforms",
-    "backends/tiled": "exponential schedule | tile_step | passes | backend",
+    "backends/tiled": "bfloat16 exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",

@@ -8,8 +8,8 @@ products read them fastest. Units are the pairs of a batch row and a key head.
 
 The constants are nanoseconds of a forward pass, fitted to calls in float32 of 1 to 512 queries, on
 2 cores of an EPYC with AVX2 and JAX 0.12. The estimates were off by a third on average: what
-matters is which is the least. That was nearly always the same with the backward, and in 16 bits,
-for which CPUs compute in float32 too.
+matters is which is the least. That was nearly always the same with the backward, and in 16 bits.
+Where `tiled` multiplies in bfloat16, a product costs it half.
 """
 
 from __future__ import annotations
@@ -17,14 +17,20 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from ..tiles import known
 from ..tiles.tile_map import EMPTY
-from . import decode
+from . import base, decode
 from .base import Call
 from .tiled import backend as tiled
+from .tiled import bfloat16
 
 # A multiplication and an addition of a product of matrices: 120 GFLOP/s.
 PRODUCT = 1 / 60
+
+# The share of that in bfloat16, where a processor has a unit for it.
+NARROW = 0.5
 
 # The share of tiles to compute that is assumed of a mask with numbers or arrays, so that new values
 # never change the choice: that of a causal mask on two tiles of queries and of keys.
@@ -53,12 +59,13 @@ def estimates(call: Call) -> dict[str, float]:
     B, T, S, N, K, H, Hv = call.sizes
     numbers = B * (T * N + S * K) * (H + Hv)
 
-    def cost(price: Price, cells: float) -> float:
-        each = price.cell + PRODUCT * (H + Hv)
+    def cost(price: Price, cells: float, share: float = 1) -> float:
+        each = price.cell + share * PRODUCT * (H + Hv)
         return (cells * each + numbers * price.number + B * K * price.unit) / 1e6
 
     cells = B * N * T * S
-    found = {"tiled": cost(TILED, B * N * _in_tiles(call))}
+    narrow = jnp.dtype(bfloat16.factors(call)).itemsize < jnp.dtype(base.factors(call)).itemsize
+    found = {"tiled": cost(TILED, B * N * _in_tiles(call), NARROW if narrow else 1)}
     if N * T * S <= MOST_OF_ROW:
         found["rows"] = cost(ROWS, cells)
     if decode.refuse(call) is None:

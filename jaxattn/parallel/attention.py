@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .. import arguments
 from ..arguments import checked_call
 from ..attention import attention as whole_attention
 from ..backends.base import Call
@@ -24,6 +25,47 @@ from ..shapes import Array, ArrayLike, Float
 from ..tiles.tile_map import TileMap
 from . import plan
 from .layouts import Layout
+
+
+class Options(arguments.Options, total=False):
+    """The keyword arguments of `parallel.attention`, apart from `return_lse`, for type checkers."""
+
+    axis: str | Sequence[str]
+    schedule: str | Sequence[str]
+    layout: Layout | None
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N Hv"]: ...
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]: ...
+
+
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
 
 
 @with_remedies(name="parallel.attention")

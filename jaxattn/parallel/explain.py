@@ -17,6 +17,7 @@ from ..dispatch import choose
 from ..masks import full
 from ..masks.mask import as_mask
 from ..masks.positions import Positions
+from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, TileMap, tile_map
 from ..tracing.canonical import canonicalize
 from . import plan
@@ -29,7 +30,7 @@ from .attention import (
     reordered,
     schedules_of,
 )
-from .known import evaluated, is_known
+from .known import is_known
 from .layouts import Layout
 from .plan import Sent
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
 from ..masks.mask import And, Mask
-
-R = TypeVar("R")
 
 
 def is_known(tree: Any) -> bool:
@@ -30,13 +26,3 @@ def known_part(mask: Mask) -> Mask | None:
         parts = [part for part in map(known_part, (mask.left, mask.right)) if part is not None]
         return None if not parts else parts[0] if len(parts) == 1 else parts[0] & parts[1]
     return mask if is_known(mask) else None
-
-
-def evaluated(fn: Callable[[], R]) -> R:
-    """The result of a function of known values, under `jit` and inside `shard_map` too.
-
-    JAX's `ensure_compile_time_eval` fails in a `shard_map` that is not compiled. What JAX traces
-    belongs to a thread, and in a new one nothing is traced.
-    """
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(fn).result()

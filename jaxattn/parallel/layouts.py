@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..masks.mask import MaskLike, as_mask
+from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
 from ..tracing.canonical import canonicalize
-from .known import evaluated, is_known
+from .known import is_known
 
 # Blocks of a rank: enough that blocks of unequal work can be dealt out evenly, for ten masks to
 # within 2%, and few enough that blocks stay longer than tiles.

@@ -12,8 +12,9 @@ import numpy as np
 from ..backends import base
 from ..backends.base import Call, Shards
 from ..masks.positions import Positions
+from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
-from .known import evaluated, known_part
+from .known import known_part
 
 SCHEDULES = ("ring", "heads", "halo", "gather")
 

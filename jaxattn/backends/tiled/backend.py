@@ -15,7 +15,7 @@ from .. import base, problem
 from ..base import Call, unchanged
 from ..flash import transforms
 from ..problem import Config, Engine, Inputs
-from . import passes, schedule
+from . import bfloat16, passes, schedule
 
 WHY = "loops of plain XLA over the tiles that the mask allows, in O(T + S) memory"
 
@@ -35,7 +35,7 @@ def footprint(call: Call) -> int:
     """Bytes of the inputs in the layout of the loops, of the sums, and of the tiles of one step."""
     B, T, S, N, K, H, Hv = call.sizes
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
-    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(base.factors(call)).itemsize
+    copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(bfloat16.factors(call)).itemsize
     sums = B * T * N * (Hv + 2) * width
     return int(copies + sums + 2 * schedule.STEP_CELLS * width)
 
@@ -54,7 +54,7 @@ def run(
 
 def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
     """What the loops are compiled for, and what they are given."""
-    return problem.build(call, ENGINE, base.factors(call), partial(tile_of, call, tile))
+    return problem.build(call, ENGINE, bfloat16.factors(call), partial(tile_of, call, tile))
 
 
 def tile_of(

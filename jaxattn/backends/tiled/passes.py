@@ -25,6 +25,7 @@ from ...shapes import Array, Bool, Float
 from .. import base
 from ..flash.operands import backward_rows, cropped_gradient, learned, padded, replaced
 from ..problem import Config, Gradients, Inputs
+from . import bfloat16
 from .exponential import exp
 from .schedule import Step, StepSizes, loop, states_of, step_lists
 from .tile_step import TileStep, add, heads_first, padded_inputs, read, write
@@ -34,8 +35,7 @@ def _dot(config: Config, a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     """Products of stacks of matrices over one axis of each, in the dtype of accumulation."""
     precision = lax.Precision.HIGHEST if config.precision is None else config.precision
     dims = (((axis_a,), (axis_b,)), ((0,), (0,)))
-    dtype = base.accumulator(a.dtype)
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+    return bfloat16.dot(a, b, dims, precision)
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -261,8 +261,9 @@ def _recompute(tile: TileStep, parts: Parts) -> Weights:
     if shown is not None:
         # Before the exponential, not after: a masked logit may be too large for it.
         exponent = jnp.where(shown, exponent.reshape(tile.logits_shape), -jnp.inf).reshape(flat)
-    # The barrier keeps XLA from computing it twice, for dropped weights and for their gradients.
-    p = lax.optimization_barrier(exp(exponent))
+    # The barrier keeps XLA from computing it twice, for dropped weights and for their gradients. In
+    # front of a conversion JAX 0.10 would lose it: weights are kept in the dtype of the products.
+    p = lax.optimization_barrier(exp(exponent).astype(config.dtype)).astype(exponent.dtype)
     factors = tile.dropout_factors(p.dtype) if config.dropout else None
     return Weights(p, shown, factors, pull)
 
