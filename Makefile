@@ -13,8 +13,8 @@ ifneq ($(ARGS),)
 $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
 endif
 
-.PHONY: test test-deep check format experiment language-model explain gallery docs faults \
-	benchmark benchmark-gpu peers compile-gpu compile-parallel clean
+.PHONY: test test-deep check format experiment language-model long-context explain gallery docs \
+	faults benchmark benchmark-gpu peers compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ experiment: $(VENV)/ready  ## train a Transformer that translates, and use it
 
 language-model: $(VENV)/ready  ## train a language model on packed documents, and sample
 	$(BIN)/python experiments/language_model.py $(ARGS)
+
+long-context: $(VENV)/ready  ## train it with each sequence split over processes
+	$(BIN)/python experiments/long_context.py $(ARGS)
 
 explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers
 	$(BIN)/python experiments/how_masking_works.py $(ARGS)

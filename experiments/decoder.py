@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,14 +12,15 @@ from flax import nnx
 
 import jaxattn as ja
 from jaxattn.nn.nnx import MultiHeadAttention, TransformerBlock
-from jaxattn.shapes import Array, Float, Int
+from jaxattn.shapes import Array, Bool, Float, Int
 
 
 class Decoder(nnx.Module):
     """Token ids to logits of the next one.
 
     Every `full_every`-th layer attends to all earlier tokens, the others to `window` of them. The
-    call says which tokens belong to one document, so a row may hold many.
+    call says which tokens belong to one document, so a row may hold many. `attention` makes the
+    attention of a layer.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Decoder(nnx.Module):
         window: int,
         full_every: int,
         *,
+        attention: Callable[..., nnx.Module] = MultiHeadAttention,
         rngs: nnx.Rngs,
     ) -> None:
         init = nnx.initializers.normal(d_model**-0.5)
@@ -40,10 +43,8 @@ class Decoder(nnx.Module):
         def block(i: int) -> TransformerBlock:
             is_full = (i + 1) % full_every == 0
             mask = ja.masks.causal() if is_full else ja.masks.sliding_window(window)
-            attention = partial(
-                MultiHeadAttention, heads, num_kv_heads=kv_heads, mask=mask, rope=ja.nn.RoPE()
-            )
-            return TransformerBlock(d_model, attention, d_ff, rngs=rngs)
+            made = partial(attention, heads, num_kv_heads=kv_heads, mask=mask, rope=ja.nn.RoPE())
+            return TransformerBlock(d_model, made, d_ff, rngs=rngs)
 
         self.blocks = nnx.List([block(i) for i in range(layers)])
         self.norm = nnx.LayerNorm(d_model, rngs=rngs)
@@ -124,5 +125,12 @@ def loss_of(
     number of tokens. The first token of a document is given, not predicted."""
     logits = model(tokens[:, :-1], ids[:, :-1], places[:, :-1])
     same = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1)[..., 0]
-    return -jnp.sum(picked * same), jnp.sum(same)
+    return cross_entropy(logits, tokens[:, 1:], same), jnp.sum(same)
+
+
+def cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], counted: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """The sum over the counted tokens, in nats."""
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return -jnp.sum(picked * counted)

@@ -23,11 +23,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import data
 import jax
@@ -47,6 +47,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 from training import Checkpoints, Pace, Rows, loop
 
+from jaxattn.nn.nnx import MultiHeadAttention
 from jaxattn.shapes import Array, Float, Int
 
 OUT = Path(__file__).parent / "results" / "language_model"
@@ -112,15 +113,18 @@ class Context:
     out: Path = OUT
 
 
-def model_of(config: Train, vocabulary: int) -> Decoder:
+def model_of(
+    config: Train, vocabulary: int, attention: Callable[..., nnx.Module] = MultiHeadAttention
+) -> Decoder:
     names = ("d_model", "layers", "heads", "kv_heads", "d_ff", "window", "full_every")
     sizes = {name: getattr(config, name) for name in names}
-    return Decoder(vocabulary, **sizes, rngs=nnx.Rngs(config.seed))
+    return Decoder(vocabulary, **sizes, attention=attention, rngs=nnx.Rngs(config.seed))
 
 
 # --------------------------------------------------------------------------------------- training
 
 
+Settings = TypeVar("Settings", bound=Train)
 Arrays = Any  # of weights, or of the optimizer
 
 
@@ -149,9 +153,20 @@ def train_step(
         return total / jnp.maximum(count, 1)
 
     loss, gradients = jax.value_and_grad(loss_fn)(params)
+    return *updated(tx, params, state, gradients, rate), loss
+
+
+def updated(
+    tx: optax.GradientTransformation,
+    params: Arrays,
+    state: Arrays,
+    gradients: Arrays,
+    rate: Float[Array, ""],
+) -> tuple[Arrays, Arrays]:
+    """Weights and the optimizer's state after a step of that rate."""
     updates, state = tx.update(gradients, state, params)
     updates = jax.tree.map(lambda update: -rate * update, updates)
-    return optax.apply_updates(params, updates), state, loss
+    return optax.apply_updates(params, updates), state
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -318,23 +333,25 @@ def continued(
     return texts
 
 
-def load_config(path: Path) -> Train:
-    """The configuration that a run saved."""
+def load_config(path: Path, kind: type[Settings]) -> Settings:
+    """The configuration that a run saved, as settings of that kind."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; train first (language_model.py)") from None
-    known = {field.name for field in fields(Train)}
+        raise DataError(f"{path}: no such file; train first") from None
+    except (ValueError, OSError):
+        raise DataError(f"{path}: not the config.json of a run") from None
+    known = {field.name for field in fields(kind)}
     if set(found) - known:
         raise DataError(f"{path}: unknown settings {', '.join(sorted(set(found) - known))}")
     found |= {"out": Path(found["out"]), "text": tuple(map(Path, found["text"]))}
-    return Train(**found)
+    return kind(**found)
 
 
 def run_sample(config: Sample) -> None:
     if not config.prompts:
         raise DataError('nothing to continue; give texts, as in: sample "def read("')
-    saved = load_config(config.model / "config.json")
+    saved = load_config(config.model / "config.json", Train)
     tokenizer = Tokenizer.from_file(str(config.model / "tokenizer.json"))
     model = model_of(saved, tokenizer.get_vocab_size())
     state = nnx.state(model)
@@ -465,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 default = Train()
                 if "--config" in given[:-1]:
                     at = given.index("--config")
-                    default = load_config(Path(given[at + 1]))
+                    default = load_config(Path(given[at + 1]), Train)
                     given = given[:at] + given[at + 2 :]
                 config = tyro.cli(
                     Train, prog=name, description=__doc__, args=given, default=default

@@ -35,16 +35,17 @@ def standard_library() -> list[Path]:
     return [p for p in found if not skipped.intersection(p.relative_to(folder).parts)]
 
 
-def read(files: Sequence[Path]) -> Texts:
+def read(files: Sequence[Path], cut: bool = True) -> Texts:
     """One document for each definition: files are cut at lines that begin a new one at the margin.
 
-    One file in twenty, by a hash of its name, is held out.
+    One file in twenty, by a hash of its name, is held out. Without `cut`, a file is one document.
     """
     texts = Texts([], [])
     for path in files:
         text = "\n".join(read_lines(path))
         side = hashlib.sha256(path.name.encode()).digest()[0] % 20 == 0
-        parts = re.split(r"\n(?=(?:def|class|async def|@)[ \w])", text)
+        cuts = r"\n(?=(?:def|class|async def|@)[ \w])"
+        parts = re.split(cuts, text) if cut else [text]
         (texts.test if side else texts.train).extend(part + "\n" for part in parts if part.strip())
     if not texts.train or not texts.test:
         # Few files: one document in twenty instead.
