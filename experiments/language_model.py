@@ -333,6 +333,16 @@ def continued(
     return texts
 
 
+def asked(kind: type[Settings], given: list[str], name: str, description: str | None) -> Settings:
+    """The settings on a command line; those of the run that `--config FILE` names are defaults."""
+    default = kind()
+    if "--config" in given[:-1]:
+        at = given.index("--config")
+        default = load_config(Path(given[at + 1]), kind)
+        given = given[:at] + given[at + 2 :]
+    return tyro.cli(kind, prog=name, description=description, args=given, default=default)
+
+
 def load_config(path: Path, kind: type[Settings]) -> Settings:
     """The configuration that a run saved, as settings of that kind."""
     try:
@@ -479,15 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["measure"]:
                 print(json.dumps(measure(int(given[1]), int(given[2]), given[3])))
             case _:
-                default = Train()
-                if "--config" in given[:-1]:
-                    at = given.index("--config")
-                    default = load_config(Path(given[at + 1]), Train)
-                    given = given[:at] + given[at + 2 :]
-                config = tyro.cli(
-                    Train, prog=name, description=__doc__, args=given, default=default
-                )
-                run_train(config, console)
+                run_train(asked(Train, given, name, __doc__), console)
     except DataError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2

@@ -614,15 +614,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case ["measure"]:
                 print(json.dumps(measure(json.loads(given[1]))))
             case _:
-                default = Train()
-                if "--config" in given[:-1]:
-                    at = given.index("--config")
-                    default = load_config(Path(given[at + 1]), Train)
-                    given = given[:at] + given[at + 2 :]
-                config = tyro.cli(
-                    Train, prog=NAME, description=__doc__, args=given, default=default
-                )
-                run_train(config, console)
+                run_train(language_model.asked(Train, given, NAME, __doc__), console)
     except DataError as error:
         print(f"{NAME}: {error}", file=sys.stderr)
         return 2

@@ -19,6 +19,9 @@ The words of the library, in its docstrings and error messages:
 | band | the pairs between two diagonals, as of a causal mask or a sliding window |
 | backend | one way to compute attention; `explain` says which one runs, and why |
 | engine | the forward and backward of a backend that computes tile by tile |
+| rank | one of the devices that share a sequence, by number |
+| schedule | how keys reach the ranks whose queries see them |
+| layout | which blocks of the sequence each rank holds |
 """
 
 import sys

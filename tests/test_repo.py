@@ -284,7 +284,7 @@ def test_readme_and_guide_name_every_constructor(family: str) -> None:
 
 
 def test_every_public_thing_has_a_docstring() -> None:
-    places = [ja, ja.masks, ja.scores, ja.testing]
+    places = [ja, ja.masks, ja.parallel, ja.scores, ja.testing]
     for module in places:
         for name in module.__all__:
             thing = getattr(module, name)

@@ -146,12 +146,21 @@ def _short(blocks: Any) -> str:
 
 
 def contiguous(length: int, ranks: int) -> Layout:
-    """One block a rank, in order: best where few keys come from elsewhere, as with a window."""
+    """One block a rank, in order: best where few keys come from elsewhere, as with a window.
+
+    Args:
+      length: of the sequence, in tokens.
+      ranks: their number.
+    """
     return Layout(tuple((rank,) for rank in range(ranks)), length)
 
 
 def zigzag(length: int, ranks: int) -> Layout:
     """Two blocks a rank, one from each end: even for a causal mask alone.
+
+    Args:
+      length: of the sequence, in tokens.
+      ranks: their number.
 
     Source: Zhu 2024, github.com/zhuzilin/ring-flash-attention.
     """
@@ -173,6 +182,10 @@ def cyclic(length: int, ranks: int, blocks: int | None = None) -> Layout:
 
 def striped(length: int, ranks: int) -> Layout:
     """Every `ranks`-th token: even, but for masks of blocks and windows no tile stays empty.
+
+    Args:
+      length: of the sequence, in tokens.
+      ranks: their number.
 
     Source: Brandon et al. 2023, arXiv 2311.09431.
     """
