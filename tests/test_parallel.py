@@ -317,6 +317,30 @@ def test_batch_sequence_and_heads() -> None:
     close(got, wanted, 2e-5)
 
 
+def test_windows_of_heads_that_are_split() -> None:
+    """Which heads are here is traced, so a window that depends on them is not known; others are."""
+    mesh = mesh_of(2, 2, names=("seq", "model"))
+    parts = [inputs(CASES["none"](rng(4)))[name] for name in ("query", "key", "value")]
+    window = jnp.arange(1, N + 1, dtype=jnp.int32) * 4
+    spec = P(None, "seq", "model")
+
+    def run(mask: Any, schedule: str) -> Any:
+        def local(q: Any, k: Any, v: Any, h: Any) -> Any:
+            at = Positions(h=h)
+            return parallel.attention(q, k, v, mask=mask, positions=at, schedule=schedule)
+
+        specs = (spec,) * 3 + (P("model"),)
+        fn = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec)
+        got = jax.jit(fn)(*parts, jnp.arange(N))
+        np.testing.assert_allclose(got, ja.attention(*parts, mask=mask), atol=2e-6)
+
+    of_heads = masks.sliding_window(window)
+    run(of_heads, "auto")
+    run(masks.sliding_window(9) & of_heads, "halo")
+    with pytest.raises(ValueError, match="no window is known"):
+        run(of_heads, "halo")
+
+
 @pytest.mark.parametrize(
     "schedule", ["ring", "gather", "heads", ("ring", "heads"), ("heads", "heads")], ids=str
 )

@@ -24,6 +24,7 @@ from ..mesh import varying
 from ..shapes import Array, ArrayLike, Float
 from ..tiles.tile_map import TileMap
 from . import plan
+from .known import plain
 from .layouts import Layout
 
 
@@ -195,7 +196,7 @@ def _over(
         inner = partial(_over, axis=axis[:-1], schedules=schedules[:-1], settings=settings)
         return _by_heads(arrays, axis[-1:], options, inner)
     call = call_of(arrays, ranks, options)
-    chosen = plan.choose(call, schedules[0], ranks, in_order)
+    chosen = plan.choose(call, plain(options["mask"]), schedules[0], ranks, in_order)
     if chosen.name == "heads" and ranks > 1:
 
         def whole(arrays: Sequence[Array], options: dict[str, Any]) -> tuple[Array, ...]:

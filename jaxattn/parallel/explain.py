@@ -15,11 +15,9 @@ import numpy as np
 from ..checks.foreign_names import unexpected
 from ..dispatch import choose
 from ..masks import full
-from ..masks.mask import as_mask
 from ..masks.positions import Positions
 from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, TileMap, tile_map
-from ..tracing.canonical import canonicalize
 from . import plan
 from .attention import (
     attention,
@@ -30,7 +28,7 @@ from .attention import (
     reordered,
     schedules_of,
 )
-from .known import is_known
+from .known import is_known, plain
 from .layouts import Layout
 from .plan import Sent
 
@@ -153,7 +151,7 @@ def explain(
         sent = _sum(sent, plan.sent_by("heads", call, sizes[n]))
         call = by_heads(call, sizes[n])
     outer = math.prod(sizes[:1] if len(schedules) > 1 else sizes)
-    chosen = plan.choose(call, schedules[0], outer, in_order)
+    chosen = plan.choose(call, plain(mask), schedules[0], outer, in_order)
     sent = _sum(sent, chosen.sent[chosen.name])
     names = (chosen.name, *schedules[1:])
     return Plan(
@@ -199,8 +197,8 @@ def _counting(
       ranks: their number.
       by_heads: how many ranks, one after the other, compute the same queries of different heads.
     """
-    plain = full() if mask is None else mask.mask if isinstance(mask, TileMap) else mask
-    known = canonicalize(as_mask(plain))
+    given = plain(mask)
+    known = full() if given is None else given
     if not (is_known(known) and is_known(positions)):
         return None
     B, T, S, N, *_ = sizes

@@ -17,11 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..masks.mask import MaskLike, as_mask
+from ..masks.mask import MaskLike
 from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
-from ..tracing.canonical import canonicalize
-from .known import is_known, known_part
+from .known import is_known, known_part, plain
 
 # Blocks of a rank: enough that blocks of unequal work can be dealt out evenly, for ten masks to
 # within 2%, and few enough that blocks stay longer than tiles.
@@ -225,7 +224,7 @@ def layout(
       ((0, 3), (1, 2))
     """
     given = list(masks) if isinstance(masks, (list, tuple)) else [masks]
-    whole = [canonicalize(as_mask(mask)) for mask in given]
+    whole = [mask for mask in map(plain, given) if mask is not None]
     count = _divisor(length, ranks, _BLOCKS) if blocks is None else blocks
     # Checks the length, too.
     block = Layout(tuple((n,) for n in range(ranks * count)), length).block

@@ -11,10 +11,11 @@ import numpy as np
 
 from ..backends import base
 from ..backends.base import Call, Shards
+from ..masks.mask import Mask
 from ..masks.positions import Positions
 from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
-from .known import known_part
+from .known import is_known, known_part
 
 SCHEDULES = ("ring", "heads", "halo", "gather")
 
@@ -61,13 +62,14 @@ def _refuse(name: str, call: Call, ranks: int, in_order: bool) -> str | None:
     return refuse(name, call.sizes.N, ranks)
 
 
-def choose(call: Call, asked: str, ranks: int, in_order: bool) -> Schedule:
+def choose(call: Call, mask: Mask | None, asked: str, ranks: int, in_order: bool) -> Schedule:
     """The schedule that is named, or with "auto" the one that sends least and fits in memory.
 
     The choice depends on shapes, dtypes and known values only, so that it is the same on all hosts.
 
     Args:
-      call: with this rank's arrays, and the mask and positions of the whole sequence.
+      call: with this rank's arrays, and the positions of the whole sequence.
+      mask: as given; the call's own may be guarded against positions without an entry.
       asked: the name of a schedule, or "auto".
       ranks: their number.
       in_order: whether tokens lie in their order.
@@ -78,7 +80,7 @@ def choose(call: Call, asked: str, ranks: int, in_order: bool) -> Schedule:
     refused = {name: _refuse(name, call, ranks, in_order) for name in SCHEDULES}
     halo = None
     if refused["halo"] is None:
-        halo = _halo(call, ranks)
+        halo = _halo(call, mask, ranks)
         if halo is None:
             refused["halo"] = (
                 "no window is known: the conjuncts of the mask that are known when it is traced "
@@ -144,14 +146,15 @@ def sent_by(name: str, call: Call, ranks: int, halo: int = 0) -> Sent:
     return Sent(each, each)
 
 
-def _halo(call: Call, ranks: int) -> tuple[int, int] | None:
+def _halo(call: Call, mask: Mask | None, ranks: int) -> tuple[int, int] | None:
     """How many keys before and after its own a rank needs at most, or None for all."""
-    if call.mask is None or call.positions.q is not None or call.positions.k is not None:
+    if mask is None or call.positions.q is not None or call.positions.k is not None:
         return None
-    known = known_part(call.mask.given)
+    known = known_part(mask, call.positions)
     if known is None:
         return None
     B, T, S, N, *_ = call.sizes
+    at = {name: given for name in "bh" if is_known(given := getattr(call.positions, name))}
     # Every key for itself, and all queries of a rank together.
     seen = evaluated(
         lambda: (
@@ -160,7 +163,7 @@ def _halo(call: Call, ranks: int) -> tuple[int, int] | None:
                     known,
                     (B, T * ranks, N, 1),
                     (B, S * ranks, N, 1),
-                    positions=Positions(b=call.positions.b, h=call.positions.h),
+                    positions=Positions(**at),
                     tile=(T, 1),
                 ).states
             )

@@ -100,6 +100,15 @@ class SplitPlan:
     def _hash(self) -> int:
         return hash(self.signature)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Which of the positions b, h, q, k its operands depend on."""
+        found: set[str] = set()
+        for source in {ref for recipe in self.recipes for ref in recipe.sources}:
+            layout = self.views[source][1] if source in self.views else (self.positions[source],)
+            found.update(name for name in layout if name in tuple("bhqk"))
+        return frozenset(found)
+
 
 class Signature(NamedTuple):
     """All of a mask or score but the values of its leaves; hashable, the key of its plan.
