@@ -17,6 +17,8 @@ Read in this order:
 - `operands`: rows `ids[b, q]` and columns `ids[b, k]` are padded to whole tiles, each tile reads
   its 2 numbers of each, and gradients of operands are summed over what shares them.
 - `nonfinite`: engines see finite numbers only; NaN and infinities are put back afterwards.
+- `exchange`: where devices share a sequence, each of them has two tokens of the example, say, and
+  all of `ids`. It computes its own rows of tiles while keys come from the other devices.
 - `gpu`: what the two engines of GPU kernels share.
 - `transforms`: derivatives, `vmap` and sharding around an engine's forward and backward.
 """
