@@ -224,6 +224,7 @@ def test_a_call_is_split_at_the_door() -> None:
     assert {name for name in splitting if not name.startswith("views/")} == {
         "arguments",
         "explain",  # a mask that is not there, which is full
+        "parallel/known",  # a conjunct alone, to see which positions it reads
         "tiles/tile_map",
     }
 

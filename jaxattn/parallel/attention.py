@@ -28,7 +28,8 @@ from .known import plain
 from .layouts import Layout
 
 
-class Options(arguments.Options, total=False):
+# Private: the reference can't say where the inherited arguments of a TypedDict are from.
+class _Options(arguments.Options, total=False):
     """The keyword arguments of `parallel.attention`, apart from `return_lse`, for type checkers."""
 
     axis: str | Sequence[str]
@@ -43,7 +44,7 @@ def attention(
     value: Float[ArrayLike, "*B S K Hv"],
     *,
     return_lse: Literal[False] = False,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> Float[Array, "*B T N Hv"]: ...
 
 
@@ -54,7 +55,7 @@ def attention(
     value: Float[ArrayLike, "*B S K Hv"],
     *,
     return_lse: Literal[True],
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]: ...
 
 
@@ -65,7 +66,7 @@ def attention(
     value: Float[ArrayLike, "*B S K Hv"],
     *,
     return_lse: bool,
-    **options: Unpack[Options],
+    **options: Unpack[_Options],
 ) -> Array | tuple[Array, Array]: ...
 
 
