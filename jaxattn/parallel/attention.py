@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .. import arguments
-from ..arguments import checked_call
+from ..arguments import Options, checked_call
 from ..attention import attention as whole_attention
 from ..backends.base import Call
 from ..checks.foreign_names import with_remedies
@@ -28,23 +27,17 @@ from .known import plain
 from .layouts import Layout
 
 
-# Private: the reference can't say where the inherited arguments of a TypedDict are from.
-class _Options(arguments.Options, total=False):
-    """The keyword arguments of `parallel.attention`, apart from `return_lse`, for type checkers."""
-
-    axis: str | Sequence[str]
-    schedule: str | Sequence[str]
-    layout: Layout | None
-
-
 @overload
 def attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
     value: Float[ArrayLike, "*B S K Hv"],
     *,
+    axis: str | Sequence[str] = "seq",
+    schedule: str | Sequence[str] = "auto",
+    layout: Layout | None = None,
     return_lse: Literal[False] = False,
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> Float[Array, "*B T N Hv"]: ...
 
 
@@ -54,8 +47,11 @@ def attention(
     key: Float[ArrayLike, "*B S K H"],
     value: Float[ArrayLike, "*B S K Hv"],
     *,
+    axis: str | Sequence[str] = "seq",
+    schedule: str | Sequence[str] = "auto",
+    layout: Layout | None = None,
     return_lse: Literal[True],
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]: ...
 
 
@@ -65,8 +61,11 @@ def attention(
     key: Float[ArrayLike, "*B S K H"],
     value: Float[ArrayLike, "*B S K Hv"],
     *,
+    axis: str | Sequence[str] = "seq",
+    schedule: str | Sequence[str] = "auto",
+    layout: Layout | None = None,
     return_lse: bool,
-    **options: Unpack[_Options],
+    **options: Unpack[Options],
 ) -> Array | tuple[Array, Array]: ...
 
 
