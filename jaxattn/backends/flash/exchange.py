@@ -56,9 +56,11 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
         return _if(here.active, seen, sums)
 
     if shards.schedule == "ring":
-        keys = (x.key, x.value)
-        for_each = partial(_around, shards, keys)
-        sums = for_each(lambda sums, keys, rank: add(sums, _of_rank(config, x, keys, rank)), sums)
+
+        def visit(sums: _Sums, keys: Any, rank: Any) -> _Sums:
+            return add(sums, _of_rank(config, x, keys, rank))
+
+        sums = _around(shards, (x.key, x.value), visit, sums)
     else:
         keys = _fetch(shards, x)((x.key, x.value))
         sums = add(sums, _fetched(config, x, keys))
