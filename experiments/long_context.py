@@ -302,7 +302,6 @@ def train(
         if stop or last or step % config.save_every == 0:
             kept = {"params": nnx.to_pure_dict(params), "state": jax.tree.leaves(state)}
             checkpoints.save(step, kept, rows, before + time.monotonic() - started)
-            tell({"saved": step})
         if stop:
             break
     checkpoints.manager.close()
@@ -417,20 +416,13 @@ def run(config: Train, console: Console) -> Rows:
         soft_wrap=True,
     )
     rows: Rows = []
-    saved = 0
     report = Report(console, config.steps, config.minutes)
 
     def told(message: dict[str, Any]) -> None:
-        nonlocal saved
-        for kind, said in message.items():
-            if kind == "saved":
-                saved = said
-            else:
-                rows.append(said)
+        for kind, row in message.items():
+            rows.append(row)
             if kind == "row":
-                report.update(said)
-            elif kind == "earlier":
-                saved = int(said["step"])
+                report.update(row)
 
     arguments = [str(port), str(config.out / "config.json")]
     script = str(Path(__file__).resolve())
@@ -442,7 +434,9 @@ def run(config: Train, console: Console) -> Rows:
     resume = f"python experiments/{NAME} --config {config.out}/config.json --resume"
 
     def kept() -> str:
-        return f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+        # The folder itself is asked: a rank may end between a save and its message.
+        step = Checkpoints(config.out / "checkpoints", resume=True).manager.latest_step()
+        return f"the last checkpoint is of step {step}" if step else "there is no checkpoint yet"
 
     try:
         with report.progress:
