@@ -288,6 +288,38 @@ def test_blocks(norm: Any) -> None:
         np.testing.assert_allclose(jnp.concatenate(outs, 1), want, rtol=1e-5, atol=1e-5)
 
 
+def test_blocks_as_in_llama() -> None:
+    """RMS norms, a gate, and no biases: both dialects, and what the formula says."""
+    x = inputs()
+    attention: dict[str, Any] = {"use_bias": False, "rope": ja.nn.RoPE(), "mask": masks.causal()}
+    make = partial(linen.MultiHeadAttention, num_heads=N, num_kv_heads=1, **attention)
+    mlp: dict[str, Any] = {"gated": True, "use_bias": False}
+    norm_layer = partial(nn.RMSNorm, epsilon=1e-5)
+    block = linen.TransformerBlock(make, 24, norm_layer=norm_layer, activation=nn.silu, **mlp)
+    params = block.init(jax.random.key(0), x)["params"]
+    assert not [path for path, _ in jax.tree.leaves_with_path(params) if "bias" in str(path)]
+    twin = fill(
+        ours.TransformerBlock(
+            F, partial(ours.MultiHeadAttention, N, num_kv_heads=1, **attention), 24,
+            norm_layer=partial(nnx.RMSNorm, epsilon=1e-5), activation=nnx.silu, **mlp,
+            rngs=nnx.Rngs(1),
+        ),
+        params,
+    )  # fmt: skip
+    found = block.apply({"params": params}, x)
+    np.testing.assert_allclose(twin(x), found, rtol=1e-6, atol=1e-6)
+
+    def norm(name: str, x: Any) -> Any:
+        mean = (x * x).mean(-1, keepdims=True)
+        return x / jnp.sqrt(mean + 1e-5) * params[name]["scale"][None, None]
+
+    y = x + make().apply({"params": params["attention"]}, norm("attention_norm", x))
+    inner = norm("mlp_norm", y)
+    gate, up, down = (params[f"mlp_{name}"]["kernel"] for name in ("gate", "in", "out"))
+    wanted = y + (jax.nn.silu(inner @ gate) * (inner @ up)) @ down
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_dropout_of_blocks() -> None:
     x = inputs()
     make = partial(linen.MultiHeadAttention, num_heads=N, dropout_rate=0.5)

@@ -262,14 +262,20 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention if there is a memory, and a feed-forward network.
 
     Each adds to its input: `x + f(norm(x))` (pre, 2002.04745), or `norm(x + f(x))` (post,
-    1706.03762).
+    1706.03762). The feed-forward network is `activation(x W_in) W_out`, or, if `gated`,
+    `(activation(x W_gate) * x W_in) W_out` (2002.05202), in parameters `mlp_in`, `mlp_gate` and
+    `mlp_out`.
 
     Attributes:
       attention: a function that makes the attention and takes a `name`, such as
         `partial(MultiHeadAttention, num_heads=8)`.
       mlp_features: the width of the feed-forward network.
       norm: "pre" or "post".
+      norm_layer: makes a norm, as `partial(nn.RMSNorm, epsilon=1e-5)`; is given `dtype`,
+        `param_dtype` and a `name`.
       activation: the activation of the feed-forward network.
+      gated: whether the feed-forward network has a gate: SwiGLU with `activation=nn.silu`.
+      use_bias: whether the projections of the feed-forward network have a bias.
       dropout_rate: the rate for what is added; keys come from the rng collection "dropout".
       deterministic: True turns dropout off; may be given in the call instead.
       dtype, param_dtype: of the norms and of the feed-forward network.
@@ -278,7 +284,10 @@ class TransformerBlock(nn.Module):
     attention: Callable[..., nn.Module]
     mlp_features: int
     norm: Literal["pre", "post"] = "pre"
+    norm_layer: Callable[..., nn.Module] = nn.LayerNorm
     activation: Callable[[Array], Array] = nn.gelu
+    gated: bool = False
+    use_bias: bool = True
     dropout_rate: float = 0.0
     deterministic: bool | None = None
     dtype: Any = None
@@ -347,7 +356,7 @@ class TransformerBlock(nn.Module):
         functional.check_inputs("x", x, _width(self, "mlp_in"))
 
         def norm(name: str, x: Array) -> Array:
-            return nn.LayerNorm(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
+            return self.norm_layer(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
 
         def add(name: str, f: Callable[[Array], Array], x: Array) -> Array:
             y = f(norm(name, x) if self.norm == "pre" else x)
@@ -365,8 +374,13 @@ class TransformerBlock(nn.Module):
             return out[0]
 
         def mlp(x: Array) -> Array:
-            dense = partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
-            hidden = self.activation(dense(self.mlp_features, name="mlp_in")(x))
+            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            dense = partial(nn.Dense, use_bias=self.use_bias, **types)
+            hidden = dense(self.mlp_features, name="mlp_in")(x)
+            if self.gated:
+                hidden = self.activation(dense(self.mlp_features, name="mlp_gate")(x)) * hidden
+            else:
+                hidden = self.activation(hidden)
             return dense(x.shape[-1], name="mlp_out")(hidden)
 
         x = add("attention_norm", attend, x)

@@ -270,7 +270,25 @@ class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention if there is a memory, and a feed-forward network.
 
     Each adds to its input: `x + f(norm(x))` (pre, 2002.04745), or `norm(x + f(x))` (post,
-    1706.03762).
+    1706.03762). The feed-forward network is `activation(x W_in) W_out`, or, if `gated`,
+    `(activation(x W_gate) * x W_in) W_out` (2002.05202), in parameters `mlp_in`, `mlp_gate` and
+    `mlp_out`.
+
+    Example:
+      A layer of Llama:
+
+      >>> from functools import partial
+      >>> import jaxattn as ja
+      >>> from flax import nnx
+      >>> from jaxattn.nn.nnx import MultiHeadAttention, TransformerBlock
+      >>> attention = partial(
+      ...     MultiHeadAttention, 8, num_kv_heads=2, use_bias=False, rope=ja.nn.RoPE(),
+      ...     mask=ja.masks.causal(),
+      ... )
+      >>> block = TransformerBlock(
+      ...     64, attention, 256, norm_layer=nnx.RMSNorm, gated=True, use_bias=False,
+      ...     activation=nnx.silu, rngs=nnx.Rngs(0),
+      ... )
 
     Args:
       in_features: features of input and output.
@@ -279,7 +297,11 @@ class TransformerBlock(nnx.Module):
       mlp_features: the width of the feed-forward network.
       memory_features: of the memory of cross-attention; None: there is none.
       norm: "pre" or "post".
+      norm_layer: makes a norm, as `partial(nnx.RMSNorm, epsilon=1e-5)`; is given the number of
+        features, `dtype`, `param_dtype` and `rngs`.
       activation: the activation of the feed-forward network.
+      gated: whether the feed-forward network has a gate: SwiGLU with `activation=nnx.silu`.
+      use_bias: whether the projections of the feed-forward network have a bias.
       dropout_rate: of what is added, drawn from the rng stream "dropout".
       deterministic: True turns dropout off; may be given in the call instead, and is what
         `module.train()` and `module.eval()` set.
@@ -295,7 +317,10 @@ class TransformerBlock(nnx.Module):
         *,
         memory_features: int | None = None,
         norm: Literal["pre", "post"] = "pre",
+        norm_layer: Callable[..., nnx.Module] = nnx.LayerNorm,
         activation: Callable[[Array], Array] = nnx.gelu,
+        gated: bool = False,
+        use_bias: bool = True,
         dropout_rate: float = 0.0,
         deterministic: bool | None = None,
         dtype: Any = None,
@@ -307,16 +332,18 @@ class TransformerBlock(nnx.Module):
         self.norm, self.activation = norm, activation
         self.deterministic = deterministic
         self.attention = attention(in_features=in_features, rngs=rngs)
-        self.attention_norm = nnx.LayerNorm(in_features, **options)
+        self.attention_norm = norm_layer(in_features, **options)
         self.in_features, self.memory_features = in_features, memory_features
         if memory_features is not None:
             self.cross_attention = attention(
                 in_features=in_features, in_kv_features=memory_features, rngs=rngs
             )
-            self.cross_norm = nnx.LayerNorm(in_features, **options)
-        self.mlp_in = nnx.Linear(in_features, mlp_features, **options)
-        self.mlp_out = nnx.Linear(mlp_features, in_features, **options)
-        self.mlp_norm = nnx.LayerNorm(in_features, **options)
+            self.cross_norm = norm_layer(in_features, **options)
+        linear = partial(nnx.Linear, use_bias=use_bias, **options)
+        self.mlp_in = linear(in_features, mlp_features)
+        self.mlp_gate = linear(in_features, mlp_features) if gated else None
+        self.mlp_out = linear(mlp_features, in_features)
+        self.mlp_norm = norm_layer(in_features, **options)
         self.dropout_rate = dropout_rate
         if dropout_rate > 0:
             # Only then, so that a module without dropout has no state but its parameters.
@@ -407,7 +434,13 @@ class TransformerBlock(nnx.Module):
         if memory is not None:
             cross = partial(self.cross_attention, inputs_kv=memory, mask=memory_mask, **both)
             x = add(self.cross_norm, cross, x)
-        x = add(self.mlp_norm, lambda x: self.mlp_out(self.activation(self.mlp_in(x))), x)
+        def mlp(x: Array) -> Array:
+            hidden = self.mlp_in(x)
+            if self.mlp_gate is None:
+                return self.mlp_out(self.activation(hidden))
+            return self.mlp_out(self.activation(self.mlp_gate(x)) * hidden)
+
+        x = add(self.mlp_norm, mlp, x)
         return (x, *after) if after else x
 
     def remember(self, memory: Float[Array, "B S memory_features"]) -> KVCache:
