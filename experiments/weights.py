@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Weights:
         """
         read = self._tensors.pop(name, None)
         if read is None:
-            raise DataError(f"{self.path}: there is no tensor {name!r}; this is another model's file")
+            raise DataError(f"{self.path}: no tensor {name!r}; this is the file of another model")
         found = read()
         if found.shape != shape:
             raise DataError(
@@ -142,7 +143,7 @@ def read_safetensors(path: Path, raw: bytes) -> Weights:
         raise DataError(
             f"{path}: not a whole safetensors file ({_line(error)}); download it again"
         ) from None
-    return Weights(path, {name: (lambda a=array: a) for name, array in found.items()})
+    return Weights(path, {name: partial(np.asarray, array) for name, array in found.items()})
 
 
 def _line(error: Exception) -> str:

@@ -434,6 +434,7 @@ class TransformerBlock(nnx.Module):
         if memory is not None:
             cross = partial(self.cross_attention, inputs_kv=memory, mask=memory_mask, **both)
             x = add(self.cross_norm, cross, x)
+
         def mlp(x: Array) -> Array:
             hidden = self.mlp_in(x)
             if self.mlp_gate is None:
