@@ -31,6 +31,10 @@ def ring(**options: Any) -> ja.KVCache:
     return ja.KVCache.rolling(B, 4, K, H, chunk=5, **options)
 
 
+def kept_ring(**options: Any) -> ja.KVCache:
+    return ja.KVCache.rolling(B, 4, K, H, chunk=5, first=2, **options)
+
+
 KINDS: dict[str, Callable[..., Any]] = {"contiguous": contiguous, "paged": paged, "ring": ring}
 
 
@@ -103,6 +107,24 @@ def test_a_ring_is_a_window(name: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
         assert cache.key[0].shape[2] == 9
         assert not cache.overflowed.any()
+
+
+def test_a_ring_may_keep_the_first_tokens() -> None:
+    """A ring of 11 places under sequences of 12: a window of 4, and the first 2."""
+    mask = masks.causal()
+    for pieces in ([5, 1, 1, 5], [1] * L):
+        got, cache = in_pieces(kept_ring(), pieces, mask)
+        want = whole(mask & (masks.sliding_window(4) | masks.global_tokens(2)))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        assert not cache.overflowed.any()
+    assert "chunk=5, first=2" in repr(cache)
+    # Back by a chunk, and on with the same tokens.
+    query, key, value = (x[:, 8:] for x in sequence())
+    out, _ = cache.truncate(8).step(query, key, value, mask=mask)
+    np.testing.assert_allclose(out, want[:, 8:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"got 3 in row 0, expected 7 to 12, or at most 2"):
+        cache.truncate(3)
+    assert not cache.truncate(2).overflowed.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,13 +284,33 @@ def test_drafts_equal_sequential_decoding(kind: str) -> None:
                 alone = alone.append(*token)
                 out = alone.attend(query[:, n : n + 1], one, mask=masks.causal())
             np.testing.assert_allclose(verified[b, leaf], out[b, 0], rtol=1e-5, atol=1e-5)
-    # What was accepted stays: the cache goes back, and takes the path's own keys.
-    accepted = jnp.asarray([[0, 1, 3], [1, 2, 3]])[..., None, None] + draft.start
-    kept = [jnp.take_along_axis(x, accepted, axis=1) for x in (key, value)]
-    after = cache.append(key[:, draft], value[:, draft]).truncate(start).append(*kept)
-    for held, want in zip(after.read(), cache.append(*kept).read()):
-        np.testing.assert_array_equal(held[0, :8], want[0, :8])
-        np.testing.assert_array_equal(held[1, :6], want[1, :6])
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    everyday((k, s) for k in ("contiguous", "paged", "ring", "kept") for s in (None, jnp.int8)),
+)
+def test_accepted_drafts_are_kept(kind: str, stored: Any) -> None:
+    """What is kept of a chunk is as if nothing else of it had been appended, to the bit."""
+    _, key, value = sequence()
+    make = kept_ring if kind == "kept" else KINDS[kind]
+    cache = make(stored=stored)
+    # The tree begins in places that the first two tokens of a kept ring have beside the others.
+    for n in (1, 4) if kind == "kept" else (5, 3):
+        cache = cache.append(key[:, :n], value[:, :n], jnp.asarray([n, n - 1]))
+    start, draft = cache.length, slice(6, 11)
+    paths, counts = jnp.asarray([[0, 1, 3], [1, 2, 3]]), jnp.asarray([3, 2])
+    full = cache.append(key[:, draft], value[:, draft])
+    kept = jax.jit(lambda c, at: c.keep(start, at, counts))(full, start[:, None] + paths)
+    index = paths[..., None, None] + draft.start
+    alone = cache.append(*(jnp.take_along_axis(x, index, axis=1) for x in (key, value)), counts)
+    np.testing.assert_array_equal(kept.length, alone.length)
+    np.testing.assert_array_equal(full.keep(start, start[:, None] + paths).length, start + 3)
+    assert not kept.overflowed.any()
+    # A ring may have lost what lies more than its window before the drafts.
+    at = jnp.clip(jnp.arange(L)[None], start[:, None] - 2, alone.length[:, None] - 1)
+    for held, want in zip(jax.tree.leaves(kept._stored(at)), jax.tree.leaves(alone._stored(at))):
+        np.testing.assert_array_equal(held, want)
 
 
 @pytest.mark.usefixtures("own_errors")
@@ -361,6 +403,8 @@ def test_what_no_place_holds_is_not_felt() -> None:
         (lambda: ja.KVCache.create(0, 1, 1, 1), r"create\(batch=\): got 0, expected an integer >= 1"),
         (lambda: ja.KVCache.rolling(1, -1, 1, 1), r"rolling\(window=\): got -1"),
         (lambda: ja.KVCache.rolling(1, 2, 1, 1, chunk=0), r"rolling\(chunk=\): got 0"),
+        (lambda: ja.KVCache.rolling(1, 2, 1, 1, first=-1), r"rolling\(first=\): got -1"),
+        (lambda: contiguous().keep(0, jnp.zeros((1, 2), jnp.int32)), r"keep\(positions\): got shape \[1, 2\], expected \[2, M\]"),
         (lambda: ja.PagedKVCache.create(1, 1, 2.0, 1, 1), r"create\(page=\): got 2.0"),
         (lambda: ja.KVCache.create(1, 1, 1, 1, stored=jnp.int16), "stored=int16, expected a float"),
         (lambda: contiguous().append(jnp.ones((B, 1, K, 3)), jnp.ones((B, 1, K, H))), r"append\(key\): got shape"),
@@ -370,7 +414,7 @@ def test_what_no_place_holds_is_not_felt() -> None:
         (lambda: contiguous().append(jnp.ones((B, 1, K, H)), jnp.ones((B, 1, K, H)), jnp.asarray([2, 0])), "expected numbers from 0 to 1"),
         (lambda: ring().append(jnp.ones((B, 6, K, H)), jnp.ones((B, 6, K, H))), "got 6 tokens, expected at most the 5"),
     ],
-    ids=range(11),
+    ids=range(13),
 )  # fmt: skip
 def test_errors(call: Callable[[], Any], says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):

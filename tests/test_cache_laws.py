@@ -18,12 +18,13 @@ import jaxattn as ja
 from jaxattn import masks
 from jaxattn.masks.positions import Filled, over_grid
 
-B, H, WINDOW, CHUNK, CAPACITY = 2, 4, 3, 4, 24
+B, H, WINDOW, CHUNK, FIRST, CAPACITY = 2, 4, 3, 4, 2, 24
 
 KINDS: dict[str, Callable[[], Any]] = {
     "contiguous": lambda: ja.KVCache.create(B, CAPACITY, 1, H),
     "paged": lambda: ja.PagedKVCache.create(B, 12, 4, 1, H, pages_per_row=6),
     "ring": lambda: ja.KVCache.rolling(B, WINDOW, 1, H, chunk=CHUNK),
+    "kept ring": lambda: ja.KVCache.rolling(B, WINDOW, 1, H, chunk=CHUNK, first=FIRST),
 }
 
 
@@ -36,12 +37,19 @@ class Row:
 
     places: list[tuple[int, np.ndarray] | None]
     tokens: list[np.ndarray]
+    first: int
     lost: bool = False
 
     def append(self, token: np.ndarray) -> None:
         at = len(self.tokens)
-        self.places[at % len(self.places)] = (at, token)
+        around = self.first + (at - self.first) % (len(self.places) - self.first)
+        self.places[at if at < self.first else around] = (at, token)
         self.tokens.append(token)
+
+    def sees(self, q: int, window: int) -> list[int]:
+        """The past that a query at q sees."""
+        past = range(min(q, len(self.tokens)))
+        return [k for k in past if q - k <= window or k < self.first]
 
     def truncate(self, length: int, window: int) -> None:
         del self.tokens[length:]
@@ -51,8 +59,7 @@ class Row:
 
     def remembers(self, q: int, window: int) -> bool:
         """Whether everything is there that a query at q sees of the past."""
-        past = range(max(0, q - window), min(q, len(self.tokens)))
-        return set(past) <= {place[0] for place in self.held().values()}
+        return set(self.sees(q, window)) <= {place[0] for place in self.held().values()}
 
     def held(self) -> dict[int, tuple[int, np.ndarray]]:
         """Positions and keys of the tokens that are really there, by place."""
@@ -60,7 +67,7 @@ class Row:
         return {i: at for i, at in filled if at is not None and at[0] < len(self.tokens)}
 
     def copy(self) -> Row:
-        return Row(list(self.places), list(self.tokens), self.lost)
+        return Row(list(self.places), list(self.tokens), self.first, self.lost)
 
 
 def expected_mask(rows: list[Row], window: int) -> np.ndarray:
@@ -68,13 +75,13 @@ def expected_mask(rows: list[Row], window: int) -> np.ndarray:
     seen = np.zeros((len(rows), CAPACITY, len(rows[0].places)), bool)
     for b, row in enumerate(rows):
         for place, (at, _) in row.held().items():
-            seen[b, :, place] = np.arange(CAPACITY) - at <= window
+            seen[b, :, place] = (np.arange(CAPACITY) - at <= window) | (at < row.first)
     return seen
 
 
 def expected_output(row: Row, q: int, window: int, query: np.ndarray) -> np.ndarray:
     """Causal attention of one query to the sequence as it is known, by the formula."""
-    past = np.stack(row.tokens[max(0, q - window) : q + 1])
+    past = np.stack([row.tokens[k] for k in (*row.sees(q, window), q)])
     logits = past @ query / np.sqrt(H)
     weights = np.exp(logits - logits.max())
     return -(weights / weights.sum()) @ past  # type: ignore[no-any-return]
@@ -137,8 +144,9 @@ def test_caches_hold_what_they_say(kind: str, program: list[Any], seed: int) -> 
     """After any appends, truncations and reorderings: places, mask, keys, flags and outputs."""
     draw = rng(seed)
     cache = KINDS[kind]()
-    window = WINDOW if kind == "ring" else CAPACITY
-    rows = [Row([None] * cache.capacity, []) for _ in range(B)]
+    window = WINDOW if "ring" in kind else CAPACITY
+    first = FIRST if kind == "kept ring" else 0
+    rows = [Row([None] * cache.capacity, [], first) for _ in range(B)]
     for name, numbers in program:
         if name == "append":
             most = [min(n, CAPACITY - len(row.tokens)) for n, row in zip(numbers, rows)]

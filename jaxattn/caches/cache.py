@@ -32,7 +32,7 @@ import numpy as np
 from ..arguments import checked_call
 from ..backends import decode
 from ..checks.foreign_names import with_remedies
-from ..checks.integers import as_given, concrete, is_integer, narrowed
+from ..checks.integers import as_given, concrete, integers, is_integer, narrowed
 from ..dispatch import dispatch
 from ..masks.mask import BuiltInMask, Mask, as_mask, leaf_repr
 from ..masks.positions import Positions
@@ -203,6 +203,54 @@ class Cache(ByStructure, ABC):
           ValueError: for shapes that do not fit, and, outside `jit`, for a row that overflows.
             Inside `jit`, tokens that do not fit are dropped, and `overflowed` becomes True.
         """
+
+    @abstractmethod
+    def truncate(self: C, length: Int[ArrayLike, "B"] | int) -> C:
+        """The cache without the tokens from position `length` on: rejected drafts, a new prompt."""
+
+    @abstractmethod
+    def reorder(self: C, rows: Int[ArrayLike, "B"]) -> C:
+        """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
+
+    def keep(
+        self: C,
+        length: Int[ArrayLike, "B"] | int,
+        positions: Int[ArrayLike, "B M"],
+        counts: Int[ArrayLike, "B"] | None = None,
+    ) -> C:
+        """The cache with some of the tokens from position `length` on, moved together.
+
+        After a tree of drafts was appended and verified, this keeps the path that was accepted. A
+        token takes the next free position; its key stays what it was, so that rotary embeddings
+        have to be those of the depth in the tree (`rope_positions`).
+
+        Args:
+          length: where the tree begins, as `cache.length` was before it was appended.
+          positions: of the tokens that stay, in order, as the cache counts them.
+          counts: how many of the M positions of each row are meant; they come first. All by
+            default.
+
+        Raises:
+          ValueError: for shapes that do not fit, and as `truncate` and `append` do.
+        """
+        at = integers(positions, "cache.keep(positions)", ("[B, M]",), 0)
+        B = self.length.shape[0]
+        if at.shape[0] != B:
+            raise ValueError(
+                f"cache.keep(positions): got shape {list(at.shape)}, expected [{B}, M]"
+            )
+        stored = self._stored(at)
+        return self.truncate(length)._put(*stored, _counts(counts, *at.shape))
+
+    @abstractmethod
+    def _stored(self, at: Int[Array, "B T"]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Keys and values at these positions, `[B, T, K, H]`, as they are stored."""
+
+    @abstractmethod
+    def _put(
+        self: C, key: tuple[Array, ...], value: tuple[Array, ...], number: Int[Array, "B"]
+    ) -> C:
+        """Appends keys and values as they are stored, the first `number` of each row."""
 
     @property
     def mask(self) -> Mask:

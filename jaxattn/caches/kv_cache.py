@@ -19,12 +19,13 @@ from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
 
 @pytree
 class Recent(BuiltInMask):
-    """The last `window` keys before the query, and those after it."""
+    """The last `window` keys before the query, those after it, and the `first` of all."""
 
     window: Any
+    first: Any
 
     def formula(self, b: Any, h: Any, q: Any, k: Any) -> Any:
-        return q - k <= self.window
+        return (q - k <= self.window) | (k < self.first)
 
 
 @pytree
@@ -46,6 +47,7 @@ class KVCache(Cache):
 
     Attributes:
       window: how far back a query of a ring sees; `None` if the cache is no ring.
+      first: how many of the first tokens of each row a ring keeps for good.
       places: int32 `[B, S]`, of a ring: the position of the token last stored in each place, -1 if
         there was none. A token that was taken back stays until its place is needed, and so does the
         gap that it left; `mask` shows neither.
@@ -58,6 +60,7 @@ class KVCache(Cache):
     dtype: Any = static()
     window: int | None = static(default=None)
     places: Int[Array, "B S"] | None = None
+    first: int = static(default=0)
     heads_first: ClassVar[bool] = True
 
     @classmethod
@@ -105,27 +108,31 @@ class KVCache(Cache):
         head_dim: int,
         *,
         chunk: int = 1,
+        first: int = 0,
         value_dim: int | None = None,
         dtype: Any = jnp.float32,
         stored: Any = None,
     ) -> KVCache:
         """A ring: it holds the last `window` tokens before each query, and no more.
 
-        Its `mask` is `q - k <= window`, so that results are those of the whole sequence under
-        `mask & masks.sliding_window(window)`. Memory is `window + chunk` places.
+        Its `mask` is `(q - k <= window) | (k < first)`, so that results are those of the whole
+        sequence under `mask & (masks.sliding_window(window) | masks.global_tokens(first))`. Memory
+        is `first + window + chunk` places.
 
         Args:
           window: how far back a query sees, as `left` of `masks.sliding_window`.
           chunk: the most tokens that one `append` adds, and that `truncate` takes back.
+          first: how many of the first tokens stay in the cache for good. A model that was trained
+            without a window needs a few: its heads put there the weight that they have no use for
+            (attention sinks, arXiv 2309.17453).
           batch, heads, head_dim, value_dim, dtype, stored: as in `create`.
         """
-        check_sizes("KVCache.rolling", {"window": window}, least=0)
+        check_sizes("KVCache.rolling", {"window": window, "first": first}, least=0)
         check_sizes("KVCache.rolling", {"chunk": chunk})
-        made = cls.create(
-            batch, window + chunk, heads, head_dim, value_dim=value_dim, dtype=dtype, stored=stored
-        )
-        places = jnp.full((batch, window + chunk), -1, jnp.int32)
-        return cls(made.key, made.value, made.length, made.overflowed, made.dtype, window, places)
+        options = {"value_dim": value_dim, "dtype": dtype, "stored": stored}
+        made = cls.create(batch, first + window + chunk, heads, head_dim, **options)
+        places = jnp.full((batch, made.capacity), -1, jnp.int32)
+        return replace(made, window=window, places=places, first=first)
 
     @property
     def capacity(self) -> int:
@@ -141,7 +148,7 @@ class KVCache(Cache):
     @property
     def mask(self) -> Mask:
         held = super().mask
-        return held if self.window is None else held & Recent(self.window)
+        return held if self.window is None else held & Recent(self.window, self.first)
 
     def read(self) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K Hv"]]:
         key, value = unpacked(self.key, self.dtype), unpacked(self.value, self.dtype)
@@ -153,22 +160,25 @@ class KVCache(Cache):
         value: Float[ArrayLike, "B T K Hv"],
         counts: Int[ArrayLike, "B"] | None = None,
     ) -> KVCache:
-        new_key, new_value, number = self._tokens(key, value, counts)
-        T = new_key[0].shape[1]
+        return self._put(*self._tokens(key, value, counts))
+
+    def _put(
+        self, key: tuple[Array, ...], value: tuple[Array, ...], number: Int[Array, "B"]
+    ) -> KVCache:
+        T = key[0].shape[1]
         if self.window is None:
             check_room(self.length + number, self.capacity)
-        elif self.capacity < self.window + T:
+        elif self._chunk < T:
             raise ValueError(
-                f"cache.append(key): got {T} tokens, expected at most the "
-                f"{self.capacity - self.window} that this ring takes at once; create it with "
-                "rolling(chunk=...), or append in parts"
+                f"cache.append(key): got {T} tokens, expected at most the {self._chunk} that this "
+                "ring takes at once; create it with rolling(chunk=...), or append in parts"
             )
         at = self.upcoming(T)
         fits = jnp.arange(T, dtype=jnp.int32)[None] < number[:, None]
         if self.window is None:
             fits &= at < self.capacity
         # Out of bounds: dropped.
-        place = jnp.where(fits, at % self.capacity, self.capacity)
+        place = jnp.where(fits, self._place(at), self.capacity)
         rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
 
         def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -182,12 +192,29 @@ class KVCache(Cache):
         most = length if self.window is not None else jnp.minimum(length, self.capacity)
         return replace(
             self,
-            key=put(self.key, new_key),
-            value=put(self.value, new_value),
+            key=put(self.key, key),
+            value=put(self.value, value),
             length=most,
             overflowed=self.overflowed | (most < length),
             places=places,
         )
+
+    def _place(self, at: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """The places of tokens at these positions."""
+        if self.window is None:
+            return at
+        around = self.first + (at - self.first) % (self.capacity - self.first)
+        return jnp.where(at < self.first, at, around)
+
+    def _stored(self, at: Int[Array, "B T"]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        place = self._place(at)[:, None, :, None]
+
+        def taken(held: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(
+                jnp.moveaxis(jnp.take_along_axis(a, place, 2, mode="clip"), 1, 2) for a in held
+            )
+
+        return taken(self.key), taken(self.value)
 
     def truncate(self, length: Int[ArrayLike, "B"] | int) -> KVCache:
         """The cache without the tokens from position `length` on: rejected drafts, a new prompt.
@@ -204,16 +231,18 @@ class KVCache(Cache):
         lost = jnp.zeros_like(self.overflowed)
         if self.window is not None:
             # Whether the next token will see tokens that the ring no longer has.
-            lost = jnp.maximum(shorter - self.window, 0) < jnp.minimum(self._first, shorter)
+            begins = jnp.maximum(shorter - self.window, self.first)
+            lost = begins < jnp.minimum(self._oldest, shorter)
             found = concrete(lost)
             if found is not None and found.any():
                 row = int(np.argmax(found))
-                least = int(self._first[row]) + self.window
+                least = int(self._oldest[row]) + self.window
+                kept = f"at most {self.first}" if self.first else "0"
                 raise ValueError(
                     f"cache.truncate(length): got {int(shorter[row])} in row {row}, expected "
-                    f"{least} to {int(self.length[row])}, or 0: a query there sees the "
+                    f"{least} to {int(self.length[row])}, or {kept}: a query there sees the "
                     f"{self.window} tokens before it, and this ring has none before position "
-                    f"{int(self._first[row])}; create it with a larger rolling(chunk=...)"
+                    f"{int(self._oldest[row])}; create it with a larger rolling(chunk=...)"
                 )
         over = (self.overflowed & (shorter > 0)) | lost
         return replace(self, length=shorter, overflowed=over)
@@ -224,10 +253,19 @@ class KVCache(Cache):
         return jax.tree.map(lambda a: a[order], self)
 
     @property
-    def _first(self) -> Int[Array, "B"]:
-        """The first position from which all tokens are held; the length if none is."""
+    def _chunk(self) -> int:
+        """The most tokens that a ring takes at once."""
+        assert self.window is not None
+        return self.capacity - self.window - self.first
+
+    @property
+    def _oldest(self) -> Int[Array, "B"]:
+        """The position from which all tokens are held; the length if none is.
+
+        Of a ring, without those that it keeps for good.
+        """
         end = self.length[:, None]
-        held = (self.positions >= 0) & (self.positions < end)
+        held = (self.positions >= self.first) & (self.positions < end)
         return jnp.where(held, self.positions, end).min(1)
 
     def _check_positions(self, at: Int[Array, "B T"], N: int, mask: Any) -> None:
@@ -235,17 +273,17 @@ class KVCache(Cache):
         places, lengths = concrete(at), concrete(self.length)
         if self.window is None or places is None or lengths is None:
             return
-        first = concrete(self._first)
-        if first is None:
+        oldest = concrete(self._oldest)
+        if oldest is None:
             return
-        begins = np.maximum(places - self.window, 0)
-        if not (begins < first[:, None]).any():
+        begins = np.maximum(places - self.window, self.first)
+        if not (begins < oldest[:, None]).any():
             return
         # A lost token matters only if the mask would have shown it.
-        gap = np.arange(begins.min(), first.max(), dtype=np.int32)
-        missed = (gap >= begins[:, None, :, None]) & (gap < first[:, None, None, None])
+        gap = np.arange(begins.min(), oldest.max(), dtype=np.int32)
+        missed = (gap >= begins[:, None, :, None]) & (gap < oldest[:, None, None, None])
         if mask is not None:
-            rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (len(first), N))
+            rows, heads = (jnp.arange(n, dtype=jnp.int32) for n in (len(oldest), N))
             shown = over_grid(as_mask(mask), Filled(rows, heads, at, jnp.asarray(gap)[None]))
             allowed = concrete(shown)
             if allowed is None:
@@ -255,7 +293,7 @@ class KVCache(Cache):
             row, _, query, hole = np.argwhere(missed)[0]
             raise ValueError(
                 f"cache.attend(at): got position {places[row, query]} in row {row}, which sees "
-                f"position {gap[hole]}, but this ring holds {first[row]} to {lengths[row] - 1} "
+                f"position {gap[hole]}, but this ring holds {oldest[row]} to {lengths[row] - 1} "
                 "there; expected positions of the last append; for older ones create it with a "
                 "larger rolling(chunk=...)"
             )
@@ -265,5 +303,6 @@ class KVCache(Cache):
         batch = {"batch": self.length.shape[0]}
         if self.window is None:
             return "KVCache", batch | {"capacity": self.capacity}
-        sizes = {"window": self.window, "chunk": self.capacity - self.window}
-        return "KVCache.rolling", batch | sizes
+        sizes = {"window": self.window, "chunk": self._chunk}
+        first = {"first": self.first} if self.first else {}
+        return "KVCache.rolling", batch | sizes | first

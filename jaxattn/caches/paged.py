@@ -181,6 +181,14 @@ class PagedKVCache(Cache):
             self.dtype,
         )
 
+    def _stored(self, at: Int[Array, "B T"]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        column = jnp.minimum(at // self.page, self.table.shape[1] - 1)
+        pages = jnp.maximum(jnp.take_along_axis(self.table, column, axis=1), 0)
+        inside = at % self.page
+        return tuple(a[pages, :, inside] for a in self.key), tuple(
+            a[pages, :, inside] for a in self.value
+        )
+
     def truncate(self, length: Int[ArrayLike, "B"] | int) -> PagedKVCache:
         """The cache without the tokens from position `length` on; a row keeps its pages."""
         to = integers(length, "cache.truncate(length)", ("[]", "[B]"))

@@ -324,7 +324,7 @@ class Tree(BuiltInMask):
         return (at_k <= at_q) & (at_q < entry(self.leave, b, k))
 
 
-def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*B"] | int | None = None) -> Mask:
+def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*Bs"] | int | None = None) -> Mask:
     """A node sees itself and its ancestors: `enter[k] <= enter[q] < leave[k]`.
 
     `enter` and `leave` number the nodes in depth-first order, so that the descendants of a node
