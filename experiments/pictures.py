@@ -35,28 +35,34 @@ def draw_curve(path: Path, rows: Sequence[dict[str, float]]) -> None:
 
 def draw_attention(
     path: Path,
-    maps: Float[np.ndarray, "layers N T S"],
+    maps: Float[np.ndarray, "rows columns T S"],
     source: Sequence[str],
     target: Sequence[str],
+    *,
+    names: Sequence[str],
+    title: str,
 ) -> None:
-    """A panel for each layer and head: rows are target tokens, columns source tokens.
+    """A panel for each map: its rows are the tokens that look, its columns those looked at.
 
     Args:
-      maps: attention weights; each row of each head sums to 1.
-      source, target: a label for each token; that of a target row is the token it predicts.
+      maps: attention weights; each row of each map sums to 1.
+      source, target: a label for each token, of the columns and of the rows.
+      names: of the panels, row by row.
+      title: of the picture.
     """
-    layers, heads = maps.shape[:2]
-    size = (heads * (1.5 + 0.35 * len(source)), layers * (1.5 + 0.3 * len(target)))
+    rows, columns = maps.shape[:2]
+    size = (columns * (1.5 + 0.35 * len(source)), rows * (1.5 + 0.3 * len(target)))
     figure, panels = plt.subplots(
-        layers, heads, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+        rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
-    for layer, head in np.ndindex(layers, heads):
-        axis = panels[layer, head]
-        axis.imshow(maps[layer, head], cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for name, axis, weights in zip(
+        names, panels.flat, maps.reshape(-1, *maps.shape[2:]), strict=True
+    ):
+        axis.imshow(weights, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(source)), source, rotation=90)
         axis.set_yticks(range(len(target)), target)
-        axis.set_title(f"layer {layer}, head {head}")
-    figure.suptitle("cross-attention of the decoder: target token (row) to source token")
+        axis.set_title(name)
+    figure.suptitle(title)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from generate import NONE, Sampling, State, Writer
 import jaxattn as ja
 from jaxattn.shapes import Array, Bool, Int
 
-Pages = tuple[ja.PagedKVCache, ...]
+# Caches whose rows share pages.
+Pages = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,40 @@ class Server:
       pages: in the pool.
       page: tokens in a page.
       longest: tokens of the longest request, its prompt included.
+      prefix: tokens with which prompts may begin, as a system prompt. They are computed once, and
+        prompts that begin with them share their pages, as far as those are full.
       burst: steps between looks at the queue, while no request ends.
     """
 
     def __init__(
-        self, writer: Writer, slots: int, pages: int, page: int, longest: int, *, burst: int = 16
+        self,
+        writer: Writer,
+        slots: int,
+        pages: int,
+        page: int,
+        longest: int,
+        *,
+        prefix: Sequence[int] = (),
+        burst: int = 16,
     ) -> None:
         self.writer, self.burst, self.page = writer, burst, page
-        columns = -(-longest // page)
-        create = partial(ja.PagedKVCache.create, slots, pages, page, pages_per_row=columns)
-        caches: Pages = writer.model.caches(create)  # type: ignore[assignment]
-        zeros = jnp.zeros(slots, jnp.int32)
-        self.state = State(zeros, zeros, caches)
-        self.sampling = Sampling.of(slots, 0.0)
+        self.pages, self.columns = pages, -(-longest // page)
+        self.prefix = list(prefix[: len(prefix) // page * page])
+        # A row more, which never ends and is never continued, holds the pages of the prefix.
+        rows = slots + bool(self.prefix)
+        create = partial(ja.PagedKVCache.create, rows, pages, page, pages_per_row=self.columns)
+        zeros = jnp.zeros(rows, jnp.int32)
+        self.state = State(zeros, zeros, writer.model.caches(create))
+        self.sampling = Sampling.of(rows, 0.0)
         # Of each slot: the request's number, its tokens so far, and the pages it may come to need.
         self.running: list[tuple[int, list[int]] | None] = [None] * slots
         self.reserved = [0] * slots
-        self.pages, self.columns = pages, columns
         self.most_pages = 0
+        if self.prefix:
+            row, others = _lent(self.state.caches, slots, len(self.prefix), 0)
+            _, row = writer.feed([self.prefix], row)
+            self.state = self.state._replace(caches=_returned(row, others, slots))
+            self.pages -= len(self.prefix) // page
 
     def run(self, requests: Iterable[Request]) -> Iterator[Answer]:
         """The answers, in the order in which they end.
@@ -79,10 +96,11 @@ class Server:
         """
         queue = deque(enumerate(requests))
         for number, request in queue:
-            if self._needs(request) > min(self.columns, self.pages):
+            most = min(self.columns, self.pages + self._shared(request)) * self.page
+            if len(request.prompt) + request.limit - 1 > most:
                 raise DataError(
                     f"request {number} has {len(request.prompt)} tokens, and up to {request.limit} "
-                    f"more: expected at most {min(self.columns, self.pages) * self.page} in all"
+                    f"more: expected at most {most} in all"
                 )
         while queue or any(self.running):
             yield from self._admit(queue)
@@ -96,9 +114,17 @@ class Server:
                     running[1].extend(int(token) for token in tokens[slot] if token != NONE)
             yield from self._ended()
 
+    def _shared(self, request: Request) -> int:
+        """How many pages of the prefix a request uses: all, or none."""
+        n = len(self.prefix)
+        # One token of the prompt is left at least, so that there is something to continue.
+        begins = n < len(request.prompt) and list(request.prompt[:n]) == self.prefix
+        return n // self.page if begins else 0
+
     def _needs(self, request: Request) -> int:
-        # The last token is never appended.
-        return -(-(len(request.prompt) + request.limit - 1) // self.page)
+        """How many pages of its own a request may come to need; its last token needs no place."""
+        all_pages = -(-(len(request.prompt) + request.limit - 1) // self.page)
+        return all_pages - self._shared(request)
 
     def _admit(self, queue: deque[tuple[int, Request]]) -> Iterator[Answer]:
         """Requests in their order, as long as a slot is free and pages for all that they may need.
@@ -121,8 +147,10 @@ class Server:
         """Appends the prompt to the pages of one slot, alone; its first token."""
         own = Sampling.of(1, request.temperature, request.top_p, request.seed)
         token, left, caches = self.state
-        row, others = _lent(caches, slot, len(request.prompt))
-        state, first = self.writer.start([request.prompt], row, [request.limit], own)
+        shared = self._shared(request)
+        prompt = request.prompt[shared * self.page :]
+        row, others = _lent(caches, slot, len(prompt), shared)
+        state, first = self.writer.start([prompt], row, [request.limit], own)
         self.sampling = jax.tree.map(lambda a, b: a.at[slot].set(b[0]), self.sampling, own)
         self.state = State(
             token.at[slot].set(state.token[0]),
@@ -135,22 +163,38 @@ class Server:
     def _ended(self) -> Iterator[Answer]:
         """Answers that are complete; their pages are free after it."""
         left = np.asarray(self.state.left)
-        over = [r is not None and left[slot] == 0 for slot, r in enumerate(self.running)]
-        if any(over):
-            self.state = self.state._replace(caches=_freed(self.state.caches, np.array(over)))
+        over = np.zeros(len(left), bool)
+        for slot, running in enumerate(self.running):
+            over[slot] = running is not None and left[slot] == 0
+        if over.any():
+            self.state = self.state._replace(caches=_freed(self.state.caches, over))
         for slot, running in enumerate(self.running):
             if running is not None and over[slot]:
                 self.running[slot], self.reserved[slot] = None, 0
                 yield Answer(*running)
 
     def _count_pages(self) -> None:
-        one = self.state.caches[0]
-        assert isinstance(one, ja.PagedKVCache)
-        held = self.pages - int(one.available)
+        caches: Pages = self.state.caches
+        held = caches[0].key[0].shape[0] - int(caches[0].available)
         self.most_pages = max(self.most_pages, held)
 
 
-# ----------------------------------------------------------------------------------------- programs
+def server_for(writer: Writer, requests: Sequence[Request], slots: int, page: int = 16) -> Server:
+    """A server that has room for any `slots` of the requests at once.
+
+    What all prompts begin with is computed once.
+    """
+    longest = max(len(request.prompt) + request.limit for request in requests)
+    same = 0
+    if len(requests) > 1:
+        columns = zip(*(request.prompt for request in requests), strict=False)
+        same = next((i for i, column in enumerate(columns) if len(set(column)) > 1), 0)
+    slots = min(slots, len(requests))
+    pages = slots * -(-longest // page) + same // page
+    return Server(writer, slots, pages, page, longest, prefix=requests[0].prompt[:same])
+
+
+# ---------------------------------------------------------------------------------------- programs
 
 
 class Rows(NamedTuple):
@@ -167,14 +211,22 @@ class Rows(NamedTuple):
 
 @partial(jax.jit, donate_argnames="caches")
 def _lent(
-    caches: Pages, slot: Int[Array, ""], tokens: Int[Array, ""]
+    caches: Pages, slot: Int[Array, ""], tokens: Int[Array, ""], shared: Int[Array, ""]
 ) -> tuple[Pages, tuple[Rows, ...]]:
     """One row as a cache of its own, in the same pool, with pages for so many tokens; and the rows.
 
-    The pages are taken here, because a cache of one row does not know which the others have.
+    The row begins with the first `shared` pages of the last row. Pages are taken here, because a
+    cache of one row does not know which pages the others have.
     """
     alone, rows = [], []
     for cache in caches:
+        begins = jnp.arange(cache.table.shape[1]) < shared
+        table = jnp.where(begins, cache.table[-1], cache.table[slot])
+        cache = replace(
+            cache,
+            table=cache.table.at[slot].set(table),
+            length=cache.length.at[slot].add(shared * cache.page),
+        )
         mine = jnp.arange(cache.length.shape[0]) == slot
         cache = cache.allocate(mine * tokens)
         row = Rows.of(cache)

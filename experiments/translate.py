@@ -384,12 +384,16 @@ def draw_example(
     i = min(right, key=lambda i: abs(len(test[i].source) - 50))  # about ten sub-words: readable
     (source,) = data.encode_source(tokenizer, [test[i].source])
     (target,) = data.encode_target(tokenizer, [found[i]])
-    maps = jax.jit(partial(attention_maps, model))(params, source[None], target[None, :-1])
+    maps = jax.jit(partial(attention_maps, model))(params, source[None], target[None, :-1])[0]
+    layers, heads = maps.shape[:2]
+    # A row is labelled with the token that it predicts.
     draw_attention(
         path,
-        np.asarray(maps[0]),
+        np.asarray(maps),
         data.labels(tokenizer, source.tolist()),
         data.labels(tokenizer, target[1:].tolist()),
+        names=[f"layer {n // heads}, head {n % heads}" for n in range(layers * heads)],
+        title="cross-attention of the decoder: target token (row) to source token",
     )
 
 
