@@ -182,7 +182,8 @@ def load(path: Path) -> Loaded:
     metadata, tensors = weights.read_gguf(path)
     config = config_of(path, metadata, "output.weight" not in tensors)
     tokenizer = tokenizer_of(path, metadata)
-    ends = {metadata["tokenizer.ggml.eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")}
+    end = _said(path, metadata, "tokenizer.ggml.eos_token_id")
+    ends = {end, metadata.get("tokenizer.ggml.eot_token_id")}
     known = metadata["tokenizer.ggml.tokens"]
     names = {
         f"{kind}_token": known[metadata[f"tokenizer.ggml.{kind}_token_id"]]
@@ -198,6 +199,13 @@ def load(path: Path) -> Loaded:
     )
 
 
+def _said(path: Path, metadata: dict[str, Any], name: str, default: Any = None) -> Any:
+    value = metadata.get(name, default)
+    if value is None:
+        raise DataError(f"{path}: the metadata lack {name}; download the file again")
+    return value
+
+
 def config_of(path: Path, metadata: dict[str, Any], tied: bool) -> Config:
     """The sizes in a file's metadata."""
     kind = metadata.get("general.architecture")
@@ -205,10 +213,7 @@ def config_of(path: Path, metadata: dict[str, Any], tied: bool) -> Config:
         raise DataError(f"{path}: the architecture is {kind!r}, expected 'llama'")
 
     def get(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{name}", default)
-        if value is None:
-            raise DataError(f"{path}: the metadata lack llama.{name}")
-        return value
+        return _said(path, metadata, f"llama.{name}", default)
 
     heads, width = get("attention.head_count"), get("embedding_length")
     if any(name.startswith("llama.rope.scaling") for name in metadata):
@@ -216,7 +221,7 @@ def config_of(path: Path, metadata: dict[str, Any], tied: bool) -> Config:
     if get("rope.dimension_count", width // heads) != width // heads:
         raise DataError(f"{path}: rotary positions of a part of a head are not supported")
     return Config(
-        vocabulary=len(metadata["tokenizer.ggml.tokens"]),
+        vocabulary=len(_said(path, metadata, "tokenizer.ggml.tokens")),
         width=width,
         layers=get("block_count"),
         heads=heads,
@@ -292,13 +297,20 @@ def tokenizer_of(path: Path, metadata: dict[str, Any]) -> Tokenizer:
             f"{path}: the tokenizer is {kind!r} with words of {words!r}, expected 'gpt2' with one "
             f"of {', '.join(map(repr, _WORDS))}"
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokens, merges, kinds = (
+        _said(path, metadata, f"tokenizer.ggml.{name}")
+        for name in ("tokens", "merges", "token_type")
+    )
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    try:
+        made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    except Exception as error:  # of no narrower type
+        raise DataError(
+            f"{path}: the merges of the tokenizer do not fit its tokens ({error})"
+        ) from None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.pre_tokenizer = pre_tokenizers.Sequence([*_WORDS[words], byte_level])
     made.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
-    special = [token for token, kind in kinds if kind in _SPECIAL]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _SPECIAL]
     made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return made

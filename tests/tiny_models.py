@@ -52,7 +52,8 @@ def write_llama(
       quantized: matrices in Q4_1 and embeddings in Q8_0, as files of real models have them; rows
         are then multiples of 32.
       seed: of the weights.
-      metadata, tensors: what to write instead or besides; None leaves an entry out.
+      metadata, tensors: what to write instead or besides; None leaves an entry out. Arrays that
+        are not float32 are written as they are.
 
     Returns:
       The arrays by name, as a reader should see them: in float32, `[to, of]`, and with the two
@@ -121,6 +122,9 @@ def write_llama(
     written = {}
     for name, array in arrays.items():
         if array is None:
+            continue
+        if array.dtype != np.float32:
+            writer.add_tensor(name, array)
             continue
         kind = gguf.GGMLQuantizationType.F32
         if quantized and array.ndim == 2:
