@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,16 @@ class Llama(nnx.Module):
           mask: which of the tokens before it a token sees; by default all.
           places: the position of each token in its own text, for the rotary embeddings.
         """
+        return self.logits(self.features(tokens, mask, places))
+
+    def features(
+        self, tokens: Int[Array, "B T"], mask: Any = None, places: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """What `logits` takes, for those who want logits of some of the tokens; as in the call."""
         x = self.embedding(tokens)  # [B, T, D]
         for block in self.blocks:
             x = block(x, mask=mask, rope_positions=places)
-        return self.logits(x)
+        return x
 
     def proceed(
         self,
@@ -162,15 +168,19 @@ class Loaded:
         if self.template is None:
             raise DataError("the model's file has no chat template; use a model made to chat")
 
-        def refused(message: str) -> None:
-            raise DataError(f"the chat template refuses these messages: {message}")
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True
+        return _template(self.template).render(
+            messages=messages, add_generation_prompt=reply, **self.names
         )
-        environment.globals["raise_exception"] = refused
-        text = environment.from_string(self.template)
-        return text.render(messages=messages, add_generation_prompt=reply, **self.names)
+
+
+@lru_cache
+def _template(text: str) -> jinja2.Template:
+    def refused(message: str) -> None:
+        raise DataError(f"the chat template refuses these messages: {message}")
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refused
+    return environment.from_string(text)
 
 
 def load(path: Path) -> Loaded:
