@@ -64,12 +64,16 @@ def _projections(model: Llama) -> Iterator[tuple[nnx.Module, str]]:
             yield (block.attention if name in PROJECTIONS[:4] else block), name
 
 
-def adapt(model: Llama, names: Sequence[str], rank: int, scale: float, seed: int) -> None:
-    """Puts adapters beside the named projections of each block."""
+def check(names: Sequence[str]) -> None:
+    """Refuses names of projections that there are not."""
     if unknown := set(names) - set(PROJECTIONS):
         raise DataError(
             f"no projection {', '.join(sorted(unknown))}; there are {', '.join(PROJECTIONS)}"
         )
+
+
+def adapt(model: Llama, names: Sequence[str], rank: int, scale: float, seed: int) -> None:
+    """Puts adapters beside the named projections of each block."""
     rngs = nnx.Rngs(seed)
     for owner, name in _projections(model):
         if name in names:

@@ -233,7 +233,7 @@ def save_config(path: Path, config: Any) -> None:
     path.write_text(json.dumps(settings, indent=2, default=str) + "\n")
 
 
-def load_config(path: Path, kind: type[Settings] = Train) -> Settings:  # type: ignore[assignment]
+def load_config(path: Path, kind: type[Settings]) -> Settings:
     """The configuration that a run saved."""
     try:
         found = json.loads(path.read_text())
@@ -283,7 +283,7 @@ def load_translator(
         weights = (folder / "params.msgpack").read_bytes()
     except FileNotFoundError:
         raise DataError(f"{folder}: no saved model; train one first (translate.py)") from None
-    model = model_of(load_config(folder / "config.json"), tokenizer)
+    model = model_of(load_config(folder / "config.json", Train), tokenizer)
     params = serialization.msgpack_restore(weights)
     how: dict[str, Any] = {name: getattr(config, name) for name in ("beams", "penalty", "cache")}
     return translator(model, params, tokenizer, width, rows=1, **how), tokenizer, width
@@ -417,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["translate"]:
             run_translate(tyro.cli(Translate, prog="translate.py translate", args=given[1:]))
         else:
-            default, given = from_config(given)
+            default, given = from_config(given, Train)
             config = tyro.cli(
                 Train, prog="translate.py", description=__doc__, args=given, default=default
             )
@@ -430,14 +430,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def from_config(given: list[str]) -> tuple[Train, list[str]]:
+def from_config(given: list[str], kind: type[Settings]) -> tuple[Settings, list[str]]:
     """The configuration that `--config FILE` names, as defaults, and the other arguments."""
     if "--config" not in given:
-        return Train(), given
+        return kind(), given
     at = given.index("--config")
     if at + 1 == len(given):
         raise DataError("--config: name the config.json of a run")
-    return load_config(Path(given[at + 1])), given[:at] + given[at + 2 :]
+    return load_config(Path(given[at + 1]), kind), given[:at] + given[at + 2 :]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python experiments/tune.py                                   # SmolLM2-135M-Instruct
     python experiments/tune.py --minutes 10 --rank 32
-    python experiments/tune.py --resume
+    python experiments/tune.py --config RUN/config.json --resume  # continue a stopped run
     python experiments/tune.py translate "os gatos são pretos"
 
 Without a verb it trains. `translate` translates sentences with the adapters that a run saved, and
@@ -50,7 +50,7 @@ from report import write_metrics
 from rich.console import Console
 from rich.table import Table
 from training import Checkpoints, Pace, Rows, loop
-from translate import check_resumable, load_config, save_config, scores, show_samples
+from translate import check_resumable, from_config, load_config, save_config, scores, show_samples
 
 import jaxattn as ja
 from jaxattn.shapes import Array, Bool, Float, Int
@@ -145,12 +145,10 @@ def shared(examples: Sequence[Example]) -> Tokens:
 
     The last token of a question is not among them: after it comes the first of its own answer.
     """
-    first = examples[0].tokens[: min(example.answer for example in examples) - 1]
-    same = [
-        np.all([example.tokens[i] == token for example in examples])
-        for i, token in enumerate(first)
-    ]
-    return first[: int(np.argmin([*same, False]))]
+    least = min(example.answer for example in examples)
+    asked = np.stack([e.tokens[: least - 1] for e in examples])
+    same = np.all(asked == asked[0], axis=0)
+    return asked[0, : np.argmin(np.append(same, False))]
 
 
 class Batch(NamedTuple):
@@ -358,7 +356,8 @@ def translator(
             for row, prompt in enumerate(some):
                 tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
             given = jnp.asarray(tokens), jnp.asarray(counts)
-            found += np.asarray(decode(model, *given, length=length, ends=loaded.ends))[: len(some)]
+            answers = decode(model, *given, length=length, ends=loaded.ends)
+            found.extend(np.asarray(answers)[: len(some)])
         return [said(loaded, row.tolist()) for row in found]
 
     return translate
@@ -384,6 +383,7 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     """Run the experiment; returns exact matches and pairs of each category, after training."""
     if config.resume:
         check_resumable(config, FREE)
+    adapters.check(config.adapt)
     started = time.monotonic()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     loaded = load(config.model)
@@ -409,7 +409,7 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     rows, interrupted = train(config, model, examples, checkpoints, console)
     if interrupted:
         say(f"stopped after {int(rows[-1]['step'])} steps, and saved; to continue:")
-        say(f"  python experiments/tune.py --out {config.out} --resume")
+        say(f"  python experiments/tune.py --config {config.out}/config.json --resume")
         raise KeyboardInterrupt
     adapters.save(config.out / "adapters.safetensors", nnx.state(model, ADAPTERS))
     write_metrics(config.out / "metrics.csv", rows)
@@ -463,7 +463,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["translate"]:
             run_translate(tyro.cli(Translate, prog="tune.py translate", args=given[1:]))
         else:
-            run_train(tyro.cli(Train, prog="tune.py", description=__doc__, args=given), Console())
+            default, given = from_config(given, Train)
+            config = tyro.cli(
+                Train, prog="tune.py", description=__doc__, args=given, default=default
+            )
+            run_train(config, Console())
     except DataError as error:
         print(f"tune.py: {error}", file=sys.stderr)
         return 2
