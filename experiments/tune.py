@@ -297,6 +297,7 @@ def train(
 # ------------------------------------------------------------------------------------ translation
 
 
+@partial(nnx.jit, static_argnames=("length", "ends"))
 def greedy(
     model: Llama,
     tokens: Int[Array, "B T"],
@@ -344,7 +345,6 @@ def translator(
 
     One compiled program of `rows` prompts serves all models of one shape.
     """
-    decode = nnx.jit(greedy, static_argnames=("length", "ends"))
 
     def translate(model: Llama, texts: Sequence[str]) -> list[str]:
         asked = prompts(loaded, texts)
@@ -356,7 +356,7 @@ def translator(
             for row, prompt in enumerate(some):
                 tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
             given = jnp.asarray(tokens), jnp.asarray(counts)
-            answers = decode(model, *given, length=length, ends=loaded.ends)
+            answers = greedy(model, *given, length=length, ends=loaded.ends)
             found.extend(np.asarray(answers)[: len(some)])
         return [said(loaded, row.tolist()) for row in found]
 

@@ -225,15 +225,14 @@ def test_greedy_answers_are_the_likeliest_tokens(loaded: llama.Loaded) -> None:
     padded = np.full((2, 8), 5, np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    decode = nnx.jit(tune.greedy, static_argnames=("length", "ends"))
     given = jnp.asarray(padded), jnp.array([3, 7])
-    assert decode(loaded.model, *given, length=6, ends=(999,)).tolist() == want
+    assert tune.greedy(loaded.model, *given, length=6, ends=(999,)).tolist() == want
     end = want[0][2]
     cut = [
         row[: row.index(end) + 1] + [0] * (5 - row.index(end)) if end in row else row
         for row in want
     ]
-    assert decode(loaded.model, *given, length=6, ends=(999, end)).tolist() == cut
+    assert tune.greedy(loaded.model, *given, length=6, ends=(999, end)).tolist() == cut
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -241,11 +240,10 @@ def test_greedy_answers_are_the_likeliest_tokens(loaded: llama.Loaded) -> None:
 SIZES = ["--rank=2", "--length=256", "--rows=2", "--steps=3", "--pairs=8", "--test=5"]
 
 
-def test_a_run_stops_goes_on_and_is_used(
-    file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+def test_a_run_stops_goes_on_and_is_used(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """Ctrl-C saves, --resume ends with the same bits, and `translate` takes the adapters."""
-    stop = []
+    stop, file = [], tmp_path / "tiny.gguf"
+    write_llama(file, layers=1)
 
     class Stopping(training.Report):
         def update(self, row: Any) -> None:
