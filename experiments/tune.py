@@ -22,7 +22,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from corpus import Pair
 from data import DataError, Tokens
 from decoder import cross_entropy
 from flax import nnx
+from generate import NONE, Writer, greedy
 from llama import Llama, Loaded
 from report import write_metrics
 from rich.console import Console
@@ -297,77 +298,23 @@ def train(
 # ------------------------------------------------------------------------------------ translation
 
 
-@partial(nnx.jit, static_argnames=("length", "ends"))
-def greedy(
-    model: Llama,
-    tokens: Int[Array, "B T"],
-    counts: Int[Array, "B"],
-    length: int,
-    ends: tuple[int, ...],
-) -> Int[Array, "B length"]:
-    """The likeliest tokens after each prompt, until all have ended; what follows an end is 0.
-
-    Args:
-      model: of the tokens.
-      tokens: prompts, with padding after them.
-      counts: tokens of each prompt.
-      length: the most tokens of an answer.
-      ends: the tokens that end one.
-    """
-    rows, given = tokens.shape
-    caches = model.caches(partial(ja.KVCache.create, rows, given + length))
-    x, caches = model.proceed(tokens, caches, counts)
-    last = jnp.take_along_axis(x, counts[:, None, None] - 1, axis=1)
-
-    def likeliest(x: Float[Array, "B 1 D"]) -> Int[Array, "B 1"]:
-        return jnp.argmax(model.logits(x), -1)
-
-    def step(carry: Any) -> Any:
-        i, token, ended, out, caches = carry
-        out = jax.lax.dynamic_update_slice(out, jnp.where(ended[:, None], 0, token), (0, i))
-        ended |= jnp.isin(token[:, 0], jnp.array(ends))
-        x, caches = model.proceed(token, caches)
-        return i + 1, likeliest(x), ended, out, caches
-
-    def unfinished(carry: Any) -> Bool[Array, ""]:
-        i, _, ended, *_ = carry
-        return (i < length) & ~jnp.all(ended)
-
-    out = jnp.zeros((rows, length), tokens.dtype)
-    start = jnp.array(0), likeliest(last), jnp.zeros(rows, bool), out, caches
-    return jax.lax.while_loop(unfinished, step, start)[3]
-
-
-def translator(
-    loaded: Loaded, rows: int = 50, length: int = 32
-) -> Callable[[Llama, Sequence[str]], list[str]]:
-    """A function of a model and texts, which gives their translations of at most `length` tokens.
-
-    One compiled program of `rows` prompts serves all models of one shape.
-    """
-
-    def translate(model: Llama, texts: Sequence[str]) -> list[str]:
-        asked = prompts(loaded, texts)
-        width = 16 * math.ceil(max(map(len, asked)) / 16)
-        found: list[np.ndarray] = []
-        for start in range(0, len(asked), rows):
-            some = asked[start : start + rows]
-            tokens, counts = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
-            for row, prompt in enumerate(some):
-                tokens[row, : len(prompt)], counts[row] = prompt, len(prompt)
-            given = jnp.asarray(tokens), jnp.asarray(counts)
-            answers = greedy(model, *given, length=length, ends=loaded.ends)
-            found.extend(np.asarray(answers)[: len(some)])
-        return [said(loaded, row.tolist()) for row in found]
-
-    return translate
-
-
-def said(loaded: Loaded, tokens: list[int]) -> str:
-    """The text of an answer before its end."""
-    end = next((i for i, token in enumerate(tokens) if token in loaded.ends), len(tokens))
-    text: str = loaded.tokenizer.decode(tokens[:end])
-    return text.strip()
+def translated(
+    loaded: Loaded, model: Llama, texts: Sequence[str], rows: int = 50, length: int = 32
+) -> list[str]:
+    """The likeliest answers of a model, of at most `length` tokens, so many rows at once."""
+    asked = prompts(loaded, texts)
+    writer = Writer(model, loaded.ends, chunk=32)  # questions have some 50 tokens
+    capacity = max(map(len, asked)) + length
+    found: list[str] = []
+    for start in range(0, len(asked), rows):
+        some = asked[start : start + rows]
+        sampling = greedy(len(some))
+        caches = model.caches(partial(ja.KVCache.create, len(some), capacity))
+        state, first = writer.start(some, caches, [length] * len(some), sampling)
+        _, more = writer.advance(state, sampling, length - 1)
+        answers = np.column_stack([first, more])
+        found += [loaded.tokenizer.decode(row[row != NONE].tolist()).strip() for row in answers]
+    return found
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -395,10 +342,9 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     )
     examples = encode(loaded, pairs.train), encode(loaded, pairs.test)
     model = loaded.model
-    translate = translator(loaded)
     sources = [pair.source for pair in pairs.test]
     say(f"{len(pairs.train):,} pairs to train on; translating {len(pairs.test)} that are held out")
-    before = translate(model, sources)
+    before = translated(loaded, model, sources)
 
     adapters.adapt(model, config.adapt, config.rank, config.scale, config.seed)
     _, learnt, frozen = nnx.split(model, ADAPTERS, ...)
@@ -415,7 +361,7 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     write_metrics(config.out / "metrics.csv", rows)
 
     adapters.merge(model)
-    after = translate(model, sources)
+    after = translated(loaded, model, sources)
     show_samples(console, pairs.test, after)
     console.print(compared(pairs.test, {"before": before, "after": after}))
     end = rows[-1]
@@ -452,7 +398,7 @@ def run_translate(config: Translate) -> None:
         adapters.load(config.run / "adapters.safetensors", learnt)
         nnx.update(loaded.model, learnt)
         adapters.merge(loaded.model)
-    for line in translator(loaded, rows=len(config.texts))(loaded.model, config.texts):
+    for line in translated(loaded, loaded.model, config.texts):
         print(line)
 
 

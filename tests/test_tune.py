@@ -206,35 +206,6 @@ def test_only_adapters_learn(loaded: llama.Loaded) -> None:
     assert sum("base" in place for place in others) == 4
 
 
-# ------------------------------------------------------------------------------------ decoding
-
-
-def test_greedy_answers_are_the_likeliest_tokens(loaded: llama.Loaded) -> None:
-    """Of each prompt alone, one whole call for each token; a row that has ended is 0 from there."""
-    prompts = [rng(97, n).integers(3, 200, n).tolist() for n in (3, 7)]
-    whole = nnx.jit(llama.Llama.__call__)
-    want = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(6):
-            given = np.zeros((1, 16), np.int32)
-            given[0, : len(tokens)] = tokens
-            scores = whole(loaded.model, jnp.asarray(given))[0, len(tokens) - 1]
-            tokens.append(int(jnp.argmax(scores)))
-        want.append(tokens[len(prompt) :])
-    padded = np.full((2, 8), 5, np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    given = jnp.asarray(padded), jnp.array([3, 7])
-    assert tune.greedy(loaded.model, *given, length=6, ends=(999,)).tolist() == want
-    end = want[0][2]
-    cut = [
-        row[: row.index(end) + 1] + [0] * (5 - row.index(end)) if end in row else row
-        for row in want
-    ]
-    assert tune.greedy(loaded.model, *given, length=6, ends=(999, end)).tolist() == cut
-
-
 # ------------------------------------------------------------------------------------- the run
 
 SIZES = ["--rank=2", "--length=256", "--rows=2", "--steps=3", "--pairs=8", "--test=5"]
