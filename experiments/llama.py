@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,16 @@ class Llama(nnx.Module):
           mask: which of the tokens before it a token sees; by default all.
           places: the position of each token in its own text, for the rotary embeddings.
         """
+        return self.logits(self.features(tokens, mask, places))
+
+    def features(
+        self, tokens: Int[Array, "B T"], mask: Any = None, places: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """What `logits` takes, for those who want logits of some of the tokens; as in the call."""
         x = self.embedding(tokens)  # [B, T, D]
         for block in self.blocks:
             x = block(x, mask=mask, rope_positions=places)
-        return self.logits(x)
+        return x
 
     def proceed(
         self,
@@ -163,15 +169,19 @@ class Loaded:
         if self.template is None:
             raise DataError("the model's file has no chat template; use a model made to chat")
 
-        def refused(message: str) -> None:
-            raise DataError(f"the chat template refuses these messages: {message}")
-
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True
+        return _template(self.template).render(
+            messages=messages, add_generation_prompt=reply, **self.names
         )
-        environment.globals["raise_exception"] = refused
-        text = environment.from_string(self.template)
-        return text.render(messages=messages, add_generation_prompt=reply, **self.names)
+
+
+@lru_cache
+def _template(text: str) -> jinja2.Template:
+    def refused(message: str) -> None:
+        raise DataError(f"the chat template refuses these messages: {message}")
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refused
+    return environment.from_string(text)
 
 
 def pretrained(path: Path | None = None) -> Loaded:
@@ -193,7 +203,8 @@ def load(path: Path) -> Loaded:
     metadata, tensors = weights.read_gguf(path)
     config = config_of(path, metadata, "output.weight" not in tensors)
     tokenizer = tokenizer_of(path, metadata)
-    ends = {metadata["tokenizer.ggml.eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")}
+    end = _said(path, metadata, "tokenizer.ggml.eos_token_id")
+    ends = {end, metadata.get("tokenizer.ggml.eot_token_id")}
     known = metadata["tokenizer.ggml.tokens"]
     names = {
         f"{kind}_token": known[metadata[f"tokenizer.ggml.{kind}_token_id"]]
@@ -209,6 +220,13 @@ def load(path: Path) -> Loaded:
     )
 
 
+def _said(path: Path, metadata: dict[str, Any], name: str, default: Any = None) -> Any:
+    value = metadata.get(name, default)
+    if value is None:
+        raise DataError(f"{path}: the metadata lack {name}; download the file again")
+    return value
+
+
 def config_of(path: Path, metadata: dict[str, Any], tied: bool) -> Config:
     """The sizes in a file's metadata."""
     kind = metadata.get("general.architecture")
@@ -216,10 +234,7 @@ def config_of(path: Path, metadata: dict[str, Any], tied: bool) -> Config:
         raise DataError(f"{path}: the architecture is {kind!r}, expected 'llama'")
 
     def get(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{name}", default)
-        if value is None:
-            raise DataError(f"{path}: the metadata lack llama.{name}")
-        return value
+        return _said(path, metadata, f"llama.{name}", default)
 
     heads, width = get("attention.head_count"), get("embedding_length")
     if any(name.startswith("llama.rope.scaling") for name in metadata):
@@ -227,7 +242,7 @@ def config_of(path: Path, metadata: dict[str, Any], tied: bool) -> Config:
     if get("rope.dimension_count", width // heads) != width // heads:
         raise DataError(f"{path}: rotary positions of a part of a head are not supported")
     return Config(
-        vocabulary=len(metadata["tokenizer.ggml.tokens"]),
+        vocabulary=len(_said(path, metadata, "tokenizer.ggml.tokens")),
         width=width,
         layers=get("block_count"),
         heads=heads,
@@ -303,13 +318,20 @@ def tokenizer_of(path: Path, metadata: dict[str, Any]) -> Tokenizer:
             f"{path}: the tokenizer is {kind!r} with words of {words!r}, expected 'gpt2' with one "
             f"of {', '.join(map(repr, _WORDS))}"
         )
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokens, merges, kinds = (
+        _said(path, metadata, f"tokenizer.ggml.{name}")
+        for name in ("tokens", "merges", "token_type")
+    )
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    try:
+        made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+    except Exception as error:  # of no narrower type
+        raise DataError(
+            f"{path}: the merges of the tokenizer do not fit its tokens ({error})"
+        ) from None
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.pre_tokenizer = pre_tokenizers.Sequence([*_WORDS[words], byte_level])
     made.decoder = decoders.ByteLevel()
-    kinds = zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
-    special = [token for token, kind in kinds if kind in _SPECIAL]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _SPECIAL]
     made.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     return made

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from data import DataError, Tokens, read_lines
@@ -94,9 +95,12 @@ def pack(rows: Sequence[Sequence[Tokens]], length: int) -> Packed:
     return Packed(tokens, ids, places)
 
 
+Document = TypeVar("Document", bound=Sized)
+
+
 def filled(
-    documents: Sequence[Tokens], rows: int, length: int, rng: np.random.Generator | None = None
-) -> Iterator[list[list[Tokens]]]:
+    documents: Sequence[Document], rows: int, length: int, rng: np.random.Generator | None = None
+) -> Iterator[list[list[Document]]]:
     """Batches of rows, each filled with the next documents until one does not fit.
 
     Args:
@@ -105,7 +109,7 @@ def filled(
       rng: shuffles the documents; None keeps their order.
     """
     order = np.arange(len(documents)) if rng is None else rng.permutation(len(documents))
-    batch: list[list[Tokens]] = [[]]
+    batch: list[list[Document]] = [[]]
     room = length
     for i in order:
         document = documents[i]

@@ -23,10 +23,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import corpus
 import data
@@ -223,14 +223,17 @@ def save(folder: Path, params: Params, tokenizer: Tokenizer, widths: Sequence[in
     (folder / "widths.json").write_text(json.dumps(list(widths)) + "\n")
 
 
-def save_config(path: Path, config: Train) -> None:
+Settings = TypeVar("Settings")  # of the training of an experiment, as `Train` is
+
+
+def save_config(path: Path, config: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # A repeated run should run from the start, even if this one was resumed.
     settings = asdict(config) | {"resume": False}
     path.write_text(json.dumps(settings, indent=2, default=str) + "\n")
 
 
-def load_config(path: Path) -> Train:
+def load_config(path: Path, kind: type[Settings]) -> Settings:
     """The configuration that a run saved."""
     try:
         found = json.loads(path.read_text())
@@ -238,28 +241,29 @@ def load_config(path: Path) -> Train:
         raise DataError(f"{path}: no such file; runs save theirs as config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a saved configuration ({error})") from None
-    unknown = set(found) - {field.name for field in fields(Train)}
+    known: tuple[Field[Any], ...] = fields(kind)  # type: ignore[arg-type]
+    unknown = set(found) - {field.name for field in known}
     if unknown:
         raise DataError(f"{path}: unknown settings {', '.join(sorted(unknown))}")
-    paths = {field.name for field in fields(Train) if "Path" in str(field.type)}
+    paths = {field.name for field in known if "Path" in str(field.type)}
     settings: dict[str, Any] = {}
     for name, value in found.items():
-        kind: Any = Path if name in paths and value is not None else type(value)
-        settings[name] = (tuple if kind is list else kind)(value) if value is not None else None
-    return Train(**settings)
+        of: Any = Path if name in paths and value is not None else type(value)
+        settings[name] = (tuple if of is list else of)(value) if value is not None else None
+    return kind(**settings)
 
 
 # What may differ between a run and its continuation: its length, and what comes after training.
 FREE = ("out", "steps", "minutes", "resume", "save_every", "beams", "penalty")
 
 
-def check_resumable(config: Train) -> None:
+def check_resumable(config: Any, free: Sequence[str] = FREE) -> None:
     """Refuses to continue a run with settings that differ from those of its start."""
-    begun = load_config(config.out / "config.json")
+    begun = load_config(config.out / "config.json", type(config))
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(begun, field.name)}"
-        for field in fields(Train)
-        if field.name not in FREE and getattr(begun, field.name) != getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in free and getattr(begun, field.name) != getattr(config, field.name)
     ]
     if changed:
         raise DataError(
@@ -279,7 +283,7 @@ def load_translator(
         weights = (folder / "params.msgpack").read_bytes()
     except FileNotFoundError:
         raise DataError(f"{folder}: no saved model; train one first (translate.py)") from None
-    model = model_of(load_config(folder / "config.json"), tokenizer)
+    model = model_of(load_config(folder / "config.json", Train), tokenizer)
     params = serialization.msgpack_restore(weights)
     how: dict[str, Any] = {name: getattr(config, name) for name in ("beams", "penalty", "cache")}
     return translator(model, params, tokenizer, width, rows=1, **how), tokenizer, width
@@ -417,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["translate"]:
             run_translate(tyro.cli(Translate, prog="translate.py translate", args=given[1:]))
         else:
-            default, given = from_config(given)
+            default, given = from_config(given, Train)
             config = tyro.cli(
                 Train, prog="translate.py", description=__doc__, args=given, default=default
             )
@@ -430,14 +434,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def from_config(given: list[str]) -> tuple[Train, list[str]]:
+def from_config(given: list[str], kind: type[Settings]) -> tuple[Settings, list[str]]:
     """The configuration that `--config FILE` names, as defaults, and the other arguments."""
     if "--config" not in given:
-        return Train(), given
+        return kind(), given
     at = given.index("--config")
     if at + 1 == len(given):
         raise DataError("--config: name the config.json of a run")
-    return load_config(Path(given[at + 1])), given[:at] + given[at + 2 :]
+    return load_config(Path(given[at + 1]), kind), given[:at] + given[at + 2 :]
 
 
 if __name__ == "__main__":
