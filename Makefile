@@ -14,7 +14,8 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context chat tune embed \
-	explain gallery docs faults benchmark benchmark-gpu peers compile-gpu compile-parallel clean
+	compare-models explain gallery docs faults benchmark benchmark-gpu peers compile-gpu \
+	compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +63,9 @@ tune: $(VENV)/smollm2  ## teach it to translate, with low-rank adapters
 
 embed: $(VENV)/minilm  ## turn sentences into embeddings, or find the nearest ones
 	$(BIN)/python experiments/embed.py $(ARGS)
+
+compare-models: $(VENV)/minilm  ## compare them with transformers on PyTorch, after `make peers`
+	$(BIN)/python experiments/compare_models.py $(ARGS)
 
 explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers
 	$(BIN)/python experiments/how_masking_works.py $(ARGS)

@@ -54,16 +54,21 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path}: not a complete gzip file; compress it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return lines_of(raw, str(path))
+
+
+def lines_of(raw: bytes, origin: str) -> list[str]:
+    """The lines of a text in UTF-8, as in `read_lines`; `origin` names it in errors."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); convert it, "
+            f"{origin}: line {line} is not UTF-8 (byte 0x{raw[error.start]:02x}); convert it, "
             "for example with iconv -f latin1 -t utf-8"
         ) from None
     if not text.strip():
-        raise DataError(f"{path}: empty")
+        raise DataError(f"{origin}: empty")
     return text.removesuffix("\n").replace("\r\n", "\n").split("\n")
 
 

@@ -125,6 +125,29 @@ def filled(
         yield batch + [[]] * (rows - len(batch))
 
 
+def fitted(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Rows of documents, by their numbers, in any order: each in the fullest row with room for it.
+
+    The longest come first, so that short ones fill what is left: best fit decreasing.
+
+    Args:
+      lengths: of the documents, at most `width`.
+      width: of a row.
+    """
+    rows: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(width + 1)]
+    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        room = next((n for n in range(lengths[i], width + 1) if by_room[n]), None)
+        if room is None:
+            room = width
+            by_room[room].append(len(rows))
+            rows.append([])
+        row = by_room[room].pop()
+        rows[row].append(i)
+        by_room[room - lengths[i]].append(row)
+    return rows
+
+
 def padded(batch: Sequence[Sequence[Tokens]], multiple: int) -> list[list[Tokens]]:
     """The same documents, each in a row of its own, and empty rows up to a multiple."""
     rows = [[document] for row in batch for document in row]

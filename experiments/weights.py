@@ -70,6 +70,11 @@ class Weights:
             )
         return found.astype(np.float32)
 
+    def leave(self, *names: str) -> None:
+        """Leaves out tensors for which the model has no use, if they are there."""
+        for name in names:
+            self._tensors.pop(name, None)
+
     def finish(self) -> None:
         """Checks that every tensor was taken: what is left would be silently ignored."""
         if self._tensors:
