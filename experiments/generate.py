@@ -358,7 +358,6 @@ def _advance_drafted(
         branch = jnp.argmax(counts, -1)
         accepted = jnp.max(counts, -1)
         path = jnp.concatenate([jnp.zeros_like(rows), node[branch]], 1)  # [B, 1 + D]
-        caches = tuple(c.keep(begin, begin[:, None] + path, live * (1 + accepted)) for c in caches)
         # The tokens that follow the nodes of the path: one more than were accepted.
         new = jnp.take_along_axis(best, path, 1)
         is_end = jnp.any(new[..., None] == ends, -1)
@@ -368,6 +367,9 @@ def _advance_drafted(
         number = shown.sum(1)
         stopped = jnp.any(is_end & (order <= accepted[:, None]), 1)
         left = jnp.where(stopped, 0, state.left - number)
+        # Where the limit cuts the path, the rest of it goes too.
+        kept = live * jnp.minimum(1 + accepted, number + stopped)
+        caches = tuple(c.keep(begin, begin[:, None] + path, kept) for c in caches)
         token = jnp.take_along_axis(new, accepted[:, None], 1)[:, 0]
 
         def written(to: Int[Array, "B L"], start: Int[Array, "B"]) -> Int[Array, "B L"]:
