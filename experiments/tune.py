@@ -73,7 +73,7 @@ class Train:
     length: int = 512  # tokens a row
     rows: int = 1  # in a batch
     steps: int = 100
-    pairs: int = 2000  # of each category to train on; a run of four minutes sees some 1,500 in all
+    pairs: int = 2000  # of each category to train on; four minutes see some 1,500 in all
     minutes: float | None = 4.0  # training stops after this time, whatever --steps says
     rate: float = 2e-3  # at its peak, after a tenth of the steps; a cosine takes it to a tenth
     seed: int = 0  # of adapters and batch order
