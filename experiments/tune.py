@@ -277,6 +277,8 @@ def train(
     found, rows, before = checkpoints.latest(arrays())
     nnx.replace_by_pure_dict(learnt, found["params"])
     state = jax.tree.unflatten(jax.tree.structure(state), found["state"])
+    if not rows:
+        rows.append({"step": 0} | held_out(graph, learnt, frozen, probe))
 
     def do(step: int, batch: list[list[Example]]) -> tuple[Array, int]:
         nonlocal learnt, state
@@ -285,7 +287,7 @@ def train(
 
     interrupted = loop(
         Pace(config.steps, config.minutes, config.save_every),
-        batches(int(rows[-1]["step"]) if rows else 0),
+        batches(int(rows[-1]["step"])),
         rows,
         before,
         do=do,
@@ -367,11 +369,13 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     adapters.merge(model)
     after = translated(loaded, model, sources)
     show_samples(console, pairs.test, after)
-    console.print(compared(pairs.test, {"before": before, "after": after}))
-    end = rows[-1]
+    table = compared(pairs.test, {"before": before, "after": after})
+    ends = rows[0], rows[-1]
+    table.add_row("loss, nats a token", *(f"{row['held_out_loss']:.3f}" for row in ends))
+    console.print(table)
     say(
-        f"{int(end['step'])} steps in {end['seconds']:.0f} s; loss {end['held_out_loss']:.3f} nats "
-        f"a token held out; the whole run took {time.monotonic() - started:.0f} s"
+        f"{int(rows[-1]['step'])} steps in {rows[-1]['seconds']:.0f} s; the whole run took "
+        f"{time.monotonic() - started:.0f} s"
     )
     for name in ("adapters.safetensors", "metrics.csv"):
         say(str(config.out / name))
