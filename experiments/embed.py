@@ -43,7 +43,7 @@ STDIN = Path("-")
 # Every shape of a batch is a program, which takes 1 to 2 seconds to compile on a CPU. So there are
 # few widths, and the batches of a width have one number of rows, of about TOKENS tokens together.
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-TOKENS = 2048
+TOKENS = 1024
 # Rows of packed texts: attention to a row of 256 costs twice as much a token as to one of 128.
 PACKED = (128, 256, 512)
 
