@@ -233,15 +233,21 @@ def run_embed(config: Embed, console: Console) -> None:
         TextColumn("sentences"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.speed:,.0f} a second" if console.is_terminal else ""),
+        TextColumn("{task.fields[said]}"),
         console=console,
         disable=not console.is_terminal,
     )
     started = time.monotonic()
+
+    def done(count: int) -> None:
+        bar.advance(task, count)
+        speed = bar.tasks[task].completed / (time.monotonic() - started)
+        bar.update(task, said=f"{speed:,.0f} a second")
+
     with bar:
-        task = bar.add_task("", total=len(texts))
+        task = bar.add_task("", total=len(texts), said="")
         found = np.zeros((len(lines), model.width), np.float32)
-        found[numbers] = model.embed(texts, made, partial(bar.advance, task))
+        found[numbers] = model.embed(texts, made, done)
     seconds = time.monotonic() - started
     say(
         f"{len(texts):,} sentences of {sum(lengths):,} tokens in {seconds:.1f} s, compilation "

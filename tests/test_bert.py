@@ -8,6 +8,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +328,15 @@ def test_a_query_finds_the_nearest(run: Any) -> None:
     assert second.split("  ")[1] in lines.split("\n")
     assert "3 sentences of" in err
     assert not list(Path().iterdir())
+
+
+def test_a_terminal_shows_a_bar(run: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(embed, "Console", partial(embed.Console, force_terminal=True))
+    Path("in.txt").write_text("the cat\n" * 3)
+    status, out, err = run("in.txt", "--query", "a cat", "--top", "1")
+    assert (status, out.count("\n")) == (0, 1)
+    assert "3/3" in err
+    assert "a second" in err
 
 
 @pytest.mark.parametrize(
