@@ -68,7 +68,7 @@ class Embed:
 class Measure:
     """Time padded and packed rows on docstrings of Python's standard library."""
 
-    texts: int = 1000
+    texts: int = 300
     repeats: int = 3
     model: Path | None = None
 
