@@ -39,7 +39,7 @@ class Embeddings:
 
     compared: int = 200  # texts whose embeddings are compared
     timed: int = 500
-    repeats: int = 5
+    repeats: int = 3
     tolerance: float = 1e-5  # of a component of a vector of length 1
 
 

@@ -43,7 +43,7 @@ STDIN = Path("-")
 # Every shape of a batch is a program, which takes 1 to 2 seconds to compile on a CPU. So there are
 # few widths, and the batches of a width have one number of rows, of about TOKENS tokens together.
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-TOKENS = 2048
+TOKENS = 1024
 # Rows of packed texts: attention to a row of 256 costs twice as much a token as to one of 128.
 PACKED = (128, 256, 512)
 
@@ -68,7 +68,7 @@ class Embed:
 class Measure:
     """Time padded and packed rows on docstrings of Python's standard library."""
 
-    texts: int = 1000
+    texts: int = 300
     repeats: int = 3
     model: Path | None = None
 
@@ -233,15 +233,21 @@ def run_embed(config: Embed, console: Console) -> None:
         TextColumn("sentences"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.speed:,.0f} a second" if console.is_terminal else ""),
+        TextColumn("{task.fields[said]}"),
         console=console,
         disable=not console.is_terminal,
     )
     started = time.monotonic()
+
+    def done(count: int) -> None:
+        bar.advance(task, count)
+        speed = bar.tasks[task].completed / (time.monotonic() - started)
+        bar.update(task, said=f"{speed:,.0f} a second")
+
     with bar:
-        task = bar.add_task("", total=len(texts))
+        task = bar.add_task("", total=len(texts), said="")
         found = np.zeros((len(lines), model.width), np.float32)
-        found[numbers] = model.embed(texts, made, partial(bar.advance, task))
+        found[numbers] = model.embed(texts, made, done)
     seconds = time.monotonic() - started
     say(
         f"{len(texts):,} sentences of {sum(lengths):,} tokens in {seconds:.1f} s, compilation "
