@@ -112,10 +112,11 @@ class Conversation:
                 f"the conversation has {len(tokens)} tokens, and an answer up to {limit}: more "
                 f"than the {self.context} of --context; begin anew, or give --window"
             )
-        same = 0
-        while same < min(len(self.held), len(tokens) - 1) and self.held[same] == tokens[same]:
-            same += 1
-        if self.window is not None and int(self.caches[0].length[0]) - same > self.writer.chunk:
+        # The last token of an answer may not be in the caches, and one is computed in any case.
+        cached = int(self.caches[0].length[0])
+        most = min(cached, len(self.held), len(tokens) - 1)
+        same = next((i for i in range(most) if self.held[i] != tokens[i]), most)
+        if self.window is not None and cached - same > self.writer.chunk:
             # A ring has forgotten what came before.
             self.caches, same = self._empty(), 0
         self.caches = tuple(cache.truncate(same) for cache in self.caches)
@@ -155,9 +156,7 @@ def sizes(config: Chat) -> None:
 
     for name in ("tokens", "context", "slots"):
         refuse(getattr(config, name) < 1, f"--{name}: expected 1 or more")
-    refuse(
-        config.prompt is not None and config.file is not None, "give --prompt or --file, not both"
-    )
+    refuse(None not in (config.prompt, config.file), "expected --prompt or --file, not both")
     refuse(
         config.drafts and config.temperature > 0,
         "--drafts verifies the likeliest token: expected --temperature 0 with it",
@@ -289,9 +288,7 @@ def run_attention(config: Chat, loaded: Loaded, console: Console) -> None:
         )
     ids = loaded.tokenizer.encode(config.prompt).ids
     if not 0 < len(ids) <= 64:
-        raise DataError(
-            f"--prompt has {len(ids)} tokens: expected 1 to 64, so that one can read it"
-        )
+        raise DataError(f"--prompt has {len(ids)} tokens: expected 1 to 64 for a picture")
     maps = np.asarray(attention_maps(model, jnp.asarray([ids]), layer))[0]
     heads = len(maps)
     columns = next(n for n in range(math.isqrt(heads), 0, -1) if heads % n == 0)
@@ -314,8 +311,8 @@ def attention_maps(model: Llama, tokens: Int[Array, "B T"], layer: int) -> Float
     x = model.embedding(tokens)
     for block in model.blocks[:layer]:
         x = block(x)
-    model.blocks[layer](x, sow_weights=True)
-    (maps,) = jax.tree.leaves(nnx.pop(model, nnx.Intermediate))
+    _, sown = nnx.capture(model.blocks[layer], nnx.Intermediate)(x, sow_weights=True)
+    (maps,) = jax.tree.leaves(sown)
     return maps
 
 

@@ -175,7 +175,7 @@ class Writer:
         history = np.full((len(prompts), size), NONE, np.int32)
         for row, prompt in enumerate(prompts):
             history[row, : len(prompt) + 1] = [*prompt, first[row]]
-        lengths = np.array([len(prompt) + 1 for prompt in prompts], np.int32)
+        lengths = (history != NONE).sum(1, dtype=np.int32)
         return Drafting(jnp.asarray(history), jnp.asarray(lengths))
 
     def advance_drafted(

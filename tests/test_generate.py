@@ -31,7 +31,7 @@ from data import DataError
 from generate import NONE, Sampling, Writer, greedy
 from serve import Request, Server
 
-CAPACITY = 64
+CHUNK, CAPACITY = 8, 160
 Tokens = list[int]
 
 
@@ -52,7 +52,7 @@ def file(tmp_path_factory: Any) -> Path:
 @pytest.fixture(scope="module")
 def writer(file: Path) -> Writer:
     """With no end but a token that is not drawn, so that tests choose the lengths."""
-    return Writer(llama.load(file).model, [1], chunk=8)
+    return Writer(llama.load(file).model, [1], chunk=CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_an_answer_ends(writer: Writer, plain: Any) -> None:
     answer = plain(prompt, 12)
     end = answer[6]
     first = answer.index(end)
-    ending = Writer(writer.model, [end], chunk=8)
+    ending = Writer(writer.model, [end], chunk=CHUNK)
     assert whole(ending, [prompt] * 3, [12, 0, 2]) == [answer[:first], [], answer[:2]]
 
 
@@ -218,7 +218,7 @@ def test_drafts_change_no_token(writer: Writer, plain: Any, branches: int, depth
 def test_drafts_stop_at_an_end(writer: Writer, plain: Any) -> None:
     (prompt,) = prompts(5)
     answer = plain(prompt, 12)
-    ending = Writer(writer.model, [answer[6]], chunk=8)
+    ending = Writer(writer.model, [answer[6]], chunk=CHUNK)
     found, _ = with_drafts(ending, [prompt] * 3, [12, 0, 2], 3, 2)
     assert found == [answer[: answer.index(answer[6])], [], answer[:2]]
 
@@ -326,8 +326,8 @@ def test_a_conversation_goes_on_where_it_was(writer: Writer, plain: Any, drafts:
     stopped.close()
     for other in ([*text[:12], 5, 6], text[:3], text):
         assert said(conversation, other, 5, drafts) == plain(other, 5)
-    with pytest.raises(DataError, match="more than the 64 of --context"):
-        said(conversation, text * 2, 9)
+    with pytest.raises(DataError, match="more than the 160 of --context"):
+        said(conversation, text * 9, 9)
 
 
 def test_a_conversation_with_a_window_has_no_end(writer: Writer) -> None:
@@ -352,6 +352,9 @@ def test_a_conversation_with_a_window_has_no_end(writer: Writer) -> None:
 def run(file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Iterator[Any]:
     """`chat.py` on the tiny model, with what is typed: status, output, errors."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    # Programs are those of the other tests.
+    for module in (chat, measure_chat):
+        monkeypatch.setattr(module, "Writer", partial(Writer, chunk=CHUNK))
     kept = jax.config.jax_compilation_cache_dir
 
     def command(*arguments: str, typed: str = "") -> tuple[int, str, str]:
@@ -366,7 +369,7 @@ def run(file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Iterator[A
     jax.config.update("jax_compilation_cache_dir", kept)
 
 
-SMALL = ("--context", "200", "--tokens", "12")
+SMALL = ("--context", str(CAPACITY), "--tokens", "12")
 
 
 def test_a_prompt_is_answered(run: Any) -> None:
@@ -392,10 +395,10 @@ def test_a_file_of_prompts_is_answered(run: Any, tmp_path: Path) -> None:
 
 def test_a_conversation_is_typed(run: Any) -> None:
     """Turns, an empty line, a turn that is too long, and the end of the input."""
-    status, out, err = run(*SMALL, typed="the cat\n\n" + "12 " * 90 + "\nthe\n")
+    status, out, err = run(*SMALL, typed="the cat\n\n" + "12 " * 70 + "\nthe\n")
     assert status == 0
     assert out.count("tokens of text") == 2
-    assert "more than the 200 of --context" in err
+    assert "more than the 160 of --context" in err
     assert err.count("\n") == 1
 
 
@@ -461,7 +464,7 @@ def test_what_is_wrong_is_said_in_one_line(run: Any, arguments: Any, says: str) 
 @pytest.mark.parametrize(
     ("verb", "arguments", "says"),
     [
-        ("queue", ("--requests", "3", "--slots", "2", "--longest", "9"), "3 of 3 answers"),
+        ("queue", ("--requests", "3", "--slots", "1", "--longest", "9"), "3 of 3 answers"),
         ("prefix", ("--requests", "3", "--slots", "2", "--words", "20"), "the same answers: 3"),
         ("drafts", ("--tokens", "9", "--trees", "1", "3"), "repeat a text"),
         ("window", ("--tokens", "256", "--window", "64"), "the last 64 and the first 4"),
