@@ -189,7 +189,7 @@ def run_chat(config: Chat, console: Console) -> None:
         return
     conversation = Conversation(writer, config.context, config.window)
     sampling = Sampling.of(1, config.temperature, config.top_p, config.seed)
-    with console.status("compiling, which the first start on a machine does alone"):
+    with console.status("compiling: the first start takes longest"):
         conversation.warm(sampling, config.drafts)
     messages = [] if config.system is None else [{"role": "system", "content": config.system}]
     if config.prompt is not None:

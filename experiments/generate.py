@@ -29,7 +29,7 @@ from jaxattn.shapes import Array, Bool, Float, Int
 NONE = -1
 # A tree of drafts: so many chains of so many tokens. With a few tokens a pass, two CPU cores wait
 # for the weights, so the others are nearly free.
-BRANCHES, DEPTH = 2, 4
+BRANCHES, DEPTH = 1, 4
 # Tokens that drafts append beyond the end of a text, before those that are wrong are dropped.
 BEYOND = 1 + BRANCHES * DEPTH
 # A ring keeps so many first tokens: four are enough, finds StreamingLLM, arXiv 2309.17453.
