@@ -335,4 +335,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    llama.keep_programs()
     sys.exit(main())

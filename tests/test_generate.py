@@ -349,13 +349,11 @@ def test_a_conversation_with_a_window_has_no_end(writer: Writer) -> None:
 
 
 @pytest.fixture
-def run(file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Iterator[Any]:
+def run(file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Any:
     """`chat.py` on the tiny model, with what is typed: status, output, errors."""
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     # Programs are those of the other tests.
     for module in (chat, measure_chat):
         monkeypatch.setattr(module, "Writer", partial(Writer, chunk=CHUNK))
-    kept = jax.config.jax_compilation_cache_dir
 
     def command(*arguments: str, typed: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
@@ -365,8 +363,7 @@ def run(file: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> Iterator[A
             status = int(str(error.code))
         return status, *capsys.readouterr()
 
-    yield command
-    jax.config.update("jax_compilation_cache_dir", kept)
+    return command
 
 
 SMALL = ("--context", str(CAPACITY), "--tokens", "12")
