@@ -9,6 +9,7 @@ the feed-forward network, V the vocabulary.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -192,7 +193,7 @@ def pretrained(path: Path | None = None) -> Loaded:
 
 def keep_programs() -> None:
     """Keeps what XLA compiles in the environment, so that only the first start has to wait."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path(sys.prefix) / "cache" / "jax"))
 
 
