@@ -81,7 +81,8 @@ class Compare:
     """What to compare."""
 
     only: Literal["encoder", "decoder"] | None = None
-    embeddings: Embeddings = field(default_factory=Encoder)
+    encoder: Encoder = field(default_factory=Encoder)
+    decoder: Decoder = field(default_factory=Decoder)
     threads: int = os.cpu_count() or 1  # of PyTorch; XLA takes all cores
 
 
