@@ -272,7 +272,7 @@ def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
     torch = peer.ask("load_decoder", path=str(path.resolve()), threads=config.threads)["torch"]
     # No token ends a text, so that all have the same length.
     writer = Writer(loaded.model, (), settings.chunk)
-    say = partial(console.print, highlight=False)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     equal = True
 
     def expect(holds: bool, line: str) -> None:
