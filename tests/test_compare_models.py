@@ -100,12 +100,12 @@ class Peer:
 @pytest.mark.parametrize(
     ("fault", "status", "says"),
     [
-        ("", 0, "the likeliest token is another at 0"),
+        ("", 0, "the likeliest token is another at 0, at 0 without a tie"),
         ("token ids", 1, "WRONG: token ids of 3 prompts"),
         ("a logit", 1, "WRONG: logits of"),
-        ("a tie of logits", 0, "another at 3, of which 3 are ties"),
-        ("a token", 1, "0 of 3 are the same, 0 are others from a tie on, 3 without a tie"),
-        ("a tie of tokens", 0, "0 of 3 are the same, 3 are others from a tie on, 0 without a tie"),
+        ("a tie of logits", 0, "the likeliest token is another at 3, at 0 without a tie"),
+        ("a token", 1, "3 of 3 are others, 3 without a tie"),
+        ("a tie of tokens", 0, "3 of 3 are others, 0 without a tie"),
         ("a loss", 1, "WRONG: perplexity of 60 tokens"),
     ],
 )
