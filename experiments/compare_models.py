@@ -206,7 +206,8 @@ class Agreement:
     def add(self, ours: Float[np.ndarray, "T V"], theirs: Float[np.ndarray, "T V"]) -> None:
         """One more text."""
         self.positions += len(ours)
-        self.error = max(self.error, float(np.abs(ours - theirs).max()))
+        # Unlike `max`, this keeps NaN.
+        self.error = float(np.maximum(self.error, np.abs(ours - theirs).max()))
         self.scale = max(self.scale, float(np.abs(theirs).max()))
         best = ours.argmax(-1)
         for at in np.flatnonzero(best != theirs.argmax(-1)):
@@ -287,6 +288,8 @@ def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
     for text in texts:
         prompts.append(loaded.tokenizer.encode(text).ids)
         same &= peer.ask("tokens", text=text)["ids"] == prompts[-1]
+    if settings.text + 1 > len(ids):
+        raise DataError(f"--decoder.text {settings.text}: the text has only {len(ids)} tokens")
     lengths = [len(prompt) for prompt in prompts]
     expect(
         same,
@@ -393,6 +396,16 @@ def _logits(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, 
     return nnx.merge(graph, params)(tokens)
 
 
+def sizes(config: Compare) -> None:
+    """Refuses sizes that are no sizes."""
+    for half in HALVES:
+        for name, size in vars(getattr(config, half)).items():
+            if isinstance(size, int) and size < 1:
+                raise DataError(f"--{half}.{name} {size}: expected 1 or more")
+    if config.threads < 1:
+        raise DataError(f"--threads {config.threads}: expected 1 or more")
+
+
 HALVES: dict[str, Callable[[Compare, Peer, Console], bool]] = {
     "encoder": compare_encoder,
     "decoder": compare_decoder,
@@ -404,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, console = "compare_models.py", Console()
     config = tyro.cli(Compare, prog=name, description=__doc__, args=arguments)
     try:
+        sizes(config)
         with tempfile.TemporaryDirectory() as folder:
             peer = Peer(Path(folder))
             try:

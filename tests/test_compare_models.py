@@ -136,3 +136,27 @@ def test_likeliest_tokens_differ_by_an_error_or_more() -> None:
     assert seen.error == pytest.approx(0.1)
     assert seen.is_tie(0.19)
     assert not seen.is_tie(0.21)
+
+
+def test_nan_agrees_with_nothing() -> None:
+    seen = Agreement()
+    for last in (np.nan, 2.0):
+        seen.add(np.array([[1.0, last]]), np.array([[1.0, 2.0]]))
+    assert not seen.error < 1
+    assert not seen.is_tie(0.0)
+
+
+@pytest.mark.parametrize("name", ["--encoder.timed", "--decoder.batch", "--threads"])
+def test_no_size_gets_one_line(name: str, capsys: Any) -> None:
+    assert compare_models.main([name, "0"]) == 2
+    assert capsys.readouterr().err == f"compare_models.py: {name} 0: expected 1 or more\n"
+
+
+def test_a_text_that_is_too_short_gets_one_line(path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(measure_chat, "passages", lambda seed: ["the cat"])
+    monkeypatch.setattr(compare_models, "Peer", Peer)
+    monkeypatch.setattr(llama, "pretrained", llama.load)
+    given = ["--only", "decoder", "--decoder.model", str(path), "--decoder.text", "9"]
+    assert compare_models.main(given) == 2
+    says = "compare_models.py: --decoder.text 9: the text has only 3 tokens\n"
+    assert capsys.readouterr().err == says
