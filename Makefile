@@ -64,7 +64,7 @@ tune: $(VENV)/smollm2  ## teach it to translate, with low-rank adapters
 embed: $(VENV)/minilm  ## turn sentences into embeddings, or find the nearest ones
 	$(BIN)/python experiments/embed.py $(ARGS)
 
-compare-models: $(VENV)/minilm  ## compare them with transformers on PyTorch, after `make peers`
+compare-models: $(VENV)/smollm2 $(VENV)/minilm  ## compare both with transformers on PyTorch, after `make peers`
 	$(BIN)/python experiments/compare_models.py $(ARGS)
 
 explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers

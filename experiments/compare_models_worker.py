@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from contestant import serve
-from transformers import AutoTokenizer, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, DynamicCache
 
 from_disk: dict[str, Any] = {}  # models and tokenizers that were loaded
 
@@ -58,9 +58,68 @@ def embed(texts: str, out: str | None = None) -> dict[str, Any]:
     return {"seconds": seconds, "tokens": tokens}
 
 
+def load_decoder(path: str, threads: int) -> dict[str, Any]:
+    """Load the model and the tokenizer of a GGUF file."""
+    torch.set_num_threads(threads)
+    where = {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": Path(path).name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    from_disk["decoder"] = model.eval()
+    from_disk["words"] = AutoTokenizer.from_pretrained(**where)
+    return {"torch": torch.__version__}
+
+
+def tokens(text: str) -> dict[str, Any]:
+    """The token ids of a text."""
+    return {"ids": from_disk["words"](text, add_special_tokens=False)["input_ids"]}
+
+
+@torch.inference_mode()
+def logits(ids: list[int], out: str) -> dict[str, Any]:
+    """Logits of the token after each token: a file of [T, V]."""
+    np.save(out, from_disk["decoder"](torch.tensor([ids])).logits[0].numpy())
+    return {}
+
+
+@torch.inference_mode()
+def losses(ids: list[int], out: str) -> dict[str, Any]:
+    """The loss of each token but the first, in nats: a file of [T - 1]."""
+    given = torch.tensor(ids)
+    found = from_disk["decoder"](given[None, :-1]).logits[0]
+    np.save(out, torch.nn.functional.cross_entropy(found, given[1:], reduction="none").numpy())
+    return {}
+
+
+@torch.inference_mode()
+def continuations(prompts: list[list[int]], steps: int) -> dict[str, Any]:
+    """As `compare_models.continuations`: prompts of one length in a batch, and a cache."""
+    model = from_disk["decoder"]
+
+    def more(given: torch.Tensor) -> torch.Tensor:
+        found = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return found.logits[:, -1].argmax(-1, keepdim=True)
+
+    start = time.perf_counter()
+    cache = DynamicCache(config=model.config)
+    out = [more(torch.tensor(prompts))]
+    prefill, decoding = time.perf_counter() - start, 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        for _ in range(steps):
+            out.append(more(out[-1]))
+        decoding = time.perf_counter() - start
+    return {"tokens": torch.cat(out, 1).tolist(), "prefill": prefill, "decoding": decoding}
+
+
 REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
     "load_encoder": load_encoder,
     "embed": embed,
+    "load_decoder": load_decoder,
+    "tokens": tokens,
+    "logits": logits,
+    "losses": losses,
+    "continuations": continuations,
 }
 
 

