@@ -71,7 +71,7 @@ class Decoder:
     prompt: int = 128  # tokens before decoding is timed
     timed: int = 32  # tokens of decoding
     batch: int = 8
-    chunk: int = 128  # tokens of a prompt that are computed at once
+    chunk: int = 256  # tokens of a prompt that are computed at once
     repeats: int = 3
     tolerance: float = 1e-4  # of the largest logit
 
