@@ -27,8 +27,8 @@ from jaxattn.shapes import Array, Bool, Float, Int
 
 # What stands in place of a token where a row has none.
 NONE = -1
-# A tree of drafts: so many chains of so many tokens. With a few tokens a pass, two CPU cores wait
-# for the weights, so the others are nearly free.
+# A tree of drafts: so many chains of so many tokens. A pass of five tokens takes two CPU cores
+# hardly longer than one of a single token, since they wait for the weights; one of nine does.
 BRANCHES, DEPTH = 1, 4
 # Tokens that drafts append beyond the end of a text, before those that are wrong are dropped.
 BEYOND = 1 + BRANCHES * DEPTH
