@@ -53,7 +53,7 @@ from .by_array import (
     shared_prefix,
     tree,
 )
-from .by_function import diff, per_head, predicate
+from .by_function import describe, diff, per_head, predicate
 from .by_position import (
     block_diffusion,
     causal,
@@ -76,6 +76,7 @@ __all__ = [
     "causal",
     "chunked",
     "dense",
+    "describe",
     "diff",
     "dilated",
     "empty",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..shapes import Array
-from .results import Diff, Html, Why
+from .results import Description, Diff, Html, Why
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Views:
     notebook: Callable[..., str | None]
     why: Callable[..., Why]
     diff: Callable[..., Diff]
+    describe: Callable[..., Description]
 
 
 _attached: list[Views] = []

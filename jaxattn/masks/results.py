@@ -1,4 +1,4 @@
-"""What the views of a mask return: `Why`, `Html` and `Diff`.
+"""What the views of a mask return: `Why`, `Html`, `Diff` and `Description`.
 
 They stand here, below the views that make them, because the methods of `Mask` are typed with them.
 """
@@ -6,6 +6,11 @@ They stand here, below the views that make them, because the methods of `Mask` a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..shapes import Int
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,31 @@ class Diff:
 
     def __bool__(self) -> bool:
         return not self.same
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """The expression of a mask, to be printed.
+
+    Attributes:
+      expression: the expression, in the names of `jaxattn.masks`, and `np`; the first line of what
+        is printed.
+      mask: the mask that it makes.
+      exact: whether it equals what was described, on all pairs.
+      cells: the pairs for which it does not, each as `b, h, q, k`; none where it is exact.
+      text: what is printed.
+    """
+
+    expression: str
+    mask: Any
+    exact: bool
+    cells: Int[np.ndarray, "n 4"]
+    text: str
 
     def __str__(self) -> str:
         return self.text

@@ -2,8 +2,8 @@
 
 In come a mask and, if wanted, the numbers of queries and keys; out come an array, a text, a figure,
 a page, or an explanation. The methods of `Mask` (`dense`, `show`, `plot`, `html`, `why`) and
-`masks.diff` are these functions; they are attached to masks at the end of this file. On the example
-of all rooms, tokens of two documents under a causal mask:
+`masks.diff` and `masks.describe` are these functions; they are attached to masks at the end of this
+file. On the example of all rooms, tokens of two documents under a causal mask:
 
 >>> import jax.numpy as jnp
 >>> from jaxattn import masks
@@ -23,13 +23,14 @@ query 3 may not see key 2 (row 0, head 0)
 
 Nothing here is written for one mask or another: pictures are made of tile states, explanations of
 the traced function. Read `array` (every pair), then `cells` (the cells of a picture) and `text`,
-`plot` and `html`, which draw them; `diff` compares two masks; `why` reads what a trace compared.
+`plot` and `html`, which draw them; `diff` compares two masks; `why` reads what a trace compared;
+`describe` finds the words for an array.
 """
 
 from ..masks import door
-from . import array, diff, html, plot, text, why
+from . import array, describe, diff, html, plot, text, why
 
-__all__ = ["diff", "html", "plot", "text", "why"]
+__all__ = ["describe", "diff", "html", "plot", "text", "why"]
 
 door.attach(
     door.Views(
@@ -40,5 +41,6 @@ door.attach(
         notebook=html.default,
         why=why.why,
         diff=diff.diff,
+        describe=describe.describe,
     )
 )

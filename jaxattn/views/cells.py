@@ -127,17 +127,21 @@ def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int
     if isinstance(mask, TileMap) and T is None and S is None:
         T, S = mask.sizes[2:]
     if T is None or S is None:
-        plan = _plan(mask)
-        extents = {extent.position: extent.extent for _, extent in plan.axis_reads}
+        known = extents(mask)
         for tokens, _ in tokens_of(mask):
-            extents = {"q": tokens, "k": tokens} | extents
-        T = extents.get("q", extents.get("k", S)) if T is None else T
-        T = _default_length(mask, plan) if T is None else T
-        S = extents.get("k", T) if S is None else S
+            known = {"q": tokens, "k": tokens} | known
+        T = known.get("q", known.get("k", S)) if T is None else T
+        T = _default_length(mask, _plan(mask)) if T is None else T
+        S = known.get("k", T) if S is None else S
     for letter, size in (("T", T), ("S", S)):
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{name}({letter}): got {size!r}, expected an integer >= 1")
     return int(T), int(S)
+
+
+def extents(mask: Mask) -> dict[str, int]:
+    """How many batch rows `b`, heads `h`, queries `q` and keys `k` the mask's arrays have."""
+    return {extent.position: extent.extent for _, extent in _plan(mask).axis_reads}
 
 
 def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
