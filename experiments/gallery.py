@@ -46,7 +46,7 @@ def documents(T: int) -> jax.Array:
 def checkers(T: int) -> jax.Array:
     """A table of blocks of 4 tokens: every third is visible."""
     block = jnp.arange(-(-T // 4))
-    return (block[:, None] + block) % 3 == 0
+    return (block[:, None] + block[None, :]) % 3 == 0
 
 
 def drafts(T: int) -> jax.Array:
