@@ -2,18 +2,18 @@
 
     python experiments/gallery.py
 
-Writes a grid of pictures, which README shows, and a page on which every cell says why it is visible
-or masked.
+Writes a grid of pictures, which README shows, and a page on which masks are
+chosen, combined and asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import explorer
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -173,28 +173,6 @@ def draw(tokens: int) -> matplotlib.figure.Figure:
     return figure
 
 
-def page(tokens: int) -> str:
-    """All masks on one page that needs no other file."""
-    cards = []
-    for name, entry in GALLERY.items():
-        mask = entry.make(tokens)
-        share = float(np.mean(mask.dense(tokens, tokens)))
-        cards.append(
-            f"<section><h2>{name} <small>{share:.1%} of the pairs</small></h2>"
-            f"<p><b>{escape(entry.definition)}</b><br>{escape(entry.used)}</p>"
-            f"{mask.html(tokens, tokens)}</section>"
-        )
-    style = (
-        "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-        "section{margin:2em 0;border-top:1px solid #ddd}small{color:#777;font-weight:normal}"
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Masks of jaxattn</title>'
-        f"<style>{style}</style><h1>Masks of jaxattn</h1><p>Queries go down, keys go across, "
-        f"{tokens} of each. Point at a cell: it says why.</p>{''.join(cards)}</html>\n"
-    )
-
-
 @dataclass(frozen=True)
 class Config:
     """The gallery of masks."""
@@ -202,7 +180,6 @@ class Config:
     picture: Path = HERE / "gallery.png"  # the grid
     page: Path = HERE / "results" / "gallery.html"  # the page
     tokens: int = 48  # queries and keys of the pictures
-    page_tokens: int = 16  # and of those on the page, where every cell has a text
 
 
 def main(config: Config) -> None:
@@ -215,7 +192,7 @@ def main(config: Config) -> None:
     metadata = {"Software": None}
     figure.savefig(config.picture, dpi=70, metadata=metadata, pil_kwargs={"optimize": True})
     plt.close(figure)
-    config.page.write_text(page(config.page_tokens), encoding="utf-8")
+    config.page.write_text(explorer.page(), encoding="utf-8")
     for path in (config.picture, config.page):
         console.print(str(path), soft_wrap=True)
 

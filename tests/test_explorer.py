@@ -29,7 +29,9 @@ def test_the_translation_of_every_mask_is_its_dense_array() -> None:
         mask = entry.make(T)
         leaves, tree = jax.tree.flatten(mask)
         values = [jnp.asarray(leaf) for leaf in leaves]
-        code = javascript.javascript(lambda *p, tree=tree: jax.tree.unflatten(tree, p), values, name)
+        code = javascript.javascript(
+            lambda *p, tree=tree: jax.tree.unflatten(tree, p), values, name
+        )
         given = json.dumps([np.asarray(v).tolist() for v in values])
         asked.append(f"{json.dumps(name)}: cells({code}, {given})")
         expected[name] = np.asarray(mask.dense(T, T)[0, 0])
@@ -45,6 +47,4 @@ def test_the_translation_of_every_mask_is_its_dense_array() -> None:
 
 def test_an_operation_without_a_translation_is_named() -> None:
     with pytest.raises(NotImplementedError, match="odd: got the operation population_count"):
-        javascript.javascript(
-            lambda: lambda b, h, q, k: jax.lax.population_count(q) > k, [], "odd"
-        )
+        javascript.javascript(lambda: lambda b, h, q, k: jax.lax.population_count(q) > k, [], "odd")

@@ -111,14 +111,13 @@ def test_the_gallery_has_every_mask() -> None:
 def test_the_gallery_is_drawn(every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = dict(list(gallery.GALLERY.items())[::every])
     monkeypatch.setattr(gallery, "GALLERY", shown)
-    gallery.main(gallery.Config(tmp_path / "g.png", tmp_path / "g.html", 16, 16))
+    gallery.main(gallery.Config(tmp_path / "g.png", tmp_path / "g.html", 16))
     assert matplotlib.image.imread(tmp_path / "g.png").std() > 0.1
     page = (tmp_path / "g.html").read_text()
-    for name, entry in gallery.GALLERY.items():
-        assert f"<h2>{name} " in page
+    for entry in gallery.GALLERY.values():
         assert entry.make(16).dense(16, 16).shape == (1, 1, 16, 16)
-    assert "query 0 may not see key 1" in page
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "/*PARTS*/" not in page
+    assert "http" not in page
 
 
 def test_every_picture_of_the_gallery_names_its_axes(monkeypatch: pytest.MonkeyPatch) -> None:
