@@ -42,7 +42,9 @@ def one_layer(reach: Bool[np.ndarray, "B T T"], layers: int) -> OneLayer:
     lag = np.subtract.outer(np.arange(reach.shape[-1]), np.arange(reach.shape[-1]))
     seen = lag[reach.any(0)]
     left, right = int(seen.max(initial=0)), int(-seen.min(initial=0))
-    narrow_left, narrow_right = -(-left // layers), -(-right // layers)
+    # The least lag that `layers` steps may add up from: in a dilated mask not every lag is seen.
+    narrow_left = int(seen[seen * layers >= left].min(initial=left))
+    narrow_right = -int(seen[seen * layers <= -right].max(initial=-right))
     bands = [
         (left, right), (left, narrow_right), (narrow_left, right), (narrow_left, narrow_right),
     ]  # fmt: skip

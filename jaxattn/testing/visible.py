@@ -271,16 +271,16 @@ def _sure(
     changes = reach[:tries]
     if unsteady := int((changes.any(0) & ~changes.all(0)).sum()):
         yield (
-            f"{unsteady} pairs were felt in some tries only: they are near rounding, or the mask "
+            f"pairs felt in some tries only: {unsteady}; they are near rounding, or the mask "
             "depends on the values of inputs"
         )
     if pushed and (hidden := int((reach[-1] & ~changes.any(0)).sum())):
-        yield f"{hidden} pairs were felt by the tangent only: rounding or saturation hides them"
+        yield f"pairs felt by the tangent only: {hidden}; rounding or saturation hides them"
     if (
         jnp.issubdtype(probe.clean.dtype, jnp.inexact)
         and (bad := np.isnan(probe.clean).any(-1)).any()
     ):
-        yield f"{int(bad.sum())} outputs hold NaN, in which changes are not seen"
+        yield f"outputs that hold NaN, in which changes are not seen: {int(bad.sum())}"
     missed = ["a mask that depends on the values of inputs", "a function that is flat here"]
     if not pushed:
         missed.insert(0, f"an effect below the rounding of {probe.clean.dtype}")
