@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
 
@@ -98,7 +97,7 @@ def _told(what: str, flags: np.ndarray) -> list[str]:
     return [f"{what}: " + "; ".join(f"{_numbers(at)} (row {b})" for b, at in rows if len(at))]
 
 
-def _numbers(numbers: Iterable[int]) -> str:
+def _numbers(numbers: np.ndarray) -> str:
     """Numbers in order, neighbours as a range: `0, 3-7`."""
     runs: list[list[int]] = []
     for n in map(int, numbers):

@@ -61,7 +61,8 @@ def visible(
         steps. A query then sees all of them if it sees any.
       where: a layer to measure instead of all of `fn`, on the inputs that it really gets: the path
         of a linen module (`"layers_0/attention"`) or of an attribute of `fn`
-        (`"layers.0.attention"`, for nnx), or the module object that `fn` calls.
+        (`"layers.0.attention"`, for nnx), or the module object that `fn` calls. Of several
+        calls the first is measured, in its first argument.
       padding: which inputs are real, bool `[B, S]`, or their numbers, int `[B]`; then it is said
         whether real queries feel the others.
       outputs: T, where it is not S: cross-attention, or the last token alone.
