@@ -109,6 +109,29 @@ def test_what_rounding_hides_is_felt_by_tangents() -> None:
     assert f"pairs felt by the tangent only: {B * S}" in str(seen)
 
 
+def test_without_forward_mode_values_are_changed() -> None:
+    @jax.custom_vjp
+    def backward_only(x: Any) -> Any:
+        return jnp.cumsum(x, 1)
+
+    backward_only.defvjp(lambda x: (backward_only(x), None), lambda _, g: (g,))
+
+    def called_back(x: Any) -> Any:
+        return jax.pure_callback(lambda x: np.cumsum(x, 1), x, x)
+
+    for fn in (lambda x: backward_only(x), called_back):
+        seen = visible(fn, jnp.asarray(X), tries=1)
+        assert not masks.diff(seen, masks.causal(), S)
+        assert "compiled by JAX" in str(seen)
+        assert "a tangent" not in str(seen)
+
+
+def test_large_masks_are_described_in_part() -> None:
+    seen = visible(lambda x: x + 1, np.arange(400, dtype=np.float32)[:, None], stride=100, tries=1)
+    assert "masks.describe(seen.array[:, :, :128, :128]) finds words" in str(seen)
+    assert masks.describe(seen.array[:, :, :128, :128]).expression == "chunked(100)"
+
+
 def test_the_mask_may_depend_on_values() -> None:
     seen = visible(lambda t: jnp.where(t[:, :1] > 3, t, 0), TOKENS, tries=4)
     assert "pairs felt in some tries only" in str(seen)

@@ -81,7 +81,9 @@ class Visible(Dense):
     def _words(self) -> list[str]:
         """The mask as an expression, and how well that fits."""
         if self.array.size > _DESCRIBED:
-            return [f"{self!r}; masks.describe(seen[...]) of a part finds words for it"]
+            return [
+                f"{self!r}: masks.describe(seen.array[:, :, :128, :128]) finds words for a part"
+            ]
         found = views().describe(np.asarray(self.array))
         missed = "" if found.exact else f" (the nearest: it misses {len(found.cells)} pairs)"
         return [found.expression + missed]

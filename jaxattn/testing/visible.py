@@ -221,8 +221,8 @@ def _tangents(probe: Probe) -> Any:
     if not jnp.issubdtype(probe.clean.dtype, jnp.floating):
         return None
     try:
-        jax.eval_shape(push, probe.inputs, probe.inputs)
-    except TypeError:  # JAX's error for functions with a derivative of reverse mode only
+        push(probe.inputs, probe.inputs)
+    except (TypeError, ValueError):  # JAX's errors for reverse mode only, and for callbacks
         return None
 
     def felt(at: Any) -> np.ndarray:
