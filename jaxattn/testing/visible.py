@@ -36,7 +36,7 @@ def visible(
     where: Any = None,
     padding: Any = None,
     outputs: int | None = None,
-    tries: int = 2,
+    tries: int | None = None,
     backend: str = "auto",
     seed: int = 0,
 ) -> Visible:
@@ -66,7 +66,8 @@ def visible(
       padding: which inputs are real, bool `[B, S]`, or their numbers, int `[B]`; then it is said
         whether real queries feel the others.
       outputs: T, where it is not S: cross-attention, or the last token alone.
-      tries: how many changed values are tried at each position.
+      tries: how many changed values are tried at each position; by default 1 beside a tangent, and
+        2 without.
       backend: `"jax"` compiles, `"calls"` calls `fn` as it is, `"auto"` compiles what can be
         traced.
       seed: the seed of the random changes.
@@ -92,7 +93,7 @@ def visible(
     """
     numbers = {"layers": layers, "stride": stride, "tries": tries}
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"{name}: got {number}, expected at least 1")
     _check_call(fn, inputs)
     given: Any = inputs if isinstance(inputs, jax.Array) else np.asarray(inputs)
@@ -109,6 +110,7 @@ def visible(
     real = None if padding is None else _real(padding, len(probe.clean), probe.S)
     across = probe.mixed_rows()
     push = _tangents(probe) if compiled and probe.floats else None
+    tries = tries or (1 if push else 2)
     ways = [probe.felt] * tries + ([push] if push else [])
     reach = np.zeros((len(ways), len(probe.clean), probe.T, probe.S), bool)
     # What mixes rows is changed row by row: otherwise a row would feel the changes of the others.
