@@ -38,10 +38,13 @@ def model(x: Any, mask: Any, layers: int = 1) -> Any:
 # --- what is found is the mask --------------------------------------------------------------------
 
 
-@jax.jit
 def attend(query: Any, x: Any, mask: Any) -> Any:
     heads = x.reshape(*x.shape[:2], query.shape[2], -1)
     return ja.attention(query, heads, heads, mask=mask)
+
+
+# One program for all masks of a shape that are given as arrays.
+attend_by_array = jax.jit(attend)
 
 
 def found(mask: Any, shape: Any) -> np.ndarray:
@@ -49,8 +52,13 @@ def found(mask: Any, shape: Any) -> np.ndarray:
     B, N, T, S = shape
     query = jnp.asarray(rng(3).standard_normal((B, T, N, 2)), jnp.float32)
     x = jnp.asarray(rng(4).standard_normal((B, S, N * 2)), jnp.float32)
-    # Calls of one program compiled for all masks of a shape, where the masks are arrays.
-    seen = visible(lambda x: attend(query, x, mask), x, outputs=T, tries=1, backend="calls")
+    if isinstance(mask, np.ndarray):
+        array = jnp.asarray(mask)
+        seen = visible(
+            lambda x: attend_by_array(query, x, array), x, outputs=T, tries=1, backend="calls"
+        )
+    else:
+        seen = visible(lambda x: attend(query, x, mask), x, outputs=T, backend="jax")
     return np.asarray(seen.array)
 
 
@@ -61,7 +69,7 @@ def test_every_mask_is_seen_as_an_array(shape: Any) -> None:
     for name, make in MASKS.items():
         if shape[2] == shape[3] or name not in SQUARE:
             array = np.array(cells(make(*shape).cell, *shape))
-            got = found(masks.dense(jnp.asarray(array)), shape)
+            got = found(array, shape)
             np.testing.assert_array_equal(got, array.any(1, keepdims=True), name)
 
 
@@ -78,7 +86,7 @@ def test_every_mask_is_seen(name: str) -> None:
 def test_random_compositions_are_seen(count: int) -> None:
     for shape, text in compositions(count, 73):
         array = np.array(cells_of(made(text), shape))
-        got = found(masks.dense(jnp.asarray(array)), shape)
+        got = found(array, shape)
         np.testing.assert_array_equal(got, array.any(1, keepdims=True), text)
 
 
@@ -99,6 +107,29 @@ def test_what_rounding_hides_is_felt_by_tangents() -> None:
         seen.array[0, 0], np.eye(S, dtype=bool) | np.eye(S, dtype=bool)[::-1]
     )
     assert f"pairs felt by the tangent only: {B * S}" in str(seen)
+
+
+def test_without_forward_mode_values_are_changed() -> None:
+    @jax.custom_vjp
+    def backward_only(x: Any) -> Any:
+        return jnp.cumsum(x, 1)
+
+    backward_only.defvjp(lambda x: (backward_only(x), None), lambda _, g: (g,))
+
+    def called_back(x: Any) -> Any:
+        return jax.pure_callback(lambda x: np.cumsum(x, 1), x, x)
+
+    for fn in (lambda x: backward_only(x), called_back):
+        seen = visible(fn, jnp.asarray(X), tries=1)
+        assert not masks.diff(seen, masks.causal(), S)
+        assert "compiled by JAX" in str(seen)
+        assert "a tangent" not in str(seen)
+
+
+def test_large_masks_are_described_in_part() -> None:
+    seen = visible(lambda x: x + 1, np.arange(400, dtype=np.float32)[:, None], stride=100, tries=1)
+    assert "masks.describe(seen.array[:, :, :128, :128]) finds words" in str(seen)
+    assert masks.describe(seen.array[:, :, :128, :128]).expression == "chunked(100)"
 
 
 def test_the_mask_may_depend_on_values() -> None:
@@ -269,6 +300,8 @@ def test_a_layer_of_linen() -> None:
     assert not masks.diff(seen, masks.sliding_window(3), S)
     with pytest.raises(ValueError, match="where: got 'blocks_7', which the model did not call"):
         visible(lambda x: module.apply(params, x), jnp.asarray(X), where="blocks_7")
+    with pytest.raises(ValueError, match="where: got 'blocks_1', which is called inside jit"):
+        visible(jax.jit(lambda x: module.apply(params, x)), jnp.asarray(X), where="blocks_1")
 
 
 class Window(nnx.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import field
 from typing import Any
 
@@ -82,7 +81,9 @@ class Visible(Dense):
     def _words(self) -> list[str]:
         """The mask as an expression, and how well that fits."""
         if self.array.size > _DESCRIBED:
-            return [f"{self!r}; masks.describe(seen[...]) of a part finds words for it"]
+            return [
+                f"{self!r}: masks.describe(seen.array[:, :, :128, :128]) finds words for a part"
+            ]
         found = views().describe(np.asarray(self.array))
         missed = "" if found.exact else f" (the nearest: it misses {len(found.cells)} pairs)"
         return [found.expression + missed]
@@ -98,7 +99,7 @@ def _told(what: str, flags: np.ndarray) -> list[str]:
     return [f"{what}: " + "; ".join(f"{_numbers(at)} (row {b})" for b, at in rows if len(at))]
 
 
-def _numbers(numbers: Iterable[int]) -> str:
+def _numbers(numbers: np.ndarray) -> str:
     """Numbers in order, neighbours as a range: `0, 3-7`."""
     runs: list[list[int]] = []
     for n in map(int, numbers):

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from .changes import Model
 
 
@@ -22,6 +24,11 @@ class Layer:
         self._fn, self._where, self._model_inputs = fn, where, inputs
         self._module = _within(fn, where) if isinstance(where, str) else where
         self.inputs, _ = self._called(None)
+        if isinstance(self.inputs, jax.core.Tracer):
+            raise ValueError(
+                f"where: got {where!r}, which is called inside jit, scan or another transformation "
+                "of the model; expected a layer that is called directly: give the model without it"
+            )
 
     def __call__(self, inputs: Any) -> Any:
         return self._called(inputs)[1]
@@ -51,8 +58,8 @@ class Layer:
         if not caught:
             raise ValueError(
                 f"where: got {self._where!r}, which the model did not call; expected the path of a "
-                "layer ('layers_0/attention'), or the module itself; a model inside jit is given "
-                "without it"
+                "layer ('layers_0/attention'), or the module itself, and a model that is not "
+                "compiled: jit does not call what it has traced before"
             )
         return caught[0]
 

@@ -36,7 +36,7 @@ def visible(
     where: Any = None,
     padding: Any = None,
     outputs: int | None = None,
-    tries: int = 2,
+    tries: int | None = None,
     backend: str = "auto",
     seed: int = 0,
 ) -> Visible:
@@ -61,11 +61,13 @@ def visible(
         steps. A query then sees all of them if it sees any.
       where: a layer to measure instead of all of `fn`, on the inputs that it really gets: the path
         of a linen module (`"layers_0/attention"`) or of an attribute of `fn`
-        (`"layers.0.attention"`, for nnx), or the module object that `fn` calls.
+        (`"layers.0.attention"`, for nnx), or the module object that `fn` calls. Of several
+        calls the first is measured, in its first argument.
       padding: which inputs are real, bool `[B, S]`, or their numbers, int `[B]`; then it is said
         whether real queries feel the others.
       outputs: T, where it is not S: cross-attention, or the last token alone.
-      tries: how many changed values are tried at each position.
+      tries: how many changed values are tried at each position; by default 1 beside a tangent, and
+        2 without.
       backend: `"jax"` compiles, `"calls"` calls `fn` as it is, `"auto"` compiles what can be
         traced.
       seed: the seed of the random changes.
@@ -91,7 +93,7 @@ def visible(
     """
     numbers = {"layers": layers, "stride": stride, "tries": tries}
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"{name}: got {number}, expected at least 1")
     _check_call(fn, inputs)
     given: Any = inputs if isinstance(inputs, jax.Array) else np.asarray(inputs)
@@ -108,6 +110,7 @@ def visible(
     real = None if padding is None else _real(padding, len(probe.clean), probe.S)
     across = probe.mixed_rows()
     push = _tangents(probe) if compiled and probe.floats else None
+    tries = tries or (1 if push else 2)
     ways = [probe.felt] * tries + ([push] if push else [])
     reach = np.zeros((len(ways), len(probe.clean), probe.T, probe.S), bool)
     # What mixes rows is changed row by row: otherwise a row would feel the changes of the others.
@@ -220,8 +223,8 @@ def _tangents(probe: Probe) -> Any:
     if not jnp.issubdtype(probe.clean.dtype, jnp.floating):
         return None
     try:
-        jax.eval_shape(push, probe.inputs, probe.inputs)
-    except TypeError:  # JAX's error for functions with a derivative of reverse mode only
+        push(probe.inputs, probe.inputs)
+    except (TypeError, ValueError):  # JAX's errors for reverse mode only, and for callbacks
         return None
 
     def felt(at: Any) -> np.ndarray:
