@@ -14,7 +14,7 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context chat tune embed \
-	compare-models explain gallery docs faults benchmark benchmark-gpu peers compile-gpu \
+	compare-models explain see gallery docs faults benchmark benchmark-gpu peers compile-gpu \
 	compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
@@ -69,6 +69,15 @@ compare-models: $(VENV)/smollm2 $(VENV)/minilm  ## compare both with transformer
 
 explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers
 	$(BIN)/python experiments/how_masking_works.py $(ARGS)
+
+see: .venv-see/ready  ## find the masks that public libraries really apply; after `make peers`, transformers' too
+	.venv-see/bin/python experiments/what_models_see.py $(ARGS)
+.venv-see/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-see
+	.venv-see/bin/python -m pip install --progress-bar on --editable ".[experiments]" \
+		dm-haiku==0.0.17 equinox==0.13.8 keras==3.15.1 \
+		"flax==0.12.8; python_version < '3.12'" "flax==0.12.12; python_version >= '3.12'"
+	touch $@
 
 gallery: $(VENV)/ready  ## draw a picture of every mask
 	$(BIN)/python experiments/gallery.py $(ARGS)

@@ -30,6 +30,7 @@ import llama
 import measure_chat
 import numpy as np
 import tyro
+from command import command
 from data import DataError
 from flax import nnx
 from generate import BEYOND, FIRST, NONE, Drafting, Sampling, State, Writer
@@ -316,22 +317,15 @@ def attention_maps(model: Llama, tokens: Int[Array, "B T"], layer: int) -> Float
     return maps
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn unusable input into one line and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+@command(NAME)
+def main(given: list[str]) -> None:
+    """Runs what the arguments ask for."""
     console = Console()
-    try:
-        if given[:1] and given[0] in measure_chat.VERBS:
-            settings, run = measure_chat.VERBS[given[0]]
-            run(tyro.cli(settings, prog=f"{NAME} {given[0]}", args=given[1:]), console)
-        else:
-            run_chat(tyro.cli(Chat, prog=NAME, description=__doc__, args=given), console)
-    except DataError as error:
-        print(f"{NAME}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if given[:1] and given[0] in measure_chat.VERBS:
+        settings, run = measure_chat.VERBS[given[0]]
+        run(tyro.cli(settings, prog=f"{NAME} {given[0]}", args=given[1:]), console)
+    else:
+        run_chat(tyro.cli(Chat, prog=NAME, description=__doc__, args=given), console)
 
 
 if __name__ == "__main__":

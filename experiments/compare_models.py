@@ -35,6 +35,7 @@ import numpy as np
 import tyro
 import weights
 from benchmark import PEERS_PYTHON
+from command import command
 from contestant import Contestant
 from data import DataError
 from flax import nnx
@@ -45,6 +46,8 @@ from rich.table import Table
 
 import jaxattn as ja
 from jaxattn.shapes import Array, Float, Int
+
+NAME = "compare_models.py"
 
 Tokens = list[int]
 
@@ -71,7 +74,7 @@ class Decoder:
     prompt: int = 128  # tokens before decoding is timed
     timed: int = 32  # tokens of decoding
     batch: int = 8
-    chunk: int = 256  # tokens of a prompt that are computed at once
+    chunk: int = 512  # tokens of a prompt that are computed at once
     repeats: int = 3
     tolerance: float = 1e-4  # of the largest logit
 
@@ -412,27 +415,22 @@ HALVES: dict[str, Callable[[Compare, Peer, Console], bool]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare everything; 1 if numbers differ, 2 for what can't be compared."""
-    name, console = "compare_models.py", Console()
-    config = tyro.cli(Compare, prog=name, description=__doc__, args=arguments)
-    try:
-        sizes(config)
-        with tempfile.TemporaryDirectory() as folder:
-            peer = Peer(Path(folder))
-            try:
-                equal = True
-                for half in HALVES if config.only is None else [config.only]:
-                    equal &= HALVES[half](config, peer, console)
-            finally:
-                peer.process.close()
-    except DataError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+@command(NAME)
+def main(given: list[str]) -> int:
+    """Compares everything; 1 if numbers differ."""
+    console = Console()
+    config = tyro.cli(Compare, prog=NAME, description=__doc__, args=given)
+    sizes(config)
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Peer(Path(folder))
+        try:
+            equal = True
+            for half in HALVES if config.only is None else [config.only]:
+                equal &= HALVES[half](config, peer, console)
+        finally:
+            peer.process.close()
     if not equal:
-        print(f"{name}: numbers differ by more than they may", file=sys.stderr)
+        print(f"{NAME}: numbers differ by more than they may", file=sys.stderr)
     return 0 if equal else 1
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import packing
 import tyro
 import weights
+from command import command
 from data import DataError, Tokens
 from flax import nnx
 from rich.console import Console
@@ -339,24 +340,15 @@ def run_measure(config: Measure, console: Console) -> None:
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn unusable input into one line and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+@command("embed.py")
+def main(given: list[str]) -> None:
+    """Runs what the arguments ask for."""
     name = "embed.py"
-    try:
-        if given[:1] == ["measure"]:
-            run_measure(tyro.cli(Measure, prog=f"{name} measure", args=given[1:]), Console())
-        else:
-            # Standard output is for the answers.
-            run_embed(
-                tyro.cli(Embed, prog=name, description=__doc__, args=given), Console(stderr=True)
-            )
-    except DataError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    if given[:1] == ["measure"]:
+        run_measure(tyro.cli(Measure, prog=f"{name} measure", args=given[1:]), Console())
+    else:
+        # Standard output is for the answers.
+        run_embed(tyro.cli(Embed, prog=name, description=__doc__, args=given), Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import numpy as np
 import optax
 import packing
 import tyro
+from command import command
 from data import DataError, Tokens
 from decoder import Decoder, loss_of, sample
 from flax import nnx, serialization
@@ -473,29 +474,22 @@ def measure(length: int, window: int, backend: str) -> dict[str, Any]:
     return {"length": length, "backend": backend, "seconds": seconds, "peak": peak}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn unusable input into one line and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+@command("language_model.py")
+def main(given: list[str]) -> None:
+    """Runs what the arguments ask for."""
     console = Console()
     name = "language_model.py"
-    try:
-        match given[:1]:
-            case ["sample"]:
-                run_sample(tyro.cli(Sample, prog=f"{name} sample", args=given[1:]))
-            case ["packing"]:
-                run_packing(tyro.cli(Packing, prog=f"{name} packing", args=given[1:]), console)
-            case ["context"]:
-                run_context(tyro.cli(Context, prog=f"{name} context", args=given[1:]), console)
-            case ["measure"]:
-                print(json.dumps(measure(int(given[1]), int(given[2]), given[3])))
-            case _:
-                run_train(asked(Train, given, name, __doc__), console)
-    except DataError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    match given[:1]:
+        case ["sample"]:
+            run_sample(tyro.cli(Sample, prog=f"{name} sample", args=given[1:]))
+        case ["packing"]:
+            run_packing(tyro.cli(Packing, prog=f"{name} packing", args=given[1:]), console)
+        case ["context"]:
+            run_context(tyro.cli(Context, prog=f"{name} context", args=given[1:]), console)
+        case ["measure"]:
+            print(json.dumps(measure(int(given[1]), int(given[2]), given[3])))
+        case _:
+            run_train(asked(Train, given, name, __doc__), console)
 
 
 if __name__ == "__main__":

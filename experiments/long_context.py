@@ -41,6 +41,7 @@ import optax
 import packing
 import processes
 import tyro
+from command import command
 from data import DataError, Tokens
 from decoder import Decoder, cross_entropy
 from flax import nnx
@@ -585,9 +586,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn unusable input into one line and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+@command(NAME)
+def main(given: list[str]) -> int:
+    """Runs what the arguments ask for; 1 if a process failed."""
     console = Console()
     try:
         match given[:1]:
@@ -609,14 +610,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(json.dumps(measure(json.loads(given[1]))))
             case _:
                 run_train(language_model.asked(Train, given, NAME, __doc__), console)
-    except DataError as error:
-        print(f"{NAME}: {error}", file=sys.stderr)
-        return 2
     except processes.ProcessError as error:
         print(f"{NAME}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

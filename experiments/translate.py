@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from command import command
 from corpus import Pair
 from data import Corpus, DataError
 from flax import serialization
@@ -414,24 +415,17 @@ def run_translate(config: Translate) -> None:
         print(line)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn a corpus that cannot be used into one line and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if given[:1] == ["translate"]:
-            run_translate(tyro.cli(Translate, prog="translate.py translate", args=given[1:]))
-        else:
-            default, given = from_config(given, Train)
-            config = tyro.cli(
-                Train, prog="translate.py", description=__doc__, args=given, default=default
-            )
-            run_train(config, Console())
-    except DataError as error:
-        print(f"translate.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@command("translate.py")
+def main(given: list[str]) -> None:
+    """Runs what the arguments ask for."""
+    if given[:1] == ["translate"]:
+        run_translate(tyro.cli(Translate, prog="translate.py translate", args=given[1:]))
+    else:
+        default, given = from_config(given, Train)
+        config = tyro.cli(
+            Train, prog="translate.py", description=__doc__, args=given, default=default
+        )
+        run_train(config, Console())
 
 
 def from_config(given: list[str], kind: type[Settings]) -> tuple[Settings, list[str]]:

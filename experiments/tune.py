@@ -40,6 +40,7 @@ import packing
 import sacrebleu
 import tyro
 from adapters import ADAPTERS
+from command import command
 from corpus import Pair
 from data import DataError, Tokens
 from decoder import cross_entropy
@@ -403,24 +404,15 @@ def run_translate(config: Translate) -> None:
         print(line)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn unusable input into one line and exit status 2."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if given[:1] == ["translate"]:
-            run_translate(tyro.cli(Translate, prog="tune.py translate", args=given[1:]))
-        else:
-            default, given = from_config(given, Train)
-            config = tyro.cli(
-                Train, prog="tune.py", description=__doc__, args=given, default=default
-            )
-            run_train(config, Console())
-    except DataError as error:
-        print(f"tune.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@command("tune.py")
+def main(given: list[str]) -> None:
+    """Runs what the arguments ask for."""
+    if given[:1] == ["translate"]:
+        run_translate(tyro.cli(Translate, prog="tune.py translate", args=given[1:]))
+    else:
+        default, given = from_config(given, Train)
+        config = tyro.cli(Train, prog="tune.py", description=__doc__, args=given, default=default)
+        run_train(config, Console())
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ ROOMS = {
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
+    "testing": "changes depth findings | layers assertions | visible",
     "parallel": "known | layouts plan | attention | explain",
     "nn": "flax_packages rope functional | attention_fn | linen nnx",
 }

@@ -1,25 +1,18 @@
-"""Assertions about your own model: masked inputs are changed, and outputs have to stay the same.
-
-A wrong mask does not crash. The loss falls, often further than it should, and the model is wrong.
-These functions treat a model as a black box: they change inputs on which an output must not depend,
-and compare bits. The model under test need not use this library.
-"""
+"""Assertions: inputs that must not be felt are changed, and outputs have to stay the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .masks.mask import as_mask
-from .shapes import Array, ArrayLike, Int, Shaped
-
-__all__ = ["assert_packing_invariant", "assert_padding_invariant", "assert_respects_mask"]
-
-Model = Callable[..., Any]
+from ..masks.mask import as_mask
+from ..shapes import Array, ArrayLike, Int, Shaped
+from .changes import Model, Probe, same
+from .depth import power
 
 
 def assert_respects_mask(
@@ -68,44 +61,21 @@ def assert_respects_mask(
     """
     array = jnp.asarray(inputs)
     run = jax.jit(fn)
-    clean = run(array)
-    batch, S, T = _axes(array, clean, mask)
-    sees: Any = np.asarray(as_mask(mask).dense(T, S, batch=batch or 1, heads=heads)).any(1)
-    reach = _reach(sees, layers)
-    check = _Check(run, array, clean, reach, batch is not None, np.random.default_rng(seed))
-    floats = jnp.issubdtype(array.dtype, jnp.floating)
+    probe = Probe(run, array, run(array), np.random.default_rng(seed))
+    S, T, B = probe.S, probe.T, len(probe.clean)
+    sees: Any = np.asarray(as_mask(mask).dense(T, S, batch=B, heads=heads)).any(1)
+    check = _Check(probe, _reach(sees, layers))
     for k in range(S):
         check.values(k)
-    if batch is not None:
-        check.rows()
-    if floats:
+    check.rows()
+    if probe.floats:
         check.gradients()
-    if floats and nonfinite and S == T:
+    if probe.floats and nonfinite and S == T:
         unseen = ~sees.any(1)
         for poison in (np.nan, np.inf):
             check.poisoned_values(unseen, poison)
             # The gradient of a position that sees others carries its NaN to them, as it should.
             check.poisoned_gradients(unseen & ~sees.any(2), poison)
-
-
-def _axes(inputs: Array, outputs: Any, mask: Any) -> tuple[int | None, int, int]:
-    """The size of the batch (`None` without one), and the lengths of inputs and outputs."""
-    if not hasattr(outputs, "shape"):
-        raise ValueError(
-            f"fn: returned {type(outputs).__name__}, expected one array [B, T, ...] or [T, ...]; "
-            "wrap it to return the output to check"
-        )
-    # Inputs with enough axes have a batch, so a single sequence of features is given as
-    # [1, S, ...].
-    tokens = jnp.issubdtype(inputs.dtype, jnp.integer)
-    batched = inputs.ndim >= (2 if tokens else 3)
-    axis = 1 if batched else 0
-    if outputs.ndim <= axis or (batched and outputs.shape[0] != inputs.shape[0]):
-        raise ValueError(
-            f"fn: returned shape {list(outputs.shape)} for inputs {list(inputs.shape)}, expected "
-            f"{'[B, T, ...]' if batched else '[T, ...]'}"
-        )
-    return inputs.shape[0] if batched else None, inputs.shape[axis], outputs.shape[axis]
 
 
 def _reach(sees: np.ndarray, layers: int) -> np.ndarray:
@@ -117,77 +87,44 @@ def _reach(sees: np.ndarray, layers: int) -> np.ndarray:
         if layers > 1:
             raise ValueError(f"layers: got {layers} with T={T} and S={S}, expected 1 where T != S")
         return sees
-    step = sees | np.eye(T, dtype=bool)
-    reach = step
-    for _ in range(layers - 1):
-        reach = (reach.astype(np.float32) @ step.astype(np.float32)) > 0
-    return reach
+    return power(sees | np.eye(T, dtype=bool), layers)
 
 
 class _Check:
     """One model, its inputs, and on which of them its outputs may depend."""
 
-    def __init__(
-        self,
-        run: Model,
-        inputs: Array,
-        clean: Array,
-        reach: np.ndarray,
-        batched: bool,
-        rng: np.random.Generator,
-    ) -> None:
-        self.run, self.inputs, self.reach, self.batched, self.rng = run, inputs, reach, batched, rng
-        self.clean = self._rows(clean)
-        self._pull = jax.jit(lambda x, cotangent: jax.vjp(run, x)[1](cotangent)[0])
-
-    def _rows(self, array: Any) -> np.ndarray:
-        """An output or an input as `[B, T, everything else]`, with or without a batch."""
-        values = np.asarray(array)
-        values = values if self.batched else values[None]
-        return values.reshape(*values.shape[:2], -1)
-
-    def _replaced(self, at: Any) -> Array:
-        """The inputs, with other values at an index."""
-        old = np.asarray(self.inputs[at])
-        new: Any
-        if np.issubdtype(old.dtype, np.integer):
-            low, high = int(self.inputs.min()), int(self.inputs.max())
-            # Another value, never the same: a step of 1 to (high - low) around the ring of values.
-            steps = self.rng.integers(1, max(high - low, 1) + 1, old.shape)
-            new = low + (old - low + steps) % (high - low + 1)
-        else:
-            signs = self.rng.choice([-1, 1], old.shape)
-            new = old.astype(np.float64) + signs * (1 + self.rng.random(old.shape))
-        return self.inputs.at[at].set(jnp.asarray(new.astype(old.dtype)))
+    def __init__(self, probe: Probe, reach: np.ndarray) -> None:
+        self.probe, self.reach = probe, reach
+        self._pull = jax.jit(lambda x, cotangent: jax.vjp(probe.run, x)[1](cotangent)[0])
 
     def values(self, k: int) -> None:
         """Outputs that must not depend on input k keep their bits when it changes."""
-        dirty = self._rows(self.run(self._replaced((slice(None), k) if self.batched else (k,))))
-        self._expect(~_same(dirty, self.clean) & ~self.reach[:, :, k], f"input {k}")
+        felt = self.probe.felt(self.probe.at(slice(None), k))
+        self._expect(felt & ~self.reach[:, :, k], f"input {k}")
 
     def poisoned_values(self, where: np.ndarray, poison: float) -> None:
         """Inputs that no query sees may hold anything: no other output changes a bit."""
-        dirty = self._rows(self.run(self._poisoned(where, poison)))
-        self._expect(~_same(dirty, self.clean) & ~where, f"unseen inputs that are {poison}")
+        felt = self.probe.differs(self._poisoned(where, poison))
+        self._expect(felt & ~where, f"unseen inputs that are {poison}")
 
     def poisoned_gradients(self, where: np.ndarray, poison: float) -> None:
         """Inputs that neither see nor are seen may hold anything: no other gradient changes."""
         noise = self._noise()
         cotangent = jnp.where(self._over(where, noise.ndim), 0, noise)
         clean, dirty = (
-            self._rows(self._pull(inputs, cotangent))
-            for inputs in (self.inputs, self._poisoned(where, poison))
+            self.probe.rows(self._pull(inputs, cotangent))
+            for inputs in (self.probe.inputs, self._poisoned(where, poison))
         )
         what = f"unseen inputs that are {poison}"
-        self._expect(~_same(clean, dirty) & ~where, what, "the gradient of input")
+        self._expect(~same(clean, dirty) & ~where, what, "the gradient of input")
 
     def _over(self, where: np.ndarray, rank: int) -> np.ndarray:
-        rows = where if self.batched else where[0]
+        rows = where if self.probe.batched else where[0]
         return rows.reshape(*rows.shape, *(1,) * (rank - rows.ndim))
 
     def _poisoned(self, where: np.ndarray, poison: float) -> Array:
-        value = jnp.asarray(poison, self.inputs.dtype)
-        return jnp.where(self._over(where, self.inputs.ndim), value, self.inputs)
+        value = jnp.asarray(poison, self.probe.inputs.dtype)
+        return jnp.where(self._over(where, self.probe.inputs.ndim), value, self.probe.inputs)
 
     def _expect(self, leaks: np.ndarray, what: str, dependent: str = "output") -> None:
         if leaks.any():
@@ -198,28 +135,27 @@ class _Check:
             )
 
     def _noise(self) -> Array:
-        out = jax.eval_shape(self.run, self.inputs)
-        return jnp.asarray(self.rng.standard_normal(out.shape), out.dtype)
+        out = jax.eval_shape(self.probe.run, self.probe.inputs)
+        return jnp.asarray(self.probe.rng.standard_normal(out.shape), out.dtype)
 
     def rows(self) -> None:
         """A batch row does not depend on another."""
-        for b in range(len(self.clean)):
-            dirty = self._rows(self.run(self._replaced((b,))))
-            leaks: Any = ~_same(dirty, self.clean).all(1)
-            leaks[b] = False
-            if leaks.any():
-                other = np.flatnonzero(leaks)[0]
-                raise AssertionError(f"batch row {other} of the output depends on batch row {b}")
+        mixed = np.argwhere(self.probe.mixed_rows().T)
+        if len(mixed):
+            row, other = mixed[0]
+            raise AssertionError(f"batch row {other} of the output depends on batch row {row}")
 
     def gradients(self) -> None:
         """The gradient of output q with respect to inputs outside its paths is exactly 0."""
         noise = self._noise()
-        axis = 1 if self.batched else 0
+        axis = 1 if self.probe.batched else 0
         for q in range(noise.shape[axis]):
             one = (jnp.arange(noise.shape[axis]) == q).reshape(
                 [-1 if i == axis else 1 for i in range(noise.ndim)]
             )
-            reached = (self._rows(self._pull(self.inputs, jnp.where(one, noise, 0))) != 0).any(-1)
+            reached = (
+                self.probe.rows(self._pull(self.probe.inputs, jnp.where(one, noise, 0))) != 0
+            ).any(-1)
             leaks = reached & ~self.reach[:, q]
             if leaks.any():
                 b, k = np.argwhere(leaks)[0]
@@ -227,11 +163,6 @@ class _Check:
                     f"the gradient of output {q} reaches input {k}, which no path of the mask "
                     f"allows (batch row {b})"
                 )
-
-
-def _same(left: np.ndarray, right: np.ndarray) -> Any:
-    """Which positions `[B, T]` of two `[B, T, values]` are equal; NaN equals NaN."""
-    return ((left == right) | (np.isnan(left) & np.isnan(right))).all(-1)
 
 
 def assert_padding_invariant(
