@@ -3,63 +3,171 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from javascript import javascript
+from jax.extend.core import Literal
+from javascript import program
 
-from jaxattn import masks
+from jaxattn import Mask, masks
 
-TEMPLATE = Path(__file__).with_name("explorer.html")
+PAGE = Path(__file__).with_name("page")
+NAMES = {"jax": jax, "jnp": jnp, "masks": masks}
 IDS = [0] * 5 + [1] * 7 + [2] * 4
+GLOBAL = [i in (0, 8) for i in range(16)]
+
+
+class Parameter(NamedTuple):
+    """A number, or a list of numbers or booleans, one a token."""
+
+    name: str
+    start: int | list[int] | list[bool]  # what the page begins with
+    least: int = 0  # of a number
 
 
 class Part(NamedTuple):
     """A mask that the page offers."""
 
-    build: Callable[..., Any]
-    code: str  # `{name}` stands for the parameter
-    defaults: dict[str, Any]  # a list is an id per token
+    code: str  # Python; `{name}` stands for a parameter, `{choice}` for one of the choices
+    parameters: tuple[Parameter, ...] = ()
+    choices: tuple[str, ...] = ("",)  # Python, for what is computed before the page is made
+    note: str = ""
+
+    def build(self, choice: str, *values: Any) -> Mask:
+        """The mask, with these parameters."""
+        names = [parameter.name for parameter in self.parameters]
+        code = self.code.format(choice="*chosen", **{name: name for name in names})
+        given = {"chosen": eval(f"[{choice}]", dict(NAMES)), **dict(zip(names, values, strict=True))}
+        mask: Mask = eval(code, NAMES | given)
+        return mask
 
 
+IDS_OF_TOKENS = Parameter("ids", IDS)
+LENGTHS = Parameter("lengths", 12)
 PARTS = {
-    "causal": Part(masks.causal, "masks.causal({offset})", {"offset": 0}),
+    "causal": Part("masks.causal({offset})", (Parameter("offset", 0, -(2**31 - 1)),)),
     "sliding_window": Part(
-        masks.sliding_window, "masks.sliding_window({left}, {right})", {"left": 3, "right": 0}
+        "masks.sliding_window({left}, {right})", (Parameter("left", 3), Parameter("right", 0))
     ),
-    "prefix_lm": Part(masks.prefix_lm, "masks.prefix_lm({lengths})", {"lengths": 5}),
-    "segments": Part(masks.segments, "masks.segments(jnp.array({ids}))", {"ids": IDS}),
-    "key_padding": Part(
-        lambda n: masks.key_padding(lengths=n),
-        "masks.key_padding(lengths={lengths})",
-        {"lengths": 12},
+    "prefix_lm": Part("masks.prefix_lm({lengths})", (Parameter("lengths", 5),)),
+    "segments": Part("masks.segments({ids})", (IDS_OF_TOKENS,)),
+    "key_padding": Part("masks.key_padding(lengths={lengths})", (LENGTHS,)),
+    "key_padding(valid)": Part(
+        "masks.key_padding({valid})", (Parameter("valid", [i >= 3 for i in range(16)]),)
     ),
-    "query_padding": Part(
-        lambda n: masks.query_padding(lengths=n),
-        "masks.query_padding(lengths={lengths})",
-        {"lengths": 12},
+    "query_padding": Part("masks.query_padding(lengths={lengths})", (LENGTHS,)),
+    "chunked": Part("masks.chunked({size})", (Parameter("size", 4, 1),)),
+    "dilated": Part("masks.dilated({rate})", (Parameter("rate", 4, 1),)),
+    "global_tokens": Part("masks.global_tokens({n})", (Parameter("n", 2),)),
+    "global_tokens(flags)": Part("masks.global_tokens({flags})", (Parameter("flags", GLOBAL),)),
+    "neighborhood": Part(
+        "masks.neighborhood({choice})",
+        choices=("(4, 4), 1", "(2, 8), (0, 2)", "(8, 8), 1", "(8, 8), (1, 2)", "(4, 4, 4), 1"),
     ),
-    "chunked": Part(masks.chunked, "masks.chunked({size})", {"size": 4}),
-    "dilated": Part(masks.dilated, "masks.dilated({rate})", {"rate": 4}),
-    "global_tokens": Part(masks.global_tokens, "masks.global_tokens({n})", {"n": 2}),
+    "block_sparse": Part(
+        "masks.block_sparse({choice}, {block})",
+        (Parameter("block", 4, 1),),
+        (
+            "(jnp.arange(4)[:, None] + jnp.arange(4)) % 3 == 0",
+            "jnp.eye(8, dtype=bool)",
+            "jnp.tri(16, dtype=bool)",
+        ),
+        "Positions beyond the table use its last row or column.",
+    ),
+    "random_blocks": Part(
+        "masks.random_blocks({choice})",
+        choices=tuple(
+            f"jax.random.key({seed}), 2, 4, {tokens}" for tokens in (16, 64) for seed in (0, 1)
+        ),
+        note="JAX drew these blocks when the page was made: a table, not a formula.",
+    ),
+    "tree": Part(
+        "masks.tree({choice})",
+        choices=(
+            "(jnp.arange(16) - 1) // 2",
+            "(jnp.arange(64) - 1) // 2",
+            "jnp.maximum(jnp.arange(16) - 3, -1)",
+        ),
+        note="A number for every node: the depth-first order is computed when the page is made.",
+    ),
     "shared_prefix": Part(
-        masks.shared_prefix,
-        "masks.shared_prefix({length}, jnp.array({ids}))",
-        {"length": 4, "ids": IDS},
+        "masks.shared_prefix({length}, {ids})", (Parameter("length", 5), IDS_OF_TOKENS)
     ),
-    "full": Part(masks.full, "masks.full()", {}),
-    "empty": Part(masks.empty, "masks.empty()", {}),
+    "block_diffusion": Part(
+        "masks.block_diffusion({length}, {block})",
+        (Parameter("length", 8, 1), Parameter("block", 2, 1)),
+    ),
+    "full": Part("masks.full()"),
+    "empty": Part("masks.empty()"),
+    "dense": Part(
+        "masks.dense({choice})",
+        choices=("jax.random.bernoulli(jax.random.key(0), 0.3, (16, 16))",),
+        note="An array: it has no formula.",
+    ),
+    "from_array": Part(
+        "masks.from_array({choice})",
+        choices=('1 - jnp.tri(16), "ignore"', "jnp.tri(16, dtype=bool), 'attend'"),
+        note="An array: it has no formula.",
+    ),
+    "predicate": Part(
+        "masks.predicate({choice})",
+        choices=(
+            "lambda b, h, q, k: (q & k) == k",
+            "lambda b, h, q, k: jnp.abs(q - k) < 3",
+            "lambda b, h, q, k: (q ^ k) % 3 == 0",
+        ),
+    ),
 }
+# Masks of the gallery that the page does not offer, and why.
+LEFT_OUT = {"per_head": "the page shows one head"}
+
+
+def traced(part: Part, choice: str) -> tuple[Mask, list[int | None]]:
+    """A mask, and for each of its leaves the index of the parameter that it is, if one."""
+    starts = [parameter.start for parameter in part.parameters]
+    # With a dtype of their own, so that the constructors do not convert them.
+    values = [jnp.asarray(each, jnp.asarray(each).dtype) for each in starts]
+    mask = part.build(choice, *values)
+
+    def leaves(*given: Any) -> list[Any]:
+        return jax.tree.leaves(part.build(choice, *given))
+
+    made = jax.make_jaxpr(leaves)(*values).jaxpr
+    order = {var: i for i, var in enumerate(made.invars)}
+    return mask, [
+        None if isinstance(out, Literal) else order.get(out) for out in made.outvars
+    ]
+
+
+def part_as_json(name: str) -> dict[str, Any]:
+    """A mask of the page, with a program for each of its choices."""
+    part = PARTS[name]
+    return {
+        "code": part.code,
+        "note": part.note,
+        "choices": part.choices,
+        "parameters": [parameter._asdict() for parameter in part.parameters],
+        "programs": {choice: program(*traced(part, choice)) for choice in part.choices},
+    }
+
+
+def formula() -> str:
+    """The part of the page's script that needs no browser."""
+    parts = json.dumps({name: part_as_json(name) for name in PARTS}, separators=(",", ":"))
+    # A script ends at the first `</`, wherever it stands.
+    parts = parts.replace("</", "<\\/")
+    return f"const PARTS = {parts};\n{(PAGE / 'formula.js').read_text(encoding='utf-8')}"
 
 
 def page() -> str:
     """The page, with the masks translated to JavaScript."""
-    parts = []
-    for name, part in PARTS.items():
-        values = [jnp.asarray(value) for value in part.defaults.values()]
-        see = javascript(part.build, values, name)
-        said = json.dumps({"code": part.code, "defaults": part.defaults})
-        parts.append(f"{name}: {{...{said}, see: {see}}}")
-    return TEMPLATE.read_text(encoding="utf-8").replace("/*PARTS*/", ",\n".join(parts))
+    html = (PAGE / "page.html").read_text(encoding="utf-8")
+    for mark, text in (
+        ("/*STYLE*/", (PAGE / "page.css").read_text(encoding="utf-8")),
+        ("/*FORMULA*/", formula()),
+        ("/*PAGE*/", (PAGE / "page.js").read_text(encoding="utf-8")),
+    ):
+        html = html.replace(mark, text)
+    return html

@@ -1,96 +1,110 @@
-"""A mask as a JavaScript function, translated from its jaxpr: the formula is written once."""
+"""A mask as a program that JavaScript runs, translated from the library's own trace of it.
+
+The formula is written once, in Python. `mask.why` reads the same steps, so that the page can say
+which comparison decided a pair, with its numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
-_COMPARED = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "===", "ne": "!=="}
-# `|0` wraps around as int32 does, and rounds a quotient toward 0.
-_OPERATIONS = _COMPARED | {"add": "+", "sub": "-", "div": "/", "rem": "%"}
-_FUNCTIONS = {"max": "Math.max", "min": "Math.min", "abs": "Math.abs", "sign": "Math.sign"}
-_FUNCTIONS |= {"mul": "Math.imul"}
-_LOGIC = {"and": ("&&", "&"), "or": ("||", "|"), "xor": ("!==", "^")}
-_SAME = ("squeeze", "stop_gradient", "copy")
+from jaxattn import Mask, Positions
+from jaxattn.tracing.canonical import canonicalize
+from jaxattn.tracing.dependence import signature_of, trace_signature
+from jaxattn.tracing.hashing import Const
+from jaxattn.tracing.labels import labels
+from jaxattn.tracing.program import needed
+from jaxattn.views.why import title
+
+# The operations of `formula.js` on int32 and booleans.
+_OPERATIONS = frozenset("abs add clamp div max min mul neg rem select_n sign sub".split())
+_OPERATIONS |= frozenset("lt le gt ge eq ne".split())
+# What JavaScript writes otherwise for booleans than for integers.
+_LOGIC = ("and", "or", "xor", "not")
+_SAME = ("broadcast_in_dim", "reshape", "squeeze", "stop_gradient")
+_HERE = np.zeros((), np.int32)
 
 
-def javascript(build: Callable[..., Any], args: Sequence[Any], name: str) -> str:
-    """The JavaScript function `(b, h, q, k, p) => boolean` of a mask.
+def program(mask: Mask, parameters: Sequence[int | None]) -> dict[str, Any]:
+    """The steps of a mask, as JSON.
+
+    A value is named by its index: first b, h, q and k, then the mask's arrays and numbers, then
+    constants, then one value a step.
 
     Args:
-      build: makes the mask of `args`.
-      args: integers, or arrays of integers or booleans: the parameters, in `p` of the function.
-      name: the mask's name, for errors.
+      mask: a mask.
+      parameters: for each leaf of the mask, the index of the parameter that it is; None for a leaf
+        that stays as it is.
+
+    Returns:
+      title: what `mask.why` calls it.
+      inputs: the names of the inputs.
+      leaves: for each leaf the index of its parameter, or its value in a list of one.
+      constants: the numbers that the formula holds.
+      steps: for each step its operation and the indices of its arguments.
+      out: the index of the result.
+      reads: for each axis of a leaf that is read at a bare position: what to call the leaf, its
+        index, the axis, the position. It must have that many entries.
+      tokens: how many queries and keys the mask is for; None where it serves any.
 
     Raises:
       NotImplementedError: for an operation without a translation.
     """
+    name = title(mask)
+    traced_mask = canonicalize(mask) if jax.tree_util.all_leaves([mask]) else mask
+    at = Positions(b=_HERE, h=_HERE, q=_HERE, k=_HERE)
+    traced = trace_signature(signature_of(traced_mask, at))
+    code = traced.builder
+    given = [*jax.tree.leaves(traced_mask), *code.captured]
+    leaves = [
+        [np.asarray(leaf).tolist()] if parameter is None else parameter
+        for leaf, parameter in zip(given, [*parameters, *[None] * len(code.captured)], strict=True)
+    ]
+    steps = needed(code.steps, [traced.out])
+    used = [ref for step in steps for ref in step.args] + [traced.out]
+    constants = list(dict.fromkeys(ref for ref in used if isinstance(ref, Const)))
+    index = {ref: i for i, ref in enumerate([*code.inputs, *constants])}
+    index |= {step.outs[0]: len(index) + i for i, step in enumerate(steps)}
+    required = getattr(mask, "required_length", lambda: None)
+    return {
+        "title": name,
+        "inputs": [*"bhqk", *labels(traced_mask, own=True), *["an array"] * len(code.captured)],
+        "leaves": leaves,
+        "constants": [np.asarray(each.value).tolist() for each in constants],
+        "steps": [
+            [_operation(step, code, name), *(index[ref] for ref in step.args)] for step in steps
+        ],
+        "out": index[traced.out],
+        "reads": [
+            [traced.label(read.array), index[read.array] - 4, read.axis, read.position]
+            for read in dict.fromkeys(code.axis_reads)
+        ],
+        "tokens": required(),
+    }
 
-    def cell(values: Sequence[Any], b: Any, h: Any, q: Any, k: Any) -> Any:
-        return build(*values)(b, h, q, k)
 
-    here = np.int32(0)
-    traced = jax.make_jaxpr(cell)([jnp.asarray(a) for a in args], here, here, here, here)
-    lines: list[str] = []
-    names = [f"p[{i}]" for i in range(len(args))] + ["b", "h", "q", "k"]
-    (out,) = _inline(traced.jaxpr, [*map(_constant, traced.consts), *names], lines, name)
-    return f"(b, h, q, k, p) => {{ {' '.join(lines)} return !!{out}; }}"
-
-
-def _constant(value: Any) -> str:
-    return str(np.asarray(value).tolist()).replace("True", "true").replace("False", "false")
-
-
-def _inline(jaxpr: Any, given: Sequence[str], lines: list[str], name: str) -> list[str]:
-    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], given, strict=True))
-
-    def read(at: Any) -> str:
-        return _constant(at.val) if isinstance(at, Literal) else env[at]
-
-    for step in jaxpr.eqns:
-        args = [read(at) for at in step.invars]
-        if (inner := step.params.get("jaxpr")) is not None:
-            results = _inline(inner.jaxpr, [*map(_constant, inner.consts), *args], lines, name)
-            env.update(zip(step.outvars, results, strict=True))
-            continue
-        result = f"v{len(lines)}"
-        lines.append(f"const {result} = {_expression(step, args, name)};")
-        env[step.outvars[0]] = result
-    return [read(at) for at in jaxpr.outvars]
-
-
-def _expression(step: Any, args: list[str], name: str) -> str:
-    operation, given, made = step.primitive.name, step.invars[0].aval, step.outvars[0].aval
-    if all(size == 1 for size in made.shape) and made.dtype in (jnp.int32, jnp.bool_):
-        if operation in _OPERATIONS:
-            said = f"({args[0]} {_OPERATIONS[operation]} {args[1]})"
-            return said if operation in _COMPARED else f"{said} | 0"
-        if operation in _FUNCTIONS:
-            return f"{_FUNCTIONS[operation]}({', '.join(args)}) | 0"
-        if operation in _LOGIC:
-            return f"{args[0]} {_LOGIC[operation][made.dtype != jnp.bool_]} {args[1]}"
-        if operation == "not":
-            return f"{'!' if made.dtype == jnp.bool_ else '~'}{args[0]}"
-        if operation == "neg":
-            return f"-{args[0]} | 0"
-        if operation == "select_n" and len(args) == 3:
-            return f"{args[0]} ? {args[2]} : {args[1]}"
-        if operation == "convert_element_type" and given.dtype in (jnp.int32, jnp.bool_):
-            return f"{'!!' if made.dtype == jnp.bool_ else '+'}{args[0]}"
-        if operation == "dynamic_slice":
-            # An index beyond the array is clamped, as in JAX.
-            array = args[0]
-            for start in args[1:]:
-                array = f"at({array}, {start})"
-            return array
-        if operation in _SAME:
-            return args[0]
+def _operation(step: Any, code: Any, name: str) -> str:
+    operation: str = step.prim.name
+    args, made = [code.type(arg) for arg in step.args], code.type(step.outs[0])
+    if made.dtype in (jnp.int32, jnp.bool_):
+        if operation == "read" and step.params["axes"] == tuple(range(len(step.args) - 1)):
+            return operation
+        if made.shape == () and all(arg.shape == () for arg in args):
+            boolean = made.dtype == jnp.bool_
+            if operation in _LOGIC:
+                return operation if boolean else f"{operation}_int"
+            if operation == "convert_element_type" and args[0].dtype in (jnp.int32, jnp.bool_):
+                return "to_bool" if boolean else "to_int"
+            if operation in _SAME:
+                return "same"
+            if operation in _OPERATIONS:
+                return operation
     raise NotImplementedError(
-        f"{name}: got the operation {operation} ({given} to {made}), expected one that "
-        "experiments/javascript.py translates; add it there"
+        f"{name}: got the operation {operation} ({', '.join(map(str, args))} to {made}), expected "
+        "one that experiments/javascript.py translates; add it there and to page/formula.js"
     )

@@ -123,8 +123,8 @@ class Asked:
                 return _all([self._walk(e, at, depth, lines) for e in (part.left, part.right)])
             case Or() | Xor() | Not():
                 parts = (part.part,) if isinstance(part, Not) else (part.left, part.right)
-                title = {Or: "one is enough", Xor: "exactly one of these", Not: "the opposite of"}
-                lines.append(f"{indent}{title[type(part)]}:")
+                opening = {Or: "one is enough", Xor: "exactly one of these", Not: "the opposite of"}
+                lines.append(f"{indent}{opening[type(part)]}:")
                 results = [self._walk(each, at, depth + 1, lines) for each in parts]
                 if isinstance(part, Or):
                     return _opposite(_all([_opposite(result) for result in results]))
@@ -138,12 +138,12 @@ class Asked:
             cell = {"b": self.b, "h": self.h, "q": int(self.q[at[0]]), "k": int(self.k[at[1]])}
             label, extent = next(m for m in missing if not 0 <= cell[m[1].position] < m[1].extent)
             self._missing = out_of_range.missing_entry(label, extent, cell)
-            lines.append(f"{indent}{_name(part)} has no entry for it")
+            lines.append(f"{indent}{title(part)} has no entry for it")
             return None
         allowed, reasons = reader.read(at)
         verb = "allows" if allowed else "forbids"
         said = f": {'; '.join(reasons)}" if reasons else ""
-        lines.append(f"{indent}{_name(part)} {verb} it{said}")
+        lines.append(f"{indent}{title(part)} {verb} it{said}")
         return allowed
 
     def _run(self, part: Mask) -> _Reader:
@@ -187,7 +187,7 @@ def _opposite(result: bool | None) -> bool | None:
     return None if result is None else not result
 
 
-def _name(part: Mask) -> str:
+def title(part: Mask) -> str:
     if not isinstance(part, (BuiltInMask, Predicate)):
         return type(part).__name__
     constructor = repr(part).partition("(")[0]
