@@ -13,7 +13,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..shapes import Bool
-from .closures import any_of, by_batch, closures, components, global_flags, rows_of
+from .closures import (
+    any_of,
+    blocks_of,
+    by_batch,
+    closures,
+    components,
+    global_flags,
+    rows_of,
+    table_of,
+)
 from .terms import LIST, LISTS, Term, call
 
 # Candidates of one family that are tried; parameters that are read off leave few.
@@ -165,6 +174,8 @@ def _halves(seen: Bool[np.ndarray, "T T"]) -> Iterator[Term]:
 def _blocks(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
     """`block_sparse`: the largest blocks of which none has cells of both kinds."""
     B, N, T, S = seen.shape
+    if B > 1 and N == 1:
+        return None  # a table for each row has to say its heads, and here one may stand for all
     # Neighbouring rows of which one shows what the other hides are not in one block.
     edges = [
         1 + np.flatnonzero((_clash(seen, hidden, axis)).any((0, 1, 5 - axis))) for axis in (2, 3)
@@ -173,13 +184,9 @@ def _blocks(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
     for block in range(min(common or max(T, S), max(T, S) // 2), 1, -1):
         if common % block:
             continue
-        mine, other = (_any_of_blocks(cells, block) for cells in (seen, hidden))
+        mine, other = (blocks_of(cells, block) for cells in (seen, hidden))
         if not (mine & other).any():
-            cells = mine.repeat(block, 2)[:, :, :T].repeat(block, 3)[..., :S]
-            table = mine if B > 1 else mine[0] if N > 1 else mine[0, 0]
-            return call(
-                "block_sparse", cells, table, block, extra=LIST if table.size <= T + S else LISTS
-            )
+            return table_of(mine, block, T, S)
     return None
 
 
@@ -189,9 +196,3 @@ def _clash(seen: np.ndarray, hidden: np.ndarray, axis: int) -> np.ndarray:
     before[axis], after[axis] = slice(-1), slice(1, None)
     one, two = tuple(before), tuple(after)
     return seen[one] & hidden[two] | hidden[one] & seen[two]
-
-
-def _any_of_blocks(cells: np.ndarray, block: int) -> np.ndarray:
-    T, S = cells.shape[2:]
-    rows = np.logical_or.reduceat(cells, np.arange(0, T, block), axis=2)
-    return np.logical_or.reduceat(rows, np.arange(0, S, block), axis=3)
