@@ -51,6 +51,8 @@ from .by_array import (
     random_blocks,
     segments,
     shared_prefix,
+    spans,
+    top_blocks,
     tree,
 )
 from .by_function import describe, diff, per_head, predicate
@@ -93,6 +95,8 @@ __all__ = [
     "segments",
     "shared_prefix",
     "sliding_window",
+    "spans",
+    "top_blocks",
     "tree",
 ]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..checks.integers import as_given, concrete, identifiers, integers, is_integer, plain
 from ..pytrees import pytree
-from ..shapes import Array, ArrayLike, Bool, Int, Shaped
+from ..shapes import Array, ArrayLike, Bool, Float, Int, Shaped
 from .conventions import Convention, kept_pairs
 from .mask import BuiltInMask, Mask, Scalar, constructor, dense, entry
 
@@ -67,6 +67,50 @@ def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | No
     if k_ids is None:
         return Segments(*identifiers(of_queries) * 2)
     return Segments(*identifiers(of_queries, (k_ids, "segments(k_ids)", columns)))
+
+
+@pytree
+class Spans(BuiltInMask):
+    """The mask that `spans` makes."""
+
+    first: Any = field(metadata={"argument": "ids"})
+    last: Any = field(metadata={"argument": "ids"}, repr=False)
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        return (entry(self.first, b, q) <= k) & (k <= entry(self.last, b, q))
+
+
+def spans(ids: Int[ArrayLike, "*B T"]) -> Mask:
+    """Tokens of a span see each other, both ways: `first[b, q] <= k <= last[b, q]`.
+
+    `first` and `last` are the ends of the query's span; a token outside of all spans sees itself.
+
+    Args:
+      ids: integers `[T]` or `[B, T]`. A span is a run of equal ids, -1 is outside of all spans.
+
+    `causal() | spans(ids)` lets the tokens of an image see each other within text that is causal.
+    Two images that touch need different ids. Sources: Gemma 3, arXiv 2503.19786, whose local layers
+    are `sliding_window(w) | spans(ids)`; Transfusion, arXiv 2408.11039. In PaliGemma
+    (arXiv 2407.07726) the image and the prompt are one span at the beginning: `prefix_lm(lengths)`.
+
+    Example:
+      >>> from jaxattn import masks
+      >>> image = [-1, 0, 0, 0, -1]
+      >>> (masks.causal() | masks.spans(image)).dense(5, 5)[0, 0].astype(int)
+      Array([[1, 0, 0, 0, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 1]], dtype=int32)
+    """
+    array = integers(ids, "spans(ids)", ("[T]", "[B, T]"), -1)
+    # The ends never fall from one token to the next, so that bounds of whole tiles are tight.
+    inside = (array[..., 1:] == array[..., :-1]) & (array[..., 1:] >= 0)
+    apart = jnp.pad(~inside, [(0, 0)] * (array.ndim - 1) + [(1, 1)], constant_values=True)
+    at, axis = jnp.arange(array.shape[-1], dtype=jnp.int32), array.ndim - 1
+    first = jax.lax.cummax(jnp.where(apart[..., :-1], at, 0), axis)
+    last = jax.lax.cummin(jnp.where(apart[..., 1:], at, at[-1]), axis, reverse=True)
+    return Spans(first, last)
 
 
 @pytree
@@ -160,7 +204,8 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
         `segments`; the prompt needs an id of its own.
 
     Compose with `& causal()` to train on or to score many answers to a prompt that is computed
-    once. Source: Hydragen, arXiv 2402.05099.
+    once. Where a row holds several prompts, each with its answers, see `tree(parents, ids=)`.
+    Source: Hydragen, arXiv 2402.05099.
     """
     return SharedPrefix(
         integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
@@ -236,25 +281,96 @@ class BlockSparse(BuiltInMask):
     block: Any
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
-        return entry(self.table, b, h, q // self.block, k // self.block)
+        rows, columns = self.block if isinstance(self.block, tuple) else (self.block, self.block)
+        return entry(self.table, b, h, q // rows, k // columns)
 
 
-def block_sparse(table: Bool[ArrayLike, "*BN Q K"], block: Int[ArrayLike, ""] | int) -> Mask:
+def block_sparse(
+    table: Bool[ArrayLike, "*BN Q K"],
+    block: Int[ArrayLike, ""] | int | tuple[Int[ArrayLike, ""] | int, Int[ArrayLike, ""] | int],
+) -> Mask:
     """A table of blocks: `table[b, h, q // block, k // block]`.
 
     Args:
       table: booleans `[Q, K]`, `[N, Q, K]` or `[B, N, Q, K]`; block (i, j) covers queries
         `i * block` to `(i + 1) * block - 1` and the keys likewise.
-      block: tokens in a block, at least 1.
+      block: tokens in a block, at least 1; or two numbers, of queries and of keys in a block.
+
+    From indices of key blocks, `[..., Q, count]`, a table is
+    `jax.nn.one_hot(indices, K, dtype=bool).any(-2)`, and from the scores of all blocks
+    `top_blocks` makes it.
 
     Positions beyond the table use its last row or column (JAX's indexing).
     Source: Sparse Transformer, arXiv 1904.10509; BigBird, arXiv 2007.14062.
     """
-    allowed = ("[Q, K]", "[N, Q, K]", "[B, N, Q, K]")
     return BlockSparse(
-        _booleans(table, "block_sparse(table)", allowed),
-        integers(block, "block_sparse(block)", ("[]",), 1),
+        _booleans(table, "block_sparse(table)", _TABLES), _sides(block, "block_sparse(block)")
     )
+
+
+def top_blocks(
+    block_scores: Float[ArrayLike, "*BN Q K"],
+    count: Int[ArrayLike, ""] | int,
+    block: Int[ArrayLike, ""] | int | tuple[Int[ArrayLike, ""] | int, Int[ArrayLike, ""] | int],
+) -> Mask:
+    """Every block of queries sees the `count` blocks of keys with the greatest scores.
+
+    `rank(block_scores)[b, h, q // block, k // block] < count`, with rank 0 for the greatest score
+    of a row; of equal scores the earlier block comes first, and -inf and NaN are never chosen.
+
+    Args:
+      block_scores: floats `[Q, K]`, `[N, Q, K]` or `[B, N, Q, K]`, as from pooled queries and keys.
+        The choice carries no gradient.
+      count: blocks that are chosen, at least 0; it may be traced.
+      block: tokens in a block, at least 1; or two numbers, of queries and of keys in a block:
+        `(1, 64)` chooses for every query by itself.
+
+    New scores reuse the compiled program, and tiles that no block touches cost nothing, so blocks
+    as large as the tiles, or larger, save most.
+    MoBA (arXiv 2502.13189) is `causal() & (chunked(block) | top_blocks(s, count, (1, block)))`,
+    with `s` the products of queries and mean keys, -inf where a block is not in the past. The
+    branch of chosen blocks in NSA (arXiv 2502.11089) is the same with its own scores.
+
+    Raises:
+      TypeError: for scores that are not floats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattn import masks
+      >>> scores = jnp.array([[3.0, 1.0, 2.0], [0.0, 5.0, 4.0]])
+      >>> masks.top_blocks(scores, 2, block=(1, 2)).dense(2, 6)[0, 0].astype(int)
+      Array([[1, 1, 0, 0, 1, 1],
+             [0, 0, 1, 1, 1, 1]], dtype=int32)
+    """
+    array = jnp.asarray(block_scores)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"top_blocks(block_scores): got dtype {array.dtype}, expected floats; a table of "
+            "booleans is block_sparse(table, block)"
+        )
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"top_blocks(block_scores): got shape {list(array.shape)}, expected "
+            f"{' or '.join(_TABLES)}"
+        )
+    kept = integers(count, "top_blocks(count)", ("[]",), 0)
+    array = jax.lax.stop_gradient(array)
+    real = array > -jnp.inf
+    worst_last = jnp.where(real, -array, jnp.inf)
+    rank = worst_last.argsort(axis=-1).argsort(axis=-1)
+    return BlockSparse((rank < kept) & real, _sides(block, "top_blocks(block)"))
+
+
+_TABLES = ("[Q, K]", "[N, Q, K]", "[B, N, Q, K]")
+
+
+def _sides(block: Any, name: str) -> Any:
+    """One number of tokens in a block, or two: of queries and of keys."""
+    if not isinstance(block, (tuple, list)):
+        return integers(block, name, ("[]",), 1)
+    if len(block) != 2:
+        raise ValueError(f"{name}: got {block!r}, expected one integer, or (queries, keys)")
+    return tuple(integers(side, f"{name}[{i}]", ("[]",), 1) for i, side in enumerate(block))
 
 
 def _check_key(key: Any) -> None:
@@ -324,17 +440,29 @@ class Tree(BuiltInMask):
         return (at_k <= at_q) & (at_q < entry(self.leave, b, k))
 
 
-def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*Bs"] | int | None = None) -> Mask:
+def tree(
+    parents: Int[ArrayLike, "*B M"],
+    start: Int[ArrayLike, "*Bs"] | int | None = None,
+    *,
+    ids: Int[ArrayLike, "*Bt T"] | None = None,
+) -> Mask:
     """A node sees itself and its ancestors: `enter[k] <= enter[q] < leave[k]`.
 
     `enter` and `leave` number the nodes in depth-first order, so that the descendants of a node
     are the interval between them.
 
     Args:
-      parents: integers `[T]` or `[B, T]`, the parent of every node, -1 for a root; parents come
-        before their children.
+      parents: integers `[M]` or `[B, M]`, the parent of every node, -1 for a root; parents come
+        before their children. Without `ids` a node is a token: M is T.
       start: an integer or `[B]`: the position of the first node, where a context comes before the
         tree: it is causal, and every node sees all of it. Without it the tree is all there is.
+      ids: integers `[T]` or `[B, T]`, the node to which each token belongs, where a node is a piece
+        of text; `& causal()` orders the tokens within it.
+
+    With `ids`, one row holds several prompts, each computed once, with its answers, as
+    reinforcement learning from groups of answers needs (GRPO, arXiv 2402.03300):
+    `tree([-1, 0, 0, -1, 3, 3], ids=ids) & causal()` is two prompts, 0 and 3, with two answers each.
+    Answers may branch again. Give padding a root of its own.
 
     Verifies a tree of drafted tokens in one pass. Sources: SpecInfer, arXiv 2305.09781; Medusa,
     arXiv 2401.10774.
@@ -347,9 +475,34 @@ def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*Bs"] | int | N
         )
     number = _depth_first if array.ndim == 1 else jax.vmap(_depth_first)
     enter, leave = number(array)
+    if ids is not None:
+        of_tokens = _nodes(ids, array)
+        enter, leave = (_read_at(times, of_tokens) for times in (enter, leave))
     if start is None:
         return Tree(enter, leave)
     return Tree(enter, leave, start=integers(start, "tree(start)", ("[]", "[B]"), 0))
+
+
+def _nodes(given: Any, parents: Array) -> Array:
+    """The node of every token, checked."""
+    ids = jnp.asarray(integers(given, "tree(ids)", ("[T]", "[B, T]"), 0))
+    values, nodes = concrete(ids), parents.shape[-1]
+    if values is not None and (values >= nodes).any():
+        raise ValueError(
+            f"tree(ids): got node {values.max()}, expected less than {nodes}, the number of parents"
+        )
+    if ids.ndim == parents.ndim == 2 and len(ids) != len(parents):
+        raise ValueError(
+            f"tree(ids): got {len(ids)} rows, expected {len(parents)}, as many as parents has"
+        )
+    return ids
+
+
+def _read_at(times: Array, ids: Array) -> Array:
+    """`times[b, ids[b, t]]`, where either may be the same for all rows."""
+    if times.ndim == 1:
+        return times[ids]
+    return jnp.take_along_axis(times, jnp.broadcast_to(ids, (len(times), ids.shape[-1])), axis=-1)
 
 
 def _depth_first(parents: Array) -> tuple[Array, Array]:
