@@ -301,7 +301,7 @@ def prompts_with_answers(B: int, N: int, T: int, S: int) -> MaskCase:
     ids = np.sort(rng(B, T, 12).integers(0, 5, (B, T)), axis=1).astype(np.int32)
     prompt = np.array([0, 0, 0, 3, 3])
     return MaskCase(
-        masks.causal() & masks.tree([-1, 0, 0, -1, 3], ids=jnp.asarray(ids)),
+        masks.causal() & masks.tree(jnp.array([-1, 0, 0, -1, 3]), ids=jnp.asarray(ids)),
         lambda b, h, q, k: (k <= q) & ((ids[b, q] == ids[b, k]) | (prompt[ids[b, q]] == ids[b, k])),
     )
 

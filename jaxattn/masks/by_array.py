@@ -94,8 +94,9 @@ def spans(ids: Int[ArrayLike, "*B T"]) -> Mask:
     (arXiv 2407.07726) the image and the prompt are one span at the beginning: `prefix_lm(lengths)`.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from jaxattn import masks
-      >>> image = [-1, 0, 0, 0, -1]
+      >>> image = jnp.array([-1, 0, 0, 0, -1])
       >>> (masks.causal() | masks.spans(image)).dense(5, 5)[0, 0].astype(int)
       Array([[1, 0, 0, 0, 0],
              [1, 1, 1, 1, 0],
