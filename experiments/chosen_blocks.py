@@ -42,7 +42,7 @@ class Config:
     """Training and timing with blocks chosen by the data."""
 
     out: Path = HERE / "results" / "chosen_blocks"
-    steps: int = 400
+    steps: int = 120
     batch: int = 4
     test: int = 32  # rows on which accuracy is measured
     length: int = 1024  # tokens in a row: 8 blocks of facts, 8 of questions
@@ -57,7 +57,7 @@ class Config:
     timed_length: int = 8192
     timed_block: int = 512  # as large as the largest tiles on CPU
     timed_heads: int = 8
-    turns: int = 7
+    turns: int = 5
 
 
 class Row(NamedTuple):
@@ -134,12 +134,10 @@ def start(config: Config, key: Array) -> Params:
         "out": (inner, config.colours),
     }
     keys = jax.random.split(key, len(shapes))
-    made = {
+    return {
         name: jax.random.normal(each, shape) * (1 if name in ("names", "colours") else D**-0.5)
         for (name, shape), each in zip(shapes.items(), keys, strict=True)
     }
-    # The same name asks and answers: the choice of blocks, which has no gradient, starts useful.
-    return made | {"key": made["query"]}
 
 
 def logits_of(
