@@ -17,7 +17,7 @@ from chosen_blocks import Config
 pytestmark = pytest.mark.usefixtures("as_scripts_run")
 TINY = Config(
     steps=2, batch=2, test=2, length=32, block=4, names=20, colours=3, heads=1, head_dim=8,
-    counts=(1, 3), timed_length=64, timed_block=16, timed_heads=1, turns=1,
+    counts=(1, 3), timed_length=1024, timed_block=256, timed_heads=1, turns=1,
 )  # fmt: skip
 
 

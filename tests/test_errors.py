@@ -236,7 +236,7 @@ def test_wrong_call(wrong: Any, kind: type[Exception], says: str) -> None:
 BY_VALUE = {
     "negative right window", "negative lengths", "child before parent", "parent below -1",
     "0 and 1 as additive", "a bias as additive", "too small a constant", "NaN as additive",
-    "+inf as additive", "additive as hf", "counts as keras",
+    "+inf as additive", "additive as hf", "counts as keras", "span below -1", "a node that is not there",
 }  # fmt: skip
 
 

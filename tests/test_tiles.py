@@ -170,7 +170,7 @@ def test_tiles_are_partial_only_where_they_are_mixed(name):
     dense = np.asarray(TIGHT[name].dense(64, 64, heads=2))[0].reshape(2, 8, 8, 8, 8)
     expected = dense.any((2, 4)).astype(int) + dense.all((2, 4))
     found = tile_map(TIGHT[name], (1, 64, 2, 8), (1, 64, 2, 8), tile=(8, 8)).states[0]
-    assert (found == expected).all()
+    assert (np.asarray(found) == expected).all()
 
 
 def test_new_choices_of_blocks_do_not_compile(compilations):
