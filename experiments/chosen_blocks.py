@@ -171,7 +171,7 @@ def train_step(
 
     value, gradient = jax.value_and_grad(loss)(params)
     updates, state = _optimizer(config).update(gradient, state)
-    return optax.apply_updates(params, updates), state, value  # type: ignore[return-value]
+    return optax.apply_updates(params, updates), state, value
 
 
 @partial(jax.jit, static_argnums=(0, 1))
