@@ -56,7 +56,7 @@ def lists(seen: Bool[np.ndarray, "B N T S"], hidden: Bool[np.ndarray, "B N T S"]
         # The tokens of which nothing is hidden are the most that can be global.
         found += [~term for term in global_flags(any_of(hidden, 1))]
         for tables in _by_rows(seen, hidden):
-            found += [_shared_prefix(*tables), _tree(*tables)]
+            found += [_shared_prefix(*tables), _tree(*tables), _spans(tables[0])]
     return [
         term
         for term in found
@@ -88,6 +88,23 @@ def _shared_prefix(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
     prompt = np.arange(seen.shape[2]) < by_batch(length)
     shared = int(length[0]) if (length == length[0]).all() else length
     return call("shared_prefix", prompt | same, shared, _one_or_all(ids), extra=LIST)
+
+
+def _spans(seen: np.ndarray) -> Term | None:
+    """The shortest spans that hold what sees each other; a token alone is in none."""
+    ids = np.full(seen.shape[:2], -1)
+    for own, row in zip(ids, seen, strict=True):
+        # How many visible pairs stand on both sides of each gap between tokens.
+        ends = np.sort(np.argwhere(row), axis=1)
+        begun, ended = (np.bincount(end, minlength=len(row)) for end in ends.T)
+        joined = np.cumsum(begun - ended)[:-1] > 0
+        inside = np.r_[joined, False] | np.r_[False, joined]
+        own[inside] = np.cumsum(inside & ~np.r_[False, joined])[inside] - 1
+    if (ids < 0).all():
+        return None
+    same = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0)
+    cells = same | np.eye(seen.shape[1], dtype=bool)
+    return call("spans", cells[:, None], _one_or_all(ids), extra=LIST)
 
 
 def _tree(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
