@@ -14,8 +14,8 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context chat tune embed \
-	compare-models explain see gallery docs faults benchmark benchmark-gpu peers compile-gpu \
-	compile-parallel clean
+	compare-models explain see gallery docs faults chosen-blocks benchmark benchmark-gpu peers \
+	compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -87,6 +87,9 @@ docs: $(VENV)/ready  ## build the reference from the docstrings: build/docs/inde
 
 faults: $(VENV)/ready  ## train small models with wrong masks, and see which measure shows it
 	$(BIN)/python experiments/mask_faults.py $(ARGS)
+
+chosen-blocks: $(VENV)/ready  ## train with blocks chosen by the data, and time them
+	$(BIN)/python experiments/chosen_blocks.py $(ARGS)
 
 benchmark: $(VENV)/ready  ## compare speed with jax.nn and, after `make peers`, PyTorch
 	$(BIN)/python experiments/benchmark.py $(ARGS)

@@ -54,6 +54,18 @@ def drafts(T: int) -> jax.Array:
     return (jnp.arange(T) - 1) // 2
 
 
+def chosen(T: int) -> jax.Array:
+    """Scores of blocks of a twelfth of the tokens."""
+    blocks = -(-T // (T // 12))
+    return jax.random.normal(jax.random.key(1), (blocks, blocks))
+
+
+def images(T: int) -> jax.Array:
+    """Ids of two images within text."""
+    third = T // 3
+    return jnp.where(jnp.arange(T) % third < third // 3, -1, jnp.arange(T) // third)
+
+
 def grid(T: int) -> tuple[int, int]:
     """The sides of a picture of T patches."""
     side = int(T**0.5)
@@ -111,6 +123,18 @@ GALLERY: dict[str, Entry] = {
         lambda T: masks.random_blocks(jax.random.key(0), 2, T // 8, T),
         "count random blocks of each block of queries",
         "BigBird (2007.14062)",
+    ),
+    "top_blocks": Entry(
+        lambda T: (
+            masks.causal() & (masks.chunked(T // 12) | masks.top_blocks(chosen(T), 3, T // 12))
+        ),
+        "the blocks with the greatest scores; here causal, and its own",
+        "MoBA, NSA (2502.13189, 2502.11089)",
+    ),
+    "spans": Entry(
+        lambda T: masks.causal() | masks.spans(images(T)),
+        "first[q] <= k <= last[q]; here with causal",
+        "Gemma 3, Transfusion (2503.19786, 2408.11039)",
     ),
     "tree": Entry(
         lambda T: masks.tree(drafts(T)),

@@ -296,6 +296,76 @@ def shared_prefix(B: int, N: int, T: int, S: int) -> MaskCase:
 
 
 @_case(square=True)
+def prompts_with_answers(B: int, N: int, T: int, S: int) -> MaskCase:
+    """Two prompts a row, 0 and 3; segments 1, 2 and 4 are their answers."""
+    ids = np.sort(rng(B, T, 12).integers(0, 5, (B, T)), axis=1).astype(np.int32)
+    prompt = np.array([0, 0, 0, 3, 3])
+    return MaskCase(
+        masks.causal() & masks.tree(jnp.array([-1, 0, 0, -1, 3]), ids=jnp.asarray(ids)),
+        lambda b, h, q, k: (k <= q) & ((ids[b, q] == ids[b, k]) | (prompt[ids[b, q]] == ids[b, k])),
+    )
+
+
+@_case(square=True)
+def image_spans(B: int, N: int, T: int, S: int) -> MaskCase:
+    # Runs of two and three tokens; some touch.
+    ids = np.stack([np.resize([-1, 0, 0, 1, 1, 1, -1, -1], T + b)[b:] for b in range(B)])
+    table = np.tri(T, dtype=bool) | np.zeros((B, T, T), bool)
+    for b in range(B):
+        begin = 0
+        for end in range(1, T + 1):
+            if end == T or ids[b, end] != ids[b, begin]:
+                if ids[b, begin] >= 0:
+                    table[b, begin:end, begin:end] = True
+                begin = end
+    mask = masks.causal() | masks.spans(jnp.asarray(ids, jnp.int32))
+    return MaskCase(mask, lambda b, h, q, k: table[b, q, k])
+
+
+@_case
+def latest_image(B: int, N: int, T: int, S: int) -> MaskCase:
+    """Flamingo: queries are text, keys are images of two tokens each."""
+    begins = rng(B, T, 13).random((B, T)) < 0.3
+    latest = begins.cumsum(axis=1)
+    mask = masks.segments(jnp.asarray(latest, jnp.int32), 1 + jnp.arange(S, dtype=jnp.int32) // 2)
+    # Text before the first image sees none.
+    return MaskCase(
+        mask,
+        lambda b, h, q, k: (2 * latest[b, q] - 2 <= k) & (k <= 2 * latest[b, q] - 1),
+    )
+
+
+@_case
+def top_blocks(B: int, N: int, T: int, S: int) -> MaskCase:
+    given = rng(B, N, T, S, 14).normal(size=(B, N, T, -(-S // 3))).astype(np.float32)
+    given[..., 0] = -np.inf
+    table = np.zeros(given.shape, bool)
+    for at in np.ndindex(given.shape[:-1]):
+        for block in sorted(range(given.shape[-1]), key=lambda j: -given[at][j])[:2]:
+            table[(*at, block)] = given[at][block] > -np.inf
+    return MaskCase(
+        masks.top_blocks(jnp.asarray(given), 2, (1, 3)), lambda b, h, q, k: table[b, h, q, k // 3]
+    )
+
+
+@_case(square=True)
+def sliding_tiles(B: int, N: int, T: int, S: int) -> MaskCase:
+    """Tokens of a grid of one row or two, tile by tile; the window is three tiles of columns."""
+    height = 1 if T % 2 else 2
+    width = T // height
+    side = next((s for s in (3, 2) if width % s == 0 and width // s >= 3), 1)
+    tiles = width // side
+    # The column of tiles of every token, in the order of tokens.
+    column = np.array([tile for tile in range(tiles) for _ in range(height * side)])
+    table = np.zeros((T, T), bool)
+    for at in range(T):
+        first = min(max(column[at] - 1, 0), tiles - 3)
+        table[at] = (column >= first) & (column <= first + 2)
+    mask = masks.neighborhood((height, width), (0, 1), tile=(height, side))
+    return MaskCase(mask, lambda b, h, q, k: table[q, k])
+
+
+@_case(square=True)
 def block_diffusion(B: int, N: int, T: int, S: int) -> MaskCase:
     half, block = T // 2, 2
     table = np.zeros((T, T), bool)

@@ -126,6 +126,22 @@ CALLS: list[tuple[str, Any, type[Exception], str]] = [
     ("block of 0", lambda: masks.block_sparse(jnp.ones((2, 2), bool), 0), V, r"\(block\): got 0"),
     ("too many random blocks", lambda: masks.random_blocks(jax.random.key(0), 5, 4, 16), V,
      r"random_blocks\(count\): got 5, expected at most 4"),
+    ("table of indices",
+     lambda: masks.top_blocks(jnp.ones((2, 2), int), 1, 4), T, r"\(block_scores\): got dtype int32"),
+    ("scores rank 1", lambda: masks.top_blocks(jnp.ones(2), 1, 4), V, r"\(block_scores\).*\[Q, K\]"),
+    ("a count below 0", lambda: masks.top_blocks(jnp.ones((2, 2)), -1, 4), V, r"\(count\): got -1"),
+    ("three sides", lambda: masks.block_sparse(jnp.ones((2, 2), bool), (1, 2, 3)), V,
+     r"\(block\): got \(1, 2, 3\), expected one integer, or \(queries, keys\)"),
+    ("side of 0", lambda: masks.top_blocks(jnp.ones((2, 2)), 1, (1, 0)), V, r"\(block\)\[1\]: got 0"),
+    ("tile that does not fit", lambda: masks.neighborhood((4, 6), 0, tile=(2, 4)), V,
+     r"neighborhood\(tile\): got \(2, 4\), expected a divisor of each extent of shape \(4, 6\)"),
+    ("radius of tiles", lambda: masks.neighborhood((4, 4), 1, tile=(2, 2)), V, "extent 2 tiles"),
+    ("float spans", lambda: masks.spans(jnp.ones(3)), T, r"spans\(ids\): got dtype float32"),
+    ("span below -1", lambda: masks.spans(jnp.array([-2, 0])), V, r"spans\(ids\): got -2"),
+    ("a node that is not there", lambda: masks.tree(jnp.array([-1, 0]), ids=jnp.array([0, 2])), V,
+     r"tree\(ids\): got node 2, expected less than 2"),
+    ("rows of another tree",
+     lambda: masks.tree(-jnp.ones((2, 1), int), ids=jnp.zeros((3, 4), int)), V, "got 3 rows"),
     ("child before parent", lambda: masks.tree(jnp.asarray([1, -1])), V, "parents.*sort the nodes"),
     ("parent below -1", lambda: masks.tree(jnp.asarray([-2, 0])), V, r"tree\(parents\): got -2"),
     ("half of 0", lambda: masks.block_diffusion(0, 4), V, r"block_diffusion\(length\): got 0"),
@@ -220,7 +236,7 @@ def test_wrong_call(wrong: Any, kind: type[Exception], says: str) -> None:
 BY_VALUE = {
     "negative right window", "negative lengths", "child before parent", "parent below -1",
     "0 and 1 as additive", "a bias as additive", "too small a constant", "NaN as additive",
-    "+inf as additive", "additive as hf", "counts as keras",
+    "+inf as additive", "additive as hf", "counts as keras", "span below -1", "a node that is not there",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import predicates
 import pytest
 from predicates import TILE, B, N, S, T, tile_states
 
+import jaxattn as ja
 from jaxattn import masks
 from jaxattn.masks.mask import as_mask
 from jaxattn.masks.positions import Positions
@@ -149,3 +150,55 @@ def test_a_map_is_for_the_sizes_and_positions_it_was_made_for():
 def test_mistakes(shapes, options, words):
     with pytest.raises(ValueError, match=words):
         tile_map(masks.causal(), *shapes, **options)
+
+
+# Chosen blocks, spans, tiles of a grid and prompts with answers: 64 tokens, tiles of 8.
+IMAGES = np.repeat([-1, 0, 1, -1, 2, -1], [8, 16, 8, 12, 12, 8])
+PIECES = np.repeat(np.arange(6), [16, 8, 8, 8, 16, 8])
+TIGHT = {
+    "chosen": masks.top_blocks(jax.random.normal(jax.random.key(0), (2, 4, 4)), 2, 16),
+    "chosen, for rows": masks.top_blocks(jax.random.normal(jax.random.key(1), (8, 4)), 1, (8, 16)),
+    "spans": masks.spans(IMAGES),
+    "sliding tiles": masks.neighborhood((4, 16), (0, 1), tile=(2, 4)),
+    "sliding cubes": masks.neighborhood((4, 4, 4), (0, 0, 0), tile=(2, 2, 2)),
+    "prompts": masks.tree(np.array([-1, 0, 0, -1, 3, 3]), ids=PIECES),
+}
+
+
+@pytest.mark.parametrize("name", TIGHT)
+def test_tiles_are_partial_only_where_they_are_mixed(name):
+    dense = np.asarray(TIGHT[name].dense(64, 64, heads=2))[0].reshape(2, 8, 8, 8, 8)
+    expected = dense.any((2, 4)).astype(int) + dense.all((2, 4))
+    found = tile_map(TIGHT[name], (1, 64, 2, 8), (1, 64, 2, 8), tile=(8, 8)).states[0]
+    assert (np.asarray(found) == expected).all()
+
+
+def test_new_choices_of_blocks_do_not_compile(compilations):
+    def call(scores, count, q):
+        mask = masks.causal() & masks.top_blocks(scores, count, 16)
+        return jax.grad(lambda q: ja.attention(q, q, q, mask=mask, backend="tiled").sum())(q)
+
+    run, q = jax.jit(call), jnp.ones((1, 64, 1, 8))
+    scores = [jax.random.normal(jax.random.key(i), (4, 4)) for i in range(2)]
+    run(scores[0], 2, q)
+    compilations.reset()
+    run(scores[1], 1, q)
+    assert compilations.count == 0
+
+
+def test_what_is_not_in_a_chosen_block_is_not_felt():
+    """Forward and backward of the tiled engine: NaN in tiles that are skipped changes no bit."""
+    scores = jnp.array([[0.0, -jnp.inf], [2.0, 1.0]])
+    mask = masks.top_blocks(scores, 1, 32)  # nobody sees the second block of keys
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 1, 8))
+
+    def gradients(k, v):
+        def loss(q, k, v):
+            return (ja.attention(q, k, v, mask=mask, backend="tiled") ** 2).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    clean = gradients(k, v)
+    other = gradients(k.at[:, 32:].set(jnp.nan), v.at[:, 32:].set(jnp.nan))
+    for x, y in zip(clean, other, strict=True):
+        assert (np.asarray(x) == np.asarray(y)).all()

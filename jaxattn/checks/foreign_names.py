@@ -214,6 +214,12 @@ _MASKS = {
     "NumpyMask": "masks.dense(array)",
     "MultiHeadMask": "masks.per_head([...])",
     "natten": "masks.neighborhood(shape, radius)",
+    "sliding_tile": "masks.neighborhood(shape, radius, tile=(height, width))",
+    "generate_sta_mask": "masks.neighborhood(shape, radius, tile=(frames, height, width))",
+    "moba": "masks.causal() & (masks.chunked(block) | masks.top_blocks(scores, count, block))",
+    "top_k_blocks": "masks.top_blocks(scores, count, block)",
+    "image_blocks": "masks.causal() | masks.spans(ids)",
+    "bidirectional_image": "masks.causal() | masks.spans(ids)",
     "invert": "~mask",
 }
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ..shapes import Bool, Int
-from .terms import LIST, ODD, PAIR, Term, call
+from .terms import LIST, LISTS, ODD, PAIR, Term, call
 
 Reduce: TypeAlias = Callable[[Any], Any]
 
@@ -64,6 +64,7 @@ def closures(
         *(global_flags(by_row) if square else ()),
         *(_segments(by_row, shared=True) if square else ()),
         *_segments(by_row, shared=False),
+        *_tables(seen),
     ]
 
 
@@ -284,6 +285,32 @@ def _segment(q_ids: np.ndarray, k_ids: np.ndarray, extra: int) -> Term:
     lists = [q_ids] if q_ids is k_ids else [q_ids, k_ids]
     written = [each[0] if len(each) == 1 else each for each in lists]
     return call("segments", cells, *written, extra=extra)
+
+
+def _tables(seen: Bool[np.ndarray, "B N T S"]) -> Iterator[Term]:
+    """`block_sparse`, with the sizes of blocks that people take: powers of two from 4 on.
+
+    Tables of smaller blocks say anything, noise too.
+    """
+    every, size = any_of(seen, 0)[None], 4
+    while 2 * size <= max(seen.shape[2:]):
+        yield table_of(blocks_of(every, size), size, *seen.shape[2:])
+        size *= 2
+
+
+def blocks_of(cells: Bool[np.ndarray, "B N T S"], size: int) -> Bool[np.ndarray, "B N nq nk"]:
+    """Whether any cell of each block is flagged."""
+    T, S = cells.shape[2:]
+    rows = np.logical_or.reduceat(cells, np.arange(0, T, size), axis=2)
+    return np.logical_or.reduceat(rows, np.arange(0, S, size), axis=3)
+
+
+def table_of(blocks: Bool[np.ndarray, "B N nq nk"], size: int, T: int, S: int) -> Term:
+    """`block_sparse` of a table, which is written without the axes that are not needed."""
+    cells = blocks.repeat(size, 2)[:, :, :T].repeat(size, 3)[..., :S]
+    B, N = blocks.shape[:2]
+    table = blocks if B > 1 else blocks[0] if N > 1 else blocks[0, 0]
+    return call("block_sparse", cells, table, size, extra=LIST if table.size <= T + S else LISTS)
 
 
 def components(

@@ -13,7 +13,16 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..shapes import Bool
-from .closures import any_of, by_batch, closures, components, global_flags, rows_of
+from .closures import (
+    any_of,
+    blocks_of,
+    by_batch,
+    closures,
+    components,
+    global_flags,
+    rows_of,
+    table_of,
+)
 from .terms import LIST, LISTS, Term, call
 
 # Candidates of one family that are tried; parameters that are read off leave few.
@@ -47,7 +56,7 @@ def lists(seen: Bool[np.ndarray, "B N T S"], hidden: Bool[np.ndarray, "B N T S"]
         # The tokens of which nothing is hidden are the most that can be global.
         found += [~term for term in global_flags(any_of(hidden, 1))]
         for tables in _by_rows(seen, hidden):
-            found += [_shared_prefix(*tables), _tree(*tables)]
+            found += [_shared_prefix(*tables), _tree(*tables), _spans(tables[0])]
     return [
         term
         for term in found
@@ -79,6 +88,23 @@ def _shared_prefix(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
     prompt = np.arange(seen.shape[2]) < by_batch(length)
     shared = int(length[0]) if (length == length[0]).all() else length
     return call("shared_prefix", prompt | same, shared, _one_or_all(ids), extra=LIST)
+
+
+def _spans(seen: np.ndarray) -> Term | None:
+    """The shortest spans that hold what sees each other; a token alone is in none."""
+    ids = np.full(seen.shape[:2], -1)
+    for own, row in zip(ids, seen, strict=True):
+        # How many visible pairs stand on both sides of each gap between tokens.
+        ends = np.sort(np.argwhere(row), axis=1)
+        begun, ended = (np.bincount(end, minlength=len(row)) for end in ends.T)
+        joined = np.cumsum(begun - ended)[:-1] > 0
+        inside = np.r_[joined, False] | np.r_[False, joined]
+        own[inside] = np.cumsum(inside & ~np.r_[False, joined])[inside] - 1
+    if (ids < 0).all():
+        return None
+    same = (ids[:, :, None] == ids[:, None]) & (ids[:, :, None] >= 0)
+    cells = same | np.eye(seen.shape[1], dtype=bool)
+    return call("spans", cells[:, None], _one_or_all(ids), extra=LIST)
 
 
 def _tree(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
@@ -165,6 +191,8 @@ def _halves(seen: Bool[np.ndarray, "T T"]) -> Iterator[Term]:
 def _blocks(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
     """`block_sparse`: the largest blocks of which none has cells of both kinds."""
     B, N, T, S = seen.shape
+    if B > 1 and N == 1:
+        return None  # a table for each row has to say its heads, and here one may stand for all
     # Neighbouring rows of which one shows what the other hides are not in one block.
     edges = [
         1 + np.flatnonzero((_clash(seen, hidden, axis)).any((0, 1, 5 - axis))) for axis in (2, 3)
@@ -173,13 +201,9 @@ def _blocks(seen: np.ndarray, hidden: np.ndarray) -> Term | None:
     for block in range(min(common or max(T, S), max(T, S) // 2), 1, -1):
         if common % block:
             continue
-        mine, other = (_any_of_blocks(cells, block) for cells in (seen, hidden))
+        mine, other = (blocks_of(cells, block) for cells in (seen, hidden))
         if not (mine & other).any():
-            cells = mine.repeat(block, 2)[:, :, :T].repeat(block, 3)[..., :S]
-            table = mine if B > 1 else mine[0] if N > 1 else mine[0, 0]
-            return call(
-                "block_sparse", cells, table, block, extra=LIST if table.size <= T + S else LISTS
-            )
+            return table_of(mine, block, T, S)
     return None
 
 
@@ -189,9 +213,3 @@ def _clash(seen: np.ndarray, hidden: np.ndarray, axis: int) -> np.ndarray:
     before[axis], after[axis] = slice(-1), slice(1, None)
     one, two = tuple(before), tuple(after)
     return seen[one] & hidden[two] | hidden[one] & seen[two]
-
-
-def _any_of_blocks(cells: np.ndarray, block: int) -> np.ndarray:
-    T, S = cells.shape[2:]
-    rows = np.logical_or.reduceat(cells, np.arange(0, T, block), axis=2)
-    return np.logical_or.reduceat(rows, np.arange(0, S, block), axis=3)

@@ -8,7 +8,7 @@ The files, in the order to read them:
 
 - `positions`: what `b`, `h`, `q` and `k` are where they do not count from 0.
 - `mask`: `Mask`, its algebra, and the masks that hold a function or a dense array.
-- `by_position`, `by_array`: the constructors; each returns a class of one line of maths.
+- `by_position`, `by_array`, `by_table`: the constructors; each is a class of one line of maths.
 - `by_function`: masks of functions and of other masks. `conventions`: arrays of other libraries.
 - `door`: how the methods of a mask find their views, which are built on masks.
 
@@ -43,15 +43,13 @@ import typing
 
 from ..checks.foreign_names import unknown_attribute
 from .by_array import (
-    block_sparse,
     from_array,
     global_tokens,
     key_padding,
     query_padding,
-    random_blocks,
     segments,
     shared_prefix,
-    tree,
+    spans,
 )
 from .by_function import describe, diff, per_head, predicate
 from .by_position import (
@@ -65,6 +63,7 @@ from .by_position import (
     prefix_lm,
     sliding_window,
 )
+from .by_table import block_sparse, random_blocks, top_blocks, tree
 from .mask import Mask, dense
 from .positions import Positions
 
@@ -93,6 +92,8 @@ __all__ = [
     "segments",
     "shared_prefix",
     "sliding_window",
+    "spans",
+    "top_blocks",
     "tree",
 ]
 

@@ -1,4 +1,4 @@
-"""Masks that read arrays: documents, padding, prompts, tables of blocks, trees.
+"""Masks that read arrays: documents, padding, prompts, arrays of other libraries.
 
 Every constructor returns a class of one line of maths, its `formula`. The arrays are leaves: they
 may be traced, and new values reuse the compiled program. Where an array may differ by batch row or
@@ -13,16 +13,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ..checks.integers import as_given, concrete, identifiers, integers, is_integer, plain
+from ..checks.integers import as_given, identifiers, integers, is_integer
 from ..pytrees import pytree
 from ..shapes import Array, ArrayLike, Bool, Int, Shaped
 from .conventions import Convention, kept_pairs
 from .mask import BuiltInMask, Mask, Scalar, constructor, dense, entry
 
 
-def _booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
+def booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
     array = jnp.asarray(given)
     if array.dtype != jnp.bool_:
         raise TypeError(
@@ -67,6 +66,51 @@ def segments(q_ids: Int[ArrayLike, "*Bq T"], k_ids: Int[ArrayLike, "*Bk S"] | No
     if k_ids is None:
         return Segments(*identifiers(of_queries) * 2)
     return Segments(*identifiers(of_queries, (k_ids, "segments(k_ids)", columns)))
+
+
+@pytree
+class Spans(BuiltInMask):
+    """The mask that `spans` makes."""
+
+    first: Any = field(metadata={"argument": "ids"})
+    last: Any = field(metadata={"argument": "ids"}, repr=False)
+
+    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
+        return (entry(self.first, b, q) <= k) & (k <= entry(self.last, b, q))
+
+
+def spans(ids: Int[ArrayLike, "*B T"]) -> Mask:
+    """Tokens of a span see each other, both ways: `first[b, q] <= k <= last[b, q]`.
+
+    `first` and `last` are the ends of the query's span; a token outside of all spans sees itself.
+
+    Args:
+      ids: integers `[T]` or `[B, T]`. A span is a run of equal ids, -1 is outside of all spans.
+
+    `causal() | spans(ids)` lets the tokens of an image see each other within text that is causal.
+    Two images that touch need different ids. Sources: Gemma 3, arXiv 2503.19786, whose local layers
+    are `sliding_window(w) | spans(ids)`; Transfusion, arXiv 2408.11039. In PaliGemma
+    (arXiv 2407.07726) the image and the prompt are one span at the beginning: `prefix_lm(lengths)`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattn import masks
+      >>> image = jnp.array([-1, 0, 0, 0, -1])
+      >>> (masks.causal() | masks.spans(image)).dense(5, 5)[0, 0].astype(int)
+      Array([[1, 0, 0, 0, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 0],
+             [1, 1, 1, 1, 1]], dtype=int32)
+    """
+    array = integers(ids, "spans(ids)", ("[T]", "[B, T]"), -1)
+    # The ends never fall from one token to the next, so that bounds of whole tiles are tight.
+    inside = (array[..., 1:] == array[..., :-1]) & (array[..., 1:] >= 0)
+    apart = jnp.pad(~inside, [(0, 0)] * (array.ndim - 1) + [(1, 1)], constant_values=True)
+    at, axis = jnp.arange(array.shape[-1], dtype=jnp.int32), array.ndim - 1
+    first = jax.lax.cummax(jnp.where(apart[..., :-1], at, 0), axis)
+    last = jax.lax.cummin(jnp.where(apart[..., 1:], at, at[-1]), axis, reverse=True)
+    return Spans(first, last)
 
 
 @pytree
@@ -136,7 +180,7 @@ def _padding(
         got = "neither" if valid is None else "both"
         raise ValueError(f"{name}: got {got} of `valid` and `lengths`, expected one of them")
     if valid is not None:
-        return kind(_booleans(valid, f"{name}(valid)", (f"[{axis}]", f"[B, {axis}]")))
+        return kind(booleans(valid, f"{name}(valid)", (f"[{axis}]", f"[B, {axis}]")))
     return kind(lengths=integers(lengths, f"{name}(lengths)", ("[]", "[B]"), 0))
 
 
@@ -160,7 +204,8 @@ def shared_prefix(length: Int[ArrayLike, "*Bp"] | int, ids: Int[ArrayLike, "*B T
         `segments`; the prompt needs an id of its own.
 
     Compose with `& causal()` to train on or to score many answers to a prompt that is computed
-    once. Source: Hydragen, arXiv 2402.05099.
+    once. Where a row holds several prompts, each with its answers, see `tree(parents, ids=)`.
+    Source: Hydragen, arXiv 2402.05099.
     """
     return SharedPrefix(
         integers(length, "shared_prefix(length)", ("[]", "[B]"), 0),
@@ -221,159 +266,8 @@ def global_tokens(
             "global_tokens(jnp.zeros(T, bool).at[positions].set(True)), numbers of first "
             "tokens, one for each row, are global_tokens(counts=...)"
         )
-    flags = _booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
+    flags = booleans(tokens, "global_tokens(flags)", ("[T]", "[B, T]"))
     return GlobalTokens(flags)
-
-
-# --- tables of blocks, trees ----------------------------------------------------------------------
-
-
-@pytree
-class BlockSparse(BuiltInMask):
-    """The mask that `block_sparse` makes."""
-
-    table: Any
-    block: Any
-
-    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
-        return entry(self.table, b, h, q // self.block, k // self.block)
-
-
-def block_sparse(table: Bool[ArrayLike, "*BN Q K"], block: Int[ArrayLike, ""] | int) -> Mask:
-    """A table of blocks: `table[b, h, q // block, k // block]`.
-
-    Args:
-      table: booleans `[Q, K]`, `[N, Q, K]` or `[B, N, Q, K]`; block (i, j) covers queries
-        `i * block` to `(i + 1) * block - 1` and the keys likewise.
-      block: tokens in a block, at least 1.
-
-    Positions beyond the table use its last row or column (JAX's indexing).
-    Source: Sparse Transformer, arXiv 1904.10509; BigBird, arXiv 2007.14062.
-    """
-    allowed = ("[Q, K]", "[N, Q, K]", "[B, N, Q, K]")
-    return BlockSparse(
-        _booleans(table, "block_sparse(table)", allowed),
-        integers(block, "block_sparse(block)", ("[]",), 1),
-    )
-
-
-def _check_key(key: Any) -> None:
-    """Checks that it is one key of `jax.random`, typed or of the old kind."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key) if hasattr(key, "shape") else None
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        if shape == ():
-            return
-    elif dtype == jnp.uint32 and shape is not None and len(shape) == 1:
-        return
-    got = repr(key) if dtype is None else f"{dtype}{list(shape or ())}"
-    raise TypeError(
-        f"random_blocks(key): got {got}, expected one key of jax.random, as jax.random.key(0)"
-    )
-
-
-def random_blocks(key: Array, count: int, block: int, q_len: int, k_len: int | None = None) -> Mask:
-    """Every block of queries sees `count` random blocks of keys: `table[q // block, k // block]`.
-
-    Args:
-      key: a jax random key; the same key gives the same mask.
-      count: blocks seen by each block of queries, drawn without replacement.
-      block: tokens in a block.
-      q_len, k_len: numbers of queries and of keys the table has to cover (`k_len` is `q_len` by
-        default).
-
-    Source: BigBird, arXiv 2007.14062, section 2.
-    """
-    _check_key(key)
-    count, block, q_len, k_len = (
-        plain(size, f"random_blocks({name})", 1)
-        for name, size in (
-            ("count", count),
-            ("block", block),
-            ("q_len", q_len),
-            ("k_len", q_len if k_len is None else k_len),
-        )
-    )
-    table = (-(-q_len // block), -(-k_len // block))
-    if count > table[1]:
-        raise ValueError(
-            f"random_blocks(count): got {count}, expected at most {table[1]}, the number of blocks "
-            f"of {block} in {k_len} keys"
-        )
-    rank = jax.random.uniform(key, table).argsort(axis=-1).argsort(axis=-1)
-    return block_sparse(rank < count, block)
-
-
-@pytree
-class Tree(BuiltInMask):
-    """The mask that `tree` makes."""
-
-    enter: Any = field(metadata={"argument": "parents"})
-    leave: Any = field(metadata={"argument": "parents"}, repr=False)
-    start: Any = field(default=None, kw_only=True)
-
-    def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
-        if self.start is None:
-            return self._related(b, q, k)
-        first = entry(self.start, b)
-        # Beyond the tree an index would be clamped to its last node.
-        related = self._related(b, q - first, k - first) & (k - first < self.enter.shape[-1])
-        return jnp.where((q < first) | (k < first), q >= k, related)
-
-    def _related(self, b: Scalar, q: Scalar, k: Scalar) -> Any:
-        at_q, at_k = entry(self.enter, b, q), entry(self.enter, b, k)
-        return (at_k <= at_q) & (at_q < entry(self.leave, b, k))
-
-
-def tree(parents: Int[ArrayLike, "*B T"], start: Int[ArrayLike, "*Bs"] | int | None = None) -> Mask:
-    """A node sees itself and its ancestors: `enter[k] <= enter[q] < leave[k]`.
-
-    `enter` and `leave` number the nodes in depth-first order, so that the descendants of a node
-    are the interval between them.
-
-    Args:
-      parents: integers `[T]` or `[B, T]`, the parent of every node, -1 for a root; parents come
-        before their children.
-      start: an integer or `[B]`: the position of the first node, where a context comes before the
-        tree: it is causal, and every node sees all of it. Without it the tree is all there is.
-
-    Verifies a tree of drafted tokens in one pass. Sources: SpecInfer, arXiv 2305.09781; Medusa,
-    arXiv 2401.10774.
-    """
-    array = integers(parents, "tree(parents)", ("[T]", "[B, T]"), -1)
-    values = concrete(array)
-    if values is not None and (values >= np.arange(array.shape[-1])).any():
-        raise ValueError(
-            "tree(parents): got a node before its parent, expected parents[i] < i; sort the nodes"
-        )
-    number = _depth_first if array.ndim == 1 else jax.vmap(_depth_first)
-    enter, leave = number(array)
-    if start is None:
-        return Tree(enter, leave)
-    return Tree(enter, leave, start=integers(start, "tree(start)", ("[]", "[B]"), 0))
-
-
-def _depth_first(parents: Array) -> tuple[Array, Array]:
-    """Entering and leaving times of every node, for parents that come before their children."""
-    n = parents.shape[0]
-    # The roots are children of an additional node n.
-    above = jnp.where(parents < 0, n, parents)
-
-    def add(i: Any, sizes: Array) -> Array:
-        node = n - 1 - i
-        return sizes.at[above[node]].add(sizes[node])
-
-    sizes = jax.lax.fori_loop(0, n, add, jnp.ones(n + 1, jnp.int32))
-
-    def place(node: Any, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        enter, free = state
-        at = free[above[node]]
-        free = free.at[above[node]].add(sizes[node]).at[node].set(at + 1)
-        return enter.at[node].set(at), free
-
-    enter, _ = jax.lax.fori_loop(
-        0, n, place, (jnp.zeros(n, jnp.int32), jnp.zeros(n + 1, jnp.int32))
-    )
-    return enter, enter + sizes[:n]
 
 
 # --- arrays of other libraries --------------------------------------------------------------------

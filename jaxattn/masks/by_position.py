@@ -181,6 +181,7 @@ class Neighborhood(BuiltInMask):
     grid: tuple[Any, ...] = field(metadata={"argument": "shape"})
     radius: tuple[Any, ...]
     prefix: Any = field(default=None, kw_only=True)
+    tile: tuple[Any, ...] | None = field(default=None, kw_only=True)
     tokens: int = static(kw_only=True, repr=False)
 
     def formula(self, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Any:
@@ -192,8 +193,12 @@ class Neighborhood(BuiltInMask):
         return near & (q >= 0) & (q < self.tokens) & (k >= 0) & (k < self.tokens)
 
     def _near(self, q: Scalar, k: Scalar) -> Any:
-        near, stride = True, 1
-        for extent, reach in zip(reversed(self.grid), reversed(self.radius), strict=True):
+        near, stride, sides = True, 1, self.grid
+        if self.tile is not None:
+            volume = math.prod(self.tile)
+            q, k = q // volume, k // volume
+            sides = tuple(n // side for n, side in zip(self.grid, self.tile, strict=True))
+        for extent, reach in zip(reversed(sides), reversed(self.radius), strict=True):
             x_q, x_k = q // stride % extent, k // stride % extent
             near &= jnp.abs(jnp.clip(x_q, reach, extent - 1 - reach) - x_k) <= reach
             stride = stride * extent
@@ -203,7 +208,13 @@ class Neighborhood(BuiltInMask):
         return self.tokens
 
 
-def neighborhood(shape: Sequence[int], radius: int | Sequence[int], *, prefix: int = 0) -> Mask:
+def neighborhood(
+    shape: Sequence[int],
+    radius: int | Sequence[int],
+    *,
+    prefix: int = 0,
+    tile: Sequence[int] | None = None,
+) -> Mask:
     """Tokens of a grid see the nearest `2 * radius + 1` along every axis.
 
     With x the coordinates of a position in a row-major grid:
@@ -214,11 +225,20 @@ def neighborhood(shape: Sequence[int], radius: int | Sequence[int], *, prefix: i
       shape: extents of the grid, as in `(height, width)`.
       radius: one for all axes, or one an axis; `2 * radius + 1` fits in the extent.
       prefix: tokens before the grid that see all and are seen by all, as the class token of a ViT.
+      tile: extents of the tiles into which the grid is cut, as in `(height, width)`: the mask is
+        then a neighborhood of tiles, and `radius` counts tiles. Tokens come tile by tile, in
+        row-major order of the tiles and within each. It divides the extents of the grid.
+
+    With `tile`, the window slides by whole tiles (Sliding Tile Attention), so that no tile of pairs
+    is partly visible where attention computes tiles of `prod(tile)` tokens. To order a
+    video `[B, T, Y, X, C]` tile by tile: `einops.rearrange(video, "b (t i) (y j) (x k) c ->
+    b (t y x i j k) c", i=tile[0], j=tile[1], k=tile[2])`.
 
     The mask is for `prefix + prod(shape)` queries and keys: another T or S is an error, and where
     `positions=` lie beyond, nothing is seen.
 
-    Source: Neighborhood Attention (NATTEN), arXiv 2204.07143.
+    Sources: Neighborhood Attention (NATTEN), arXiv 2204.07143; Sliding Tile Attention, arXiv
+    2502.04507.
     """
     axes = tuple(shape) if isinstance(shape, (Sequence, np.ndarray)) else (shape,)
     extents = tuple(plain(n, f"neighborhood(shape[{i}])", 1) for i, n in enumerate(axes))
@@ -229,11 +249,13 @@ def neighborhood(shape: Sequence[int], radius: int | Sequence[int], *, prefix: i
             f"shape {extents}"
         )
     reach = tuple(plain(r, "neighborhood(radius)", 0) for r in radii)
-    for extent, r in zip(extents, reach, strict=True):
-        if 2 * r + 1 > extent:
+    sides = None if tile is None else _tile_sides(tile, extents)
+    for extent, r, side in zip(extents, reach, sides or (1,) * len(extents), strict=True):
+        if 2 * r + 1 > extent // side:
+            unit = "" if sides is None else " tiles"
             raise ValueError(
-                f"neighborhood(radius): got {r} for an axis of extent {extent}, expected "
-                f"0 <= radius and 2 * radius + 1 <= extent"
+                f"neighborhood(radius): got {r} for an axis of extent {extent // side}{unit}, "
+                f"expected 0 <= radius and 2 * radius + 1 <= extent"
             )
     before = plain(prefix, "neighborhood(prefix)", 0)
     tokens = before + math.prod(extents)
@@ -242,7 +264,17 @@ def neighborhood(shape: Sequence[int], radius: int | Sequence[int], *, prefix: i
             f"neighborhood(shape): got {extents}, {tokens} tokens, expected less than 2**31: "
             "positions are int32"
         )
-    return Neighborhood(extents, reach, prefix=before or None, tokens=tokens)
+    return Neighborhood(extents, reach, prefix=before or None, tile=sides, tokens=tokens)
+
+
+def _tile_sides(tile: Sequence[int], extents: tuple[int, ...]) -> tuple[int, ...]:
+    axes = tuple(tile) if isinstance(tile, (Sequence, np.ndarray)) else (tile,)
+    sides = tuple(plain(n, f"neighborhood(tile[{i}])", 1) for i, n in enumerate(axes))
+    if len(sides) != len(extents) or any(n % s for n, s in zip(extents, sides, strict=True)):
+        raise ValueError(
+            f"neighborhood(tile): got {sides}, expected a divisor of each extent of shape {extents}"
+        )
+    return sides
 
 
 @pytree
