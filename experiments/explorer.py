@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 from javascript import program
+from jax.extend.core import Literal
 
 from jaxattn import Mask, masks
 
@@ -38,16 +38,18 @@ class Part(NamedTuple):
     def build(self, choice: str, *values: Any) -> Mask:
         """The mask, with these parameters."""
         names = [parameter.name for parameter in self.parameters]
-        code = self.code.format(choice="*chosen", **{name: name for name in names})
-        given = {"chosen": eval(f"[{choice}]", dict(NAMES)), **dict(zip(names, values, strict=True))}
-        mask: Mask = eval(code, NAMES | given)
+        code = self.code.format(choice=choice, **{name: name for name in names})
+        mask: Mask = eval(code, NAMES | dict(zip(names, values, strict=True)))
         return mask
 
 
+# Of what is computed from arrays, and is no formula of positions.
+MADE = "was computed by JAX when the page was made"
 IDS_OF_TOKENS = Parameter("ids", IDS)
 LENGTHS = Parameter("lengths", 12)
 PARTS = {
-    "causal": Part("masks.causal({offset})", (Parameter("offset", 0, -(2**31 - 1)),)),
+    "causal": Part("masks.causal()"),
+    "causal(offset)": Part("masks.causal({offset})", (Parameter("offset", 4, -(2**31 - 1)),)),
     "sliding_window": Part(
         "masks.sliding_window({left}, {right})", (Parameter("left", 3), Parameter("right", 0))
     ),
@@ -64,13 +66,21 @@ PARTS = {
     "global_tokens(flags)": Part("masks.global_tokens({flags})", (Parameter("flags", GLOBAL),)),
     "neighborhood": Part(
         "masks.neighborhood({choice})",
-        choices=("(4, 4), 1", "(2, 8), (0, 2)", "(8, 8), 1", "(8, 8), (1, 2)", "(4, 4, 4), 1"),
+        choices=(
+            "(4, 4), 1",
+            "(2, 8), (0, 2)",
+            "(8, 8), 1",
+            "(8, 8), (1, 2)",
+            "(4, 4, 4), 1",
+            "(4, 4), 1, prefix=1",
+            "(8, 8), 1, tile=(2, 2)",
+        ),
     ),
     "block_sparse": Part(
         "masks.block_sparse({choice}, {block})",
         (Parameter("block", 4, 1),),
         (
-            "(jnp.arange(4)[:, None] + jnp.arange(4)) % 3 == 0",
+            "(jnp.arange(4)[:, None] + jnp.arange(4)[None, :]) % 3 == 0",
             "jnp.eye(8, dtype=bool)",
             "jnp.tri(16, dtype=bool)",
         ),
@@ -81,7 +91,7 @@ PARTS = {
         choices=tuple(
             f"jax.random.key({seed}), 2, 4, {tokens}" for tokens in (16, 64) for seed in (0, 1)
         ),
-        note="JAX drew these blocks when the page was made: a table, not a formula.",
+        note=f"The table of random blocks {MADE}.",
     ),
     "tree": Part(
         "masks.tree({choice})",
@@ -89,8 +99,23 @@ PARTS = {
             "(jnp.arange(16) - 1) // 2",
             "(jnp.arange(64) - 1) // 2",
             "jnp.maximum(jnp.arange(16) - 3, -1)",
+            "jnp.array([-1, 0, 0, -1, 3, 3]), ids=jnp.arange(16) // 3",
         ),
-        note="A number for every node: the depth-first order is computed when the page is made.",
+        note=f"The depth-first order of the nodes {MADE}.",
+    ),
+    "spans": Part(
+        "masks.spans({choice})",
+        choices=(
+            "jnp.array([-1, -1, 0, 0, 0, 0, -1, -1, 1, 1, 1, 1, 1, -1, -1, -1])",
+            "jnp.arange(64) // 16",
+        ),
+        note=f"The ends of the spans {MADE}.",
+    ),
+    "top_blocks": Part(
+        "masks.top_blocks({choice}, {count}, {block})",
+        (Parameter("count", 2), Parameter("block", 2, 1)),
+        tuple(f"jax.random.normal(jax.random.key({seed}), (8, 8))" for seed in (0, 1)),
+        f"The ranks of the blocks {MADE}.",
     ),
     "shared_prefix": Part(
         "masks.shared_prefix({length}, {ids})", (Parameter("length", 5), IDS_OF_TOKENS)
@@ -136,9 +161,7 @@ def traced(part: Part, choice: str) -> tuple[Mask, list[int | None]]:
 
     made = jax.make_jaxpr(leaves)(*values).jaxpr
     order = {var: i for i, var in enumerate(made.invars)}
-    return mask, [
-        None if isinstance(out, Literal) else order.get(out) for out in made.outvars
-    ]
+    return mask, [None if isinstance(out, Literal) else order.get(out) for out in made.outvars]
 
 
 def part_as_json(name: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from jaxattn.tracing.program import needed
 from jaxattn.views.why import title
 
 # The operations of `formula.js` on int32 and booleans.
-_OPERATIONS = frozenset("abs add clamp div max min mul neg rem select_n sign sub".split())
-_OPERATIONS |= frozenset("lt le gt ge eq ne".split())
+_OPERATIONS = frozenset(
+    "abs add clamp div eq ge gt le lt max min mul ne neg rem select_n sign sub".split()  # noqa: SIM905
+)
 # What JavaScript writes otherwise for booleans than for integers.
 _LOGIC = ("and", "or", "xor", "not")
 _SAME = ("broadcast_in_dim", "reshape", "squeeze", "stop_gradient")
