@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +177,7 @@ def part_as_json(name: str) -> dict[str, Any]:
     }
 
 
+@cache
 def formula() -> str:
     """The part of the page's script that needs no browser."""
     parts = json.dumps({name: part_as_json(name) for name in PARTS}, separators=(",", ":"))

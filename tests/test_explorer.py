@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -31,18 +30,13 @@ T = 16
 CHOICES = [(name, choice) for name, part in explorer.PARTS.items() for choice in part.choices]
 
 
-@functools.cache
-def script() -> str:
-    return explorer.formula()
-
-
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Any]:
     """JavaScript without a browser, with the page's formulas: `engine("1 + 1")` is 2."""
     reason = "install mini-racer, which is JavaScript's engine V8 in a wheel"
     racer = pytest.importorskip("py_mini_racer", reason=reason)
     with racer.MiniRacer() as context:
-        context.eval(script())
+        context.eval(explorer.formula())
         yield lambda code: json.loads(context.eval(f"JSON.stringify({code})"))
 
 
@@ -255,10 +249,14 @@ def browser() -> Iterator[Any]:
     """Headless Chromium."""
     reason = "install playwright, and Chromium (Debian: chromium)"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip(reason)
     with playwright.sync_playwright() as started:
+        paths = [
+            *map(shutil.which, ("chromium", "google-chrome")),
+            started.chromium.executable_path,
+        ]
+        found = next((path for path in paths if path and Path(path).exists()), None)
+        if found is None:
+            pytest.skip(reason)
         # Containers run as root, and have little shared memory.
         options = ["--no-sandbox", "--disable-dev-shm-usage"]
         chromium = started.chromium.launch(executable_path=found, args=options)
@@ -305,8 +303,11 @@ def test_the_picture_shows_the_cells(page: Any) -> None:
     read = f"""() => {{
       const canvas = document.getElementById("cells"), pen = canvas.getContext("2d");
       const side = canvas.width / {T}, colors = [];
-      for (let q = 0; q < {T}; q++) for (let k = 0; k < {T}; k++)
-        colors.push(pen.getImageData((k + .4) * side, (q + .4) * side, 1, 1).data.join());
+      const {{data, width}} = pen.getImageData(0, 0, canvas.width, canvas.height);
+      for (let q = 0; q < {T}; q++) for (let k = 0; k < {T}; k++) {{
+        const at = 4 * (Math.floor((q + .4) * side) * width + Math.floor((k + .4) * side));
+        colors.push(data.slice(at, at + 3).join());
+      }}
       return colors;
     }}"""
     colors = np.reshape(page.evaluate(read), (T, T))
