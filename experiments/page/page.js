@@ -31,6 +31,7 @@ function compute() {
   refusal = refused(root, T, S);
   $("fit").hidden = !refusal || refusal.tokens > MOST.cells;
   $("sum").className = refusal ? "wrong" : "";
+  $("view").hidden = $("why").hidden = Boolean(refusal);
   found = refusal ? new Uint8Array(T * S) : cells(root, T, S);
   if (refusal) {
     say($("sum"), refusal.said);
@@ -49,10 +50,12 @@ function draw() {
   const {T, S, tile, q, k} = state, canvas = $("cells"), pen = canvas.getContext("2d");
   const style = getComputedStyle(document.documentElement);
   const color = (name) => style.getPropertyValue(`--${name}`);
-  // Whole pixels for a cell, so that lines between cells are even.
-  const side = Math.max(6, Math.floor(1600 / Math.max(T, S))), gap = Math.max(1, side >> 4);
-  canvas.width = S * side; canvas.height = T * side;
   canvas.style.width = `${100 * $("zoom").value}%`;
+  // As many pixels as are shown, and as many for each cell. Browsers limit how large a canvas is.
+  const shown = canvas.clientWidth * devicePixelRatio;
+  const side = Math.max(1, Math.floor(Math.min(shown, 8192) / Math.max(T, S)));
+  const gap = side < 5 ? 0 : Math.max(1, side >> 4);
+  canvas.width = S * side; canvas.height = T * side;
   pen.fillStyle = color("paper"); pen.fillRect(0, 0, canvas.width, canvas.height);
   if (!refusal) {
     const kinds = tiles(found, T, S, tile), across = Math.ceil(S / tile);
@@ -67,13 +70,16 @@ function draw() {
       pen.fillStyle = color(kind === "FULL" ? "full" : "partial");
       pen.fillRect(j * side, i * side, side - gap, side - gap);
     }
-    pen.strokeStyle = color("line"); pen.lineWidth = gap;
+    pen.strokeStyle = color("line"); pen.lineWidth = Math.max(1, gap);
     pen.beginPath();
     for (let i = 0; i <= T; i += tile) { pen.moveTo(0, i * side); pen.lineTo(S * side, i * side); }
     for (let j = 0; j <= S; j += tile) { pen.moveTo(j * side, 0); pen.lineTo(j * side, T * side); }
     pen.stroke();
-    pen.strokeStyle = color("mark"); pen.lineWidth = Math.max(3, side >> 3);
-    pen.strokeRect(k * side, q * side, side - gap, side - gap);
+    // Two frames, so that one of them stands out from whatever is below.
+    for (const [name, width] of [["paper", 6], ["mark", 3]]) {
+      pen.strokeStyle = color(name); pen.lineWidth = Math.min(width, 1 + side / 2);
+      pen.strokeRect(k * side, q * side, side - gap, side - gap);
+    }
   }
 }
 
@@ -115,18 +121,27 @@ function opposite(node, id) {
   return labelled("not", box);
 }
 
+/** A change that says what is wrong with what was typed, and leaves the state as it was. */
+const typed = (input, change) => () => {
+  let said = "";
+  try { change(); compute(); } catch (error) { said = error.message; }
+  input.setCustomValidity(said);
+  input.setAttribute("aria-invalid", Boolean(said));
+  if (said) { $("sum").className = "wrong"; say($("sum"), said); }
+};
+
+/** Sets numbers of queries and of keys; the cell stays inside. */
+function resize(sizes) {
+  Object.assign(state, sizes);
+  Object.assign(state, {q: Math.min(state.q, state.T - 1), k: Math.min(state.k, state.S - 1)});
+}
+
 function parameterOf(node, i, id) {
   const parameter = PARTS[node.name].parameters[i], list = Array.isArray(parameter.start);
   const input = element("input", {id: `${id}-${parameter.name}`, value: unparse(node.p[i]),
     type: list ? "text" : "number", className: list ? "list" : ""});
   if (!list) input.min = parameter.least;
-  input.oninput = () => {
-    let said = "";
-    try { node.p[i] = parse(parameter, input.value); compute(); } catch (error) { said = error.message; }
-    input.setCustomValidity(said);
-    input.setAttribute("aria-invalid", Boolean(said));
-    if (said) { $("sum").className = "wrong"; say($("sum"), said); }
-  };
+  input.oninput = typed(input, () => { node.p[i] = parse(parameter, input.value); });
   return labelled(parameter.name, input);
 }
 
@@ -175,15 +190,11 @@ function build() {
 // --- events ---
 
 $("form").onsubmit = () => false;
-for (const id of ["T", "S", "tile"]) $(id).oninput = () => {
-  try { state[id] = integer($(id).valueAsNumber, 1, MOST.cells, id); } catch { return; }
-  Object.assign(state, {q: Math.min(state.q, state.T - 1), k: Math.min(state.k, state.S - 1)});
-  compute();
-};
+for (const [id, name] of [["T", "queries"], ["S", "keys"], ["tile", "tile"]])
+  $(id).oninput = typed($(id), () =>
+    resize({[id]: integer(parse({name, start: 1, least: 1}, $(id).value), 1, MOST.cells, name)}));
 $("fit").onclick = () => {
-  state.T = state.S = refusal.tokens;
-  Object.assign(state, {q: Math.min(state.q, state.T - 1), k: Math.min(state.k, state.S - 1)});
-  build(); $("cells").focus();
+  resize({T: refusal.tokens, S: refusal.tokens}); build(); $("cells").focus();
 };
 $("zoom").oninput = () => { draw(); follow(); };
 $("copy").onclick = async () => {
@@ -207,5 +218,5 @@ $("cells").onpointermove = $("cells").onpointerdown = (event) => {
   Object.assign(state, {q, k}); look();
 };
 onhashchange = restore;
-matchMedia("(prefers-color-scheme: dark)").onchange = draw;
+onresize = matchMedia("(prefers-color-scheme: dark)").onchange = draw;
 restore();
