@@ -327,6 +327,9 @@ def test_every_mask_of_the_page_can_be_chosen(page: Any) -> None:
     page.fill("#T", "20")
     assert "got 16 entries for 20 queries" in page.inner_text("#sum")
     assert not page.inner_text("#why")
+    page.fill("#T", "0")
+    assert "queries: got 0, expected" in page.inner_text("#sum")
+    page.fill("#T", "20")
     page.click("#fit")
     assert page.input_value("#T") == page.input_value("#S") == "16"
     assert page.inner_text("#why")

@@ -31,7 +31,7 @@ function compute() {
   refusal = refused(root, T, S);
   $("fit").hidden = !refusal || refusal.tokens > MOST.cells;
   $("sum").className = refusal ? "wrong" : "";
-  $("view").hidden = $("why").hidden = Boolean(refusal);
+  $("shown").hidden = Boolean(refusal);
   found = refusal ? new Uint8Array(T * S) : cells(root, T, S);
   if (refusal) {
     say($("sum"), refusal.said);
