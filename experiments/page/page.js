@@ -53,7 +53,7 @@ function draw() {
   canvas.style.width = `${100 * $("zoom").value}%`;
   // As many pixels as are shown, and as many for each cell. Browsers limit how large a canvas is.
   const shown = canvas.clientWidth * devicePixelRatio;
-  const side = Math.max(1, Math.floor(Math.min(shown, 8192) / Math.max(T, S)));
+  const side = Math.max(1, Math.floor(Math.min(shown, 4096) / Math.max(T, S)));
   const gap = side < 5 ? 0 : Math.max(1, side >> 4);
   canvas.width = S * side; canvas.height = T * side;
   pen.fillStyle = color("paper"); pen.fillRect(0, 0, canvas.width, canvas.height);
