@@ -37,6 +37,7 @@ from data import DataError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 import jaxattn as ja
 from jaxattn import masks
@@ -297,6 +298,12 @@ class Finding:
         return not self.wrong.any() and not self.mixed
 
     @property
+    def expression(self) -> str:
+        """The mask that was found, as an expression of `jaxattn.masks`."""
+        described = masks.describe(self.found[:, None])
+        return described.expression if described.exact else f"about {described.expression}"
+
+    @property
     def words(self) -> str:
         """What was found, in a line."""
         said = ["rows of the batch depend on each other"] if self.mixed else []
@@ -360,15 +367,18 @@ def run_see(config: See, console: Console) -> None:
     if not findings:
         raise DataError(f"only {config.only!r}: matches no situation")
 
-    table = Table("library", "situation", "documented", "found", show_lines=False)
-    lines = ["| library | situation | documented | found |", "|---|---|---|---|"]
+    columns = ("library", "version", "situation", "documented", "found", "agreement")
+    table = Table(*columns)
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for finding in findings:
         one = finding.situation
-        own = " and itself" if one.own else ""
-        cells = (f"{one.library} {one.version}".strip(), one.name, f"{one.promised}{own}")
-        style = None if finding.agrees else "bold"
-        table.add_row(*cells, finding.words, style=style)
-        lines.append("| " + " | ".join((*cells, finding.words)) + " |")
+        documented = f"{one.promised}{' and itself' if one.own else ''}"
+        cells = (
+            one.library, one.version, one.name, documented, finding.expression, finding.words
+        )  # fmt: skip
+        table.add_row(*map(Text, cells), style=None if finding.agrees else "bold")
+        # A bar would end the cell.
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     (config.out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.print(table)
     for finding in findings:

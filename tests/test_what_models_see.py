@@ -90,7 +90,8 @@ def test_the_report_names_what_differs(
     assert "1 of 2 agree" in shown
     assert "np.tri(S, k=1, dtype=bool)" in shown
     table = (tmp_path / "table.md").read_text()
-    assert f"| jax {jax.__version__} | is_causal | causal() | agrees |" in table
+    assert f"| jax | {jax.__version__} | is_causal | causal() | causal() | agrees |" in table
+    assert "| causal() | causal(1) | 10 of 72 pairs differ" in table
     assert "the first: output 0 of row 0 sees input 1" in table
     picture = "broken_on_purpose_the_causal_mask_shows_the_next_token.png"
     assert (tmp_path / picture).stat().st_size > 1000
