@@ -22,6 +22,7 @@ from .mask import BuiltInMask, Mask, Scalar, constructor, dense, entry
 
 
 def booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
+    """A constructor's argument as an array of booleans, of one of these shapes."""
     array = jnp.asarray(given)
     if array.dtype != jnp.bool_:
         raise TypeError(

@@ -188,6 +188,7 @@ def _opposite(result: bool | None) -> bool | None:
 
 
 def title(part: Mask) -> str:
+    """What the lines of `why` call a mask without parts."""
     if not isinstance(part, (BuiltInMask, Predicate)):
         return type(part).__name__
     constructor = repr(part).partition("(")[0]
