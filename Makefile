@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 REFERENCE := jaxattn
 
 # Verbs that take no ARGS.
-WITHOUT_ARGS := check format peers compile-gpu clean
+WITHOUT_ARGS := check format peers peers-llama compile-gpu clean
 ifneq ($(ARGS),)
 $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context chat tune embed \
 	compare-models explain see gallery docs faults chosen-blocks benchmark benchmark-gpu peers \
-	compile-gpu compile-parallel clean
+	peers-llama compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -64,7 +64,7 @@ tune: $(VENV)/smollm2  ## teach it to translate, with low-rank adapters
 embed: $(VENV)/minilm  ## turn sentences into embeddings, or find the nearest ones
 	$(BIN)/python experiments/embed.py $(ARGS)
 
-compare-models: $(VENV)/smollm2 $(VENV)/minilm  ## compare both with transformers on PyTorch, after `make peers`
+compare-models: $(VENV)/smollm2 $(VENV)/minilm  ## compare both with transformers on PyTorch, after `make peers`; after `make peers-llama`, with llama.cpp too
 	$(BIN)/python experiments/compare_models.py $(ARGS)
 
 explain: $(VENV)/ready  ## show how the mask works, and why -1e9 makes a key vanish, in numbers
@@ -103,6 +103,15 @@ peers: .venv-peers/ready  ## install PyTorch and transformers, in an environment
 	.venv-peers/bin/python -m pip install --progress-bar on torch==2.13.0 numpy \
 		transformers accelerate gguf
 	touch $@
+
+peers-llama: .venv-peers/llama  ## compile llama.cpp for them, for this machine's processor
+.venv-peers/llama: .venv-peers/ready
+	CMAKE_ARGS="$(LLAMA_CMAKE)" .venv-peers/bin/python -m pip install --progress-bar on \
+		--no-binary llama-cpp-python llama-cpp-python==0.3.36
+	touch $@
+# The library alone, without its programs and pictures.
+LLAMA_CMAKE := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF \
+	-DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
 
 compile-gpu: .venv-gpu/ready  ## compile the kernels for an H100, on a machine without one
 	.venv-gpu/bin/python -W "ignore:The Pallas Triton backend" experiments/compile_gpu.py

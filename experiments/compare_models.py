@@ -1,11 +1,12 @@
-"""Pretrained models on jaxattn against transformers on PyTorch: the same numbers, and the speed.
+"""Pretrained models on jaxattn against other libraries: the same numbers, and the speed.
 
     python experiments/compare_models.py
     python experiments/compare_models.py --only encoder --encoder.timed 1000 --encoder.repeats 5
     python experiments/compare_models.py --only decoder
 
-transformers runs in `.venv-peers` (`make peers` makes it), in a process of its own. Both take
-turns. Each ratio compares two calls that ran one after the other; the median of the ratios is
+They are transformers on PyTorch and, for the decoder, llama.cpp where llama-cpp-python is
+installed. Each runs in `.venv-peers` (`make peers`, `make peers-llama`), in a process of its own.
+All take turns. Each ratio compares two calls of the same turn; the median of the ratios is
 reported. Exit status 1 says that numbers differ by more than they may.
 
 Axes: B rows, T tokens, V the vocabulary.
@@ -17,15 +18,17 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import embed
 import jax
@@ -48,6 +51,9 @@ import jaxattn as ja
 from jaxattn.shapes import Array, Float, Int
 
 NAME = "compare_models.py"
+
+# Whose speed the columns of ratios name.
+RATIOS = {"transformers": "PyTorch", "llama.cpp": "llama.cpp"}
 
 Tokens = list[int]
 
@@ -76,6 +82,7 @@ class Decoder:
     batch: int = 8
     chunk: int = 512  # tokens of a prompt that are computed at once
     repeats: int = 3
+    llama_cpp: Literal["float32", "float16"] = "float32"  # its attention; float16 is its default
     tolerance: float = 1e-4  # of the largest logit
 
 
@@ -86,34 +93,46 @@ class Compare:
     only: Literal["encoder", "decoder"] | None = None
     encoder: Encoder = field(default_factory=Encoder)
     decoder: Decoder = field(default_factory=Decoder)
-    threads: int = os.cpu_count() or 1  # of PyTorch; XLA takes all cores
+    threads: int = os.cpu_count() or 1  # of the others; XLA takes all cores
 
 
 class Peer:
-    """transformers on PyTorch, in a process of its own."""
+    """Another library, in a process of its own: one of `compare_models_worker.LIBRARIES`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, library: str) -> None:
         if not PEERS_PYTHON.exists():
             raise DataError("no .venv-peers; run: make peers")
-        self.folder = folder
+        self.folder, self.library = folder, library
         worker = Path(__file__).with_name("compare_models_worker.py")
         # Files on disk are enough, whatever the network.
         offline = {"HF_HUB_OFFLINE": "1"}
-        self.log = folder / "log"
+        self.log = folder / f"{library}.log"
         self.process = Contestant(
-            "transformers", worker, python=PEERS_PYTHON, environment=offline, log=self.log
+            library, worker, python=PEERS_PYTHON, environment=offline, log=self.log
         )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.close()
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
         """The answer to a request of `compare_models_worker.py`."""
         answer = self.process.ask(do=do, **request)
         if "error" in answer:
             last = self.log.read_text().strip().splitlines()[-1:]
-            raise DataError(f"transformers, {do}: {' '.join([answer['error'], *last])}")
+            raise DataError(f"{self.library}, {do}: {' '.join([answer['error'], *last])}")
         return answer
 
 
-def in_turn(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def has_llama_cpp() -> bool:
+    """Whether `make peers-llama` has been run: it takes minutes, so that `make peers` does not."""
+    seek = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llama_cpp') is None)"
+    return subprocess.run([PEERS_PYTHON, "-c", seek], check=False).returncode == 0
+
+
+def in_turn(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each way, turn by turn; the ways warm up by themselves."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
@@ -167,7 +186,7 @@ def compare_encoder(config: Compare, peer: Peer, console: Console) -> bool:
     paddings: dict[str, float] = {way: ours(way, settings.timed)[2] for way in embed.WAYS}
     tokens = peer.ask("embed", texts=str(files[settings.timed]))["tokens"]
     real = sum(map(len, model.tokens(lines[: settings.timed])[0]))
-    peer_name = f"transformers, PyTorch {loaded['torch']}"
+    peer_name = loaded["name"]
     paddings[peer_name] = 1 - real / tokens
     seconds = in_turn(
         {way: lambda way=way: mine(way) for way in embed.WAYS} | {peer_name: theirs},
@@ -192,7 +211,7 @@ def compare_encoder(config: Compare, peer: Peer, console: Console) -> bool:
 
 @dataclass
 class Agreement:
-    """How logits agree with transformers' own, over texts that are added one by one.
+    """How logits agree with another library's, over texts that are added one by one.
 
     Attributes:
       positions: how many there are.
@@ -268,14 +287,74 @@ def texts_of(loaded: Loaded, count: int) -> list[str]:
     return found
 
 
+class Answers(NamedTuple):
+    """What the model says here.
+
+    Attributes:
+      texts: the prompts.
+      prompts: their token ids.
+      logits: of every position of each.
+      continued: the greedy tokens after each.
+      long: another text.
+      ids: its token ids.
+      loss: the mean of its first tokens, in nats.
+    """
+
+    texts: list[str]
+    prompts: list[Tokens]
+    logits: list[Float[np.ndarray, "T V"]]
+    continued: list[Tokens]
+    long: str
+    ids: Tokens
+    loss: float
+
+
+def answers(settings: Decoder, loaded: Loaded, writer: Writer) -> Answers:
+    """All that `agree` compares."""
+    long = "\n\n".join(measure_chat.passages(3))
+    ids = loaded.tokenizer.encode(long).ids
+    if settings.text + 1 > len(ids):
+        raise DataError(f"--decoder.text {settings.text}: the text has only {len(ids)} tokens")
+    texts = texts_of(loaded, settings.prompts)
+    prompts = [loaded.tokenizer.encode(text).ids for text in texts]
+    width = max(map(len, prompts))
+    logits = [logits_of(loaded, prompt, width) for prompt in prompts]
+    continued = continuations(writer, prompts, settings.tokens // 2).tokens
+    caches = loaded.model.caches(partial(ja.KVCache.create, 1, settings.text))
+    first = ids[: settings.text + 1]
+    loss = float(measure_chat.losses_of(loaded, first, caches, settings.chunk).mean())
+    return Answers(texts, prompts, logits, continued, long, ids, loss)
+
+
 def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
-    """Whether tokens, logits, continuations and losses are equal; then the speed, as a table."""
+    """Whether each library gives the same numbers; then the speed of all, as a table."""
     settings = config.decoder
     path = settings.model or llama.smollm2()
     loaded = llama.pretrained(path)
-    torch = peer.ask("load_decoder", path=str(path.resolve()), threads=config.threads)["torch"]
     # No token ends a text, so that all have the same length.
     writer = Writer(loaded.model, (), settings.chunk)
+    ours = answers(settings, loaded, writer)
+    names: dict[Peer, str] = {}
+    equal = True
+    with ExitStack() as stack:
+        options: dict[Peer, dict[str, Any]] = {peer: {"path": str(path.resolve())}}
+        if has_llama_cpp():
+            # The products of a quantized file would be of integers there.
+            llama_cpp = stack.enter_context(Peer(peer.folder, "llama.cpp"))
+            copy = str(weights.in_float32(path))
+            options[llama_cpp] = {"path": copy, "half": settings.llama_cpp == "float16"}
+        else:
+            console.print("llama.cpp is left out; to add it, run: make peers-llama")
+        for each, given in options.items():
+            names[each] = each.ask("load_decoder", threads=config.threads, **given)["name"]
+            console.print(f"against {names[each]}:", highlight=False)
+            equal &= agree(settings, ours, each, console)
+        compare_speed(settings, writer, names, ours.ids, console)
+    return equal
+
+
+def agree(settings: Decoder, ours: Answers, peer: Peer, console: Console) -> bool:
+    """Whether tokens, logits, continuations and losses are equal; a line of each."""
     say = partial(console.print, highlight=False, soft_wrap=True)
     equal = True
 
@@ -284,20 +363,15 @@ def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
         equal &= holds
         say(line if holds else f"WRONG: {line}")
 
-    texts = texts_of(loaded, settings.prompts)
-    long = "\n\n".join(measure_chat.passages(3))
-    prompts, ids = [], loaded.tokenizer.encode(long).ids
-    same = peer.ask("tokens", text=long)["ids"] == ids
-    for text in texts:
-        prompts.append(loaded.tokenizer.encode(text).ids)
-        same &= peer.ask("tokens", text=text)["ids"] == prompts[-1]
-    if settings.text + 1 > len(ids):
-        raise DataError(f"--decoder.text {settings.text}: the text has only {len(ids)} tokens")
-    lengths = [len(prompt) for prompt in prompts]
+    same = all(
+        peer.ask("tokens", text=text)["ids"] == ids
+        for text, ids in zip([ours.long, *ours.texts], [ours.ids, *ours.prompts], strict=True)
+    )
+    lengths = [len(prompt) for prompt in ours.prompts]
     expect(
         same,
-        f"token ids of {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens and of a "
-        f"text of {len(ids):,} are {'the same' if same else 'others'}",
+        f"token ids of {len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens and of a "
+        f"text of {len(ours.ids):,} are {'the same' if same else 'others'}",
     )
 
     out = peer.folder / "logits.npy"
@@ -307,8 +381,8 @@ def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
         return np.asarray(np.load(out))
 
     agreement = Agreement()
-    for prompt in prompts:
-        agreement.add(logits_of(loaded, prompt, max(lengths)), theirs(prompt))
+    for prompt, logits in zip(ours.prompts, ours.logits, strict=True):
+        agreement.add(logits, theirs(prompt))
     relative = agreement.error / agreement.scale
     expect(
         relative < settings.tolerance and not agreement.wrong,
@@ -317,9 +391,8 @@ def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
         "without a tie",
     )
 
-    found = continuations(writer, prompts, settings.tokens // 2).tokens
     ties = wrong = 0
-    for prompt, mine in zip(prompts, found, strict=True):
+    for prompt, mine in zip(ours.prompts, ours.continued, strict=True):
         (other,) = peer.ask("continuations", prompts=[prompt], steps=settings.tokens // 2)["tokens"]
         differs = [n for n in range(settings.tokens) if mine[n] != other[n]]
         if differs:
@@ -329,29 +402,26 @@ def compare_decoder(config: Compare, peer: Peer, console: Console) -> bool:
             ties, wrong = ties + tie, wrong + (not tie)
     expect(
         not wrong,
-        f"greedy continuations of {settings.tokens} tokens: {ties + wrong} of {len(prompts)} are "
+        f"greedy continuations of {settings.tokens} tokens: {ties + wrong} of {len(lengths)} are "
         f"others, {wrong} without a tie where they first differ",
     )
 
-    ids = ids[: settings.text + 1]
-    caches = loaded.model.caches(partial(ja.KVCache.create, 1, settings.text))
-    here = measure_chat.losses_of(loaded, ids, caches, settings.chunk).mean()
-    peer.ask("losses", ids=ids, out=str(out))
+    peer.ask("losses", ids=ours.ids[: settings.text + 1], out=str(out))
     there = np.load(out).mean()
     expect(
-        bool(abs(here - there) < settings.tolerance * there),
-        f"perplexity of {len(ids) - 1:,} tokens: {math.exp(here):.5f}, with transformers "
-        f"{math.exp(there):.5f}",
+        bool(abs(ours.loss - there) < settings.tolerance * there),
+        f"perplexity of {settings.text:,} tokens: {math.exp(ours.loss):.5f} here, "
+        f"{math.exp(there):.5f} there",
     )
-    compare_speed(settings, writer, peer, f"transformers, PyTorch {torch}", ids, console)
     return equal
 
 
 def compare_speed(
-    settings: Decoder, writer: Writer, peer: Peer, name: str, ids: Tokens, console: Console
+    settings: Decoder, writer: Writer, names: dict[Peer, str], ids: Tokens, console: Console
 ) -> None:
     """Tokens a second of prompts and of decoding, as a table."""
-    grid = Table("tokens a second", "jaxattn", name, "times PyTorch's")
+    times = [f"times {RATIOS[peer.library]}'s" for peer in names]
+    grid = Table("tokens a second", "jaxattn", *names.values(), *times)
 
     def measure(what: str, rows: int, length: int, steps: int) -> None:
         prompts = [ids[n : n + length] for n in range(rows)]
@@ -361,7 +431,7 @@ def compare_speed(
             found = continuations(writer, prompts, steps)
             return found.decoding if steps else found.prefill
 
-        def theirs() -> float:
+        def theirs(peer: Peer) -> float:
             found = peer.ask("continuations", prompts=prompts, steps=steps)
             return float(found["decoding" if steps else "prefill"])
 
@@ -370,12 +440,14 @@ def compare_speed(
                 run()
             return run()
 
-        seconds = in_turn(
-            {"mine": partial(hot, mine), name: partial(hot, theirs)}, settings.repeats
-        )
-        speeds = [f"{number / statistics.median(times):,.0f}" for times in seconds.values()]
-        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
-        grid.add_row(what, *speeds, f"{statistics.median(ratios):.2f}")
+        others = {name: partial(hot, partial(theirs, peer)) for peer, name in names.items()}
+        seconds = list(in_turn({"mine": partial(hot, mine)} | others, settings.repeats).values())
+        speeds = [f"{number / statistics.median(times):,.0f}" for times in seconds]
+        ratios = [
+            statistics.median(b / a for a, b in zip(seconds[0], times, strict=True))
+            for times in seconds[1:]
+        ]
+        grid.add_row(what, *speeds, *(f"{ratio:.2f}" for ratio in ratios))
 
     measure(f"prompt of {settings.prefill:,} tokens", 1, settings.prefill, 0)
     measure("decoding, one text", 1, settings.prompt, settings.timed)
@@ -421,14 +493,10 @@ def main(given: list[str]) -> int:
     console = Console()
     config = tyro.cli(Compare, prog=NAME, description=__doc__, args=given)
     sizes(config)
-    with tempfile.TemporaryDirectory() as folder:
-        peer = Peer(Path(folder))
-        try:
-            equal = True
-            for half in HALVES if config.only is None else [config.only]:
-                equal &= HALVES[half](config, peer, console)
-        finally:
-            peer.process.close()
+    equal = True
+    with tempfile.TemporaryDirectory() as folder, Peer(Path(folder), "transformers") as peer:
+        for half in HALVES if config.only is None else [config.only]:
+            equal &= HALVES[half](config, peer, console)
     if not equal:
         print(f"{NAME}: numbers differ by more than they may", file=sys.stderr)
     return 0 if equal else 1

@@ -5,7 +5,9 @@ A file that can't be used raises `DataError`, whose message is the one line a us
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -118,6 +120,36 @@ def _dequantized(path: Path, tensor: Any) -> Callable[[], Tensor]:
         return np.asarray(values).reshape(tuple(map(int, reversed(tensor.shape))))
 
     return read
+
+
+def in_float32(path: Path) -> Path:
+    """A copy of a whole GGUF file with its tensors in float32, for programs that compute in the
+    types of the file.
+
+    It stays in the environment, under a name that says of which contents it is the copy.
+    """
+    with path.open("rb") as file:
+        contents = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    copy = Path(sys.prefix) / "cache" / "float32" / f"{path.stem}-{contents}.gguf"
+    if copy.exists():
+        return copy
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    part = copy.with_suffix(".part")  # half a file never has the name of a whole one
+    reader, general = gguf.GGUFReader(path), gguf.Keys.General
+    writer = gguf.GGUFWriter(part, reader.fields[general.ARCHITECTURE].contents())
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    for name, field in reader.fields.items():
+        # The writer adds the header's fields and the architecture by itself.
+        if not name.startswith("GGUF.") and name not in (general.ARCHITECTURE, general.FILE_TYPE):
+            kinds = field.types  # of an array: that it is one, and that of its elements
+            writer.add_key_value(name, field.contents(), kinds[0], sub_type=kinds[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, _dequantized(path, tensor)().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return part.replace(copy)
 
 
 # ------------------------------------------------------------------------------------ safetensors
