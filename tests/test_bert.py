@@ -401,20 +401,24 @@ def test_a_peer_with_other_numbers_is_an_error(
     ours = embed.Encoder(path)
 
     class Peer:
-        def __init__(self, folder: Path) -> None:
-            self.folder, self.process = folder, self
+        def __init__(self, folder: Path, library: str) -> None:
+            assert library == "transformers"
+            self.folder = folder
+
+        def __enter__(self) -> Peer:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
 
         def ask(self, do: str, **request: Any) -> dict[str, Any]:
             if do == "load_encoder":
                 assert (Path(request["folder"]) / "model.safetensors").exists()
-                return {"torch": "0.0"}
+                return {"name": "PyTorch 0.0"}
             texts, _ = ours.tokens(json.loads(Path(request["texts"]).read_text()))
             if request.get("out"):
                 np.save(request["out"], [written_out(text) + error for text in texts])
             return {"seconds": 1.0, "tokens": 2 * sum(map(len, texts))}
-
-        def close(self) -> None:
-            pass
 
     monkeypatch.setattr(compare_models, "Peer", Peer)
     monkeypatch.setattr(weights, "installed", lambda *_: path)
