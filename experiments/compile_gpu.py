@@ -41,7 +41,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 import jaxattn as ja  # noqa: E402
-from jaxattn import masks, scores  # noqa: E402
+from jaxattn import masks, scores, stats  # noqa: E402
 
 KIND = "NVIDIA H100 80GB HBM3"
 # The properties of an H100 as NVIDIA and CUDA give them; the compiler needs no others.
@@ -107,25 +107,38 @@ def cases() -> Iterator[Case]:
         "dropout_rate": 0.1,
         "dropout_seed": 1,
     }
+    asked = {
+        "top": stats.max(),
+        "entropy": stats.entropy(),
+        "far": stats.mean(lambda x, b, h, q, k: abs(q - k)),
+    }
+    all_statistics = asked | {"key": stats.argmax(), "received": stats.received()}
+    statistics = {"mask": masks.causal(), "stats": asked}
     for H, dtype in wide:
         # Hundreds of bytes are spilled: a little slower, and rare.
         yield Case("everything", H, dtype, everything, fits=False)
+        yield Case("statistics", H, dtype, statistics, fits=dtype != jnp.float32 and H < 256)
+    yield Case("all statistics", 64, jnp.bfloat16, everything | {"stats": all_statistics}, False)
     for H in (64, 128):
         # With grouped heads, the keys' kernels of 128 columns lack a dozen registers.
         yield Case("causal", H, jnp.bfloat16, {"mask": masks.causal()}, H == 64, "mosaic")
         window_score = {"mask": window, "score": scores.soft_cap(5.0)}
         yield Case("windows, a cap", H, jnp.bfloat16, window_score, False, "mosaic")
+        yield Case("statistics", H, jnp.bfloat16, statistics, False, "mosaic")
         yield Case("a table of distances", H, jnp.bfloat16, distance, fits=False)
         yield Case("a table of pairs", H, jnp.bfloat16, table, fits=False)
 
 
 def gradients(case: Case) -> Callable[..., Any]:
-    """Everything that a call computes: output, LSE, and gradients, also of scores."""
+    """Everything that a call computes: output, LSE, statistics, and gradients, also of scores."""
 
     def loss(query: Any, key: Any, value: Any, score: Any) -> Any:
         options = case.options | ({} if score is None else {"score": score})
-        out, lse = ja.attention(query, key, value, backend=case.backend, return_lse=True, **options)
-        return out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+        out, lse, *seen = ja.attention(
+            query, key, value, backend=case.backend, return_lse=True, **options
+        )
+        total = out.astype(jnp.float32).sum() + jnp.where(lse > -jnp.inf, lse, 0).sum()
+        return total + sum(each.astype(jnp.float32).sum() for each in jax.tree.leaves(seen))
 
     return jax.value_and_grad(loss, (0, 1, 2, 3), allow_int=True)
 

@@ -27,7 +27,7 @@ The words of the library, in its docstrings and error messages:
 import sys
 import typing
 
-from . import deprecated, masks, nn, parallel, scores, testing, views
+from . import deprecated, masks, nn, parallel, scores, stats, testing, views
 from .attention import attention, attention_weights
 from .caches.kv_cache import KVCache
 from .caches.paged import PagedKVCache
@@ -58,6 +58,7 @@ __all__ = [
     "parallel",
     "scaled_dot_product_attention",
     "scores",
+    "stats",
     "testing",
     "tile_map",
     "views",

@@ -13,15 +13,16 @@ from .backends.base import Call
 from .checks.integers import as_given, concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
 from .masks.positions import Positions
-from .scores import as_score
+from .scores import Score, as_score
 from .shapes import Array, ArrayLike
+from .stats import LOGIT, Stat, bare, statistics
 from .tiles.tile_map import TileMap
 from .tracing.out_of_range import guarded
-from .tracing.split import split
+from .tracing.split import Split, split
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of `attention`, apart from `return_lse`, for type checkers."""
+    """Keyword arguments of `attention`, but for `return_lse` and `stats`, for type checkers."""
 
     mask: Any
     score: Any
@@ -47,6 +48,7 @@ def checked_call(
     dropout_rate: Any = 0.0,
     dropout_seed: Any = None,
     precision: Any = None,
+    stats: Any = (),
 ) -> Call:
     """The arguments of `attention` as a `Call`; arguments without a batch become one row.
 
@@ -100,9 +102,7 @@ def checked_call(
         if isinstance(mask, TileMap):
             tiles, mask = mask.for_call(B, N, T, S, positions), mask.mask
         mask = _mask(mask, B, N, T, S)
-        check_tokens(mask, at, T, S)
-        if at.h is None:
-            _check_heads(mask, N)
+        _check_mask(mask, "mask", at, (B, N, T, S))
         visible = split(mask, at)
         visible.check_extents(B, N, T, S)
         if positions is not None and tiles is None:
@@ -115,6 +115,9 @@ def checked_call(
             seen = None if visible is None else visible.given
             inside = guarded(scored.given, positions, (B, N, T, S), mask=seen, logit=logit)
             scored = split(inside, at, logit=logit)
+    means, maxima, largest = _columns(
+        stats, positions, at, visible, base.accumulator(query.dtype), (B, N, T, S)
+    )
     return Call(
         query=query,
         key=key,
@@ -125,9 +128,77 @@ def checked_call(
         sinks=_sinks(sinks, N),
         positions=at,
         dropout=_dropout(dropout_rate, dropout_seed),
+        stats=bare(stats),
+        means=means,
+        maxima=maxima,
+        largest=largest,
         tiles=tiles,
         precision=precision,
     )
+
+
+def _columns(
+    given: Any,
+    positions: Positions | None,
+    at: Positions,
+    visible: Split[Mask] | None,
+    logit: Any,
+    sizes: tuple[int, int, int, int],
+) -> list[tuple[Split[Score], ...]]:
+    """The functions of which statistics need means, maxima, and values at the largest logit."""
+    seen = None if visible is None else visible.given
+
+    def column(fn: Score) -> Split[Score]:
+        part = split(fn, at, logit=logit)
+        try:
+            part.check_extents(*sizes)
+        except ValueError as error:
+            error.add_note(f"It is read by {fn!r}, in stats=.")
+            raise
+        if positions is None:
+            return part
+        return split(guarded(fn, positions, sizes, mask=seen, logit=logit), at, logit=logit)
+
+    found: list[list[Split[Score]]] = [[], [], []]
+    for stat in statistics(given):
+        if not isinstance(stat, Stat):
+            raise TypeError(
+                f"stats: got {_described(stat)}, expected a pytree of statistics, as "
+                '{"entropy": stats.entropy(), "far": stats.mean(lambda x, b, h, q, k: q - k)}'
+            )
+        for mask in stat.masks:
+            _check_mask(mask, "mass(mask)", at, sizes)
+        for fns, parts in zip((stat.means, stat.maxima, stat.largest), found, strict=True):
+            parts += map(column, fns)
+    check_weights(given, sizes[:3])
+    _, maxima, largest = found
+    if largest:
+        maxima.append(column(LOGIT))
+    return [tuple(parts) for parts in found]
+
+
+def _check_mask(mask: Mask, name: str, at: Positions, sizes: tuple[int, int, int, int]) -> None:
+    """Checks what masks say of the numbers of tokens and heads that they are for."""
+    _, N, T, S = sizes
+    check_tokens(mask, at, T, S, name)
+    if at.h is None:
+        _check_heads(mask, N, name)
+
+
+def check_weights(stats: Any, sizes: tuple[int, int, int]) -> None:
+    """Checks that weights of queries in statistics broadcast to `[B, T, N]`, for sizes B, N, T.
+
+    Raises:
+      ValueError: for other shapes.
+    """
+    B, N, T = sizes
+    for weight in (weight for stat in statistics(stats) for weight in stat.queries):
+        full = (B, T, N)[3 - min(weight.ndim, 3) :]
+        if weight.ndim > 3 or any(n not in (1, e) for n, e in zip(weight.shape, full, strict=True)):
+            raise ValueError(
+                f"received(weight): got shape {list(weight.shape)}, expected what broadcasts to "
+                f"[B, T, N] = [{B}, {T}, {N}], a number for each query"
+            )
 
 
 def swapped(call: Call) -> str | None:
@@ -196,14 +267,15 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
     return as_mask(given)
 
 
-def _check_heads(mask: Mask, N: int) -> None:
+def _check_heads(mask: Mask, N: int, name: str) -> None:
     """Checks that `per_head` has one mask for each query head."""
     if isinstance(mask, PerHead) and len(mask.parts) != N:
         raise ValueError(
-            f"mask: got per_head of {len(mask.parts)} masks, expected {N}, one for each query head"
+            f"{name}: got per_head of {len(mask.parts)} masks, expected {N}, one for each query "
+            "head"
         )
     for part in parts_of(mask):
-        _check_heads(part, N)
+        _check_heads(part, N, name)
 
 
 def _real(name: str, given: Any, expected: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal, Unpack, overload
 
+import jax
 import numpy as np
 
 from .arguments import Options, checked_call, swapped
@@ -13,6 +14,7 @@ from .checks.foreign_names import with_remedies
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
+from .stats import statistics
 
 
 @overload
@@ -48,6 +50,18 @@ def attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    stats: Any,
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> tuple[Any, ...]: ...
+
+
 @with_remedies()
 def attention(
     query: Float[ArrayLike, "*B T N H"],
@@ -62,6 +76,7 @@ def attention(
     dropout_rate: Any = 0.0,
     dropout_seed: Any = None,
     precision: Any = None,
+    stats: Any = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Any:
@@ -86,6 +101,8 @@ def attention(
         seed and on absolute positions.
       precision: the precision of matrix products, as in `jax.lax.dot_general`; by default float32
         inputs are multiplied in true float32 on every platform.
+      stats: a pytree of statistics of the weights (`jaxattn.stats`): the same pytree of arrays is
+        returned last.
       backend: "auto", or the name of a backend. A named backend runs, or raises its reason.
       return_lse: also return the LSE.
 
@@ -132,13 +149,16 @@ def attention(
         dropout_rate=dropout_rate,
         dropout_seed=dropout_seed,
         precision=precision,
+        stats=stats,
     )
     if positions is None:
         _check_layout(call)
     results = dispatch(call, backend, with_lse=return_lse)
     if np.ndim(query) == 3:
-        results = tuple(each[0] for each in results)
-    return results if return_lse else results[0]
+        results = jax.tree.map(lambda each: each[0], results)
+    if stats is not None and not statistics(stats):
+        results = (*results, stats)
+    return results if len(results) > 1 else results[0]
 
 
 @with_remedies()

@@ -18,6 +18,8 @@ from .backends.base import Backend, Call
 from .checks import foreign_names
 from .mesh import automatic
 from .shapes import Array
+from .stats import Rows, statistics
+from .stats import results as results_of
 from .tracing.program import Program
 from .tracing.split import Split
 
@@ -48,7 +50,7 @@ _UNTIMED = "not yet timed on a GPU: 'auto' takes triton until it is"
 _RENAMED = {"pallas_gpu": "triton"}
 
 
-def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tuple[Array, ...]:
+def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tuple[Any, ...]:
     """Chooses a backend for a checked call, prepares the call for it, and runs it.
 
     Args:
@@ -58,7 +60,7 @@ def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tup
         LSE's -inf.
 
     Returns:
-      The output `[B, T, N, Hv]`, and with `with_lse` the LSE `[B, T, N]`.
+      The output `[B, T, N, Hv]`, with `with_lse` the LSE `[B, T, N]`, and with statistics these.
 
     Raises:
       ValueError: as `choose`.
@@ -66,7 +68,8 @@ def dispatch(call: Call, backend: str = "auto", *, with_lse: bool = True) -> tup
     name = choose(call, backend).backend
     if not _is_empty(call):
         call = BACKENDS[name].prepare(call)
-    return _compiled((*_traced(call.mask), *_traced(call.score)))(call, name, with_lse)
+    parts = (call.mask, call.score, *call.means, *call.maxima, *call.largest)
+    return _compiled(tuple(each for part in parts for each in _traced(part)))(call, name, with_lse)
 
 
 def _traced(part: Split[Any] | None) -> Iterator[Program]:
@@ -89,26 +92,75 @@ def _programs(part: Any) -> Iterator[Program]:
 # masks are few. A user's function may be new in every call, and its program takes a few MB; so the
 # least recently used ones are dropped with their functions.
 @lru_cache(maxsize=64)
-def _compiled(programs: tuple[Program, ...]) -> Callable[..., tuple[Array, ...]]:
+def _compiled(programs: tuple[Program, ...]) -> Callable[..., tuple[Any, ...]]:
     """The function that computes calls whose masks and scores hold these functions of users."""
 
-    def attention(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
+    def attention(call: Call, backend: str, with_lse: bool) -> tuple[Any, ...]:
         return _attend(call, backend, with_lse)
 
     return jax.jit(attention, static_argnums=(1, 2))
 
 
-def _attend(call: Call, backend: str, with_lse: bool) -> tuple[Array, ...]:
+def _attend(call: Call, backend: str, with_lse: bool) -> tuple[Any, ...]:
     call = _learnable(call)
+    B, T, _, N, _, _, Hv = call.sizes
+    wide = base.accumulator(call.query.dtype)
     if _is_empty(call):
-        B, T, _, N, _, _, Hv = call.sizes
-        out = jnp.zeros((B, T, N, Hv), call.query.dtype)
-        lse = jnp.full((B, T, N), -jnp.inf, base.accumulator(call.query.dtype))
+        ends = [0.0] * (Hv + len(call.means)) + [-jnp.inf] * len(call.maxima)
+        ends += [-1.0] * len(call.largest)
+        out = jnp.broadcast_to(jnp.asarray(ends, wide), (B, T, N, len(ends)))
+        lse = jnp.full((B, T, N), -jnp.inf, wide)
     else:
         out, lse = _over_mesh(BACKENDS[backend].run, call)
+    out, columns = out[..., :Hv], jnp.moveaxis(out[..., Hv:], -1, 0)
+    share: Any = None
     if call.sinks is not None:
-        out = (out.astype(lse.dtype) * _share(lse, call.sinks)).astype(out.dtype)
-    return (out, lse) if with_lse else (out,)
+        share = _share(lse, call.sinks)
+        out = out.astype(lse.dtype) * share
+    results = (out.astype(call.query.dtype), *((lse,) if with_lse else ()))
+    if not statistics(call.stats):
+        return results
+    return (*results, _statistics(call, backend, lse, columns, share))
+
+
+def _statistics(call: Call, backend: str, lse: Array, columns: Array, share: Any) -> Any:
+    """The values of the statistics, from the columns of their functions."""
+    means, others = columns[: len(call.means)], columns[len(call.means) :]
+    rest = iter((*means, *jax.lax.stop_gradient(others)))
+    of_means, maxima, largest = (
+        iter([next(rest) for _ in part]) for part in (call.means, call.maxima, call.largest)
+    )
+    sinks = None if call.sinks is None else call.sinks.astype(lse.dtype)[None, None]
+    left = jnp.ones((), lse.dtype) if share is None else share[..., 0]
+    found = []
+    for stat in statistics(call.stats):
+        received = [_received(call, backend, lse, left, weight) for weight in stat.queries]
+        rows = Rows(
+            lse,
+            sinks,
+            left,
+            [next(of_means) for _ in stat.means],
+            [next(maxima) for _ in stat.maxima],
+            [next(largest) for _ in stat.largest],
+            received,
+        )
+        found.append(stat.of(rows))
+    return results_of(call.stats, found)
+
+
+def _received(call: Call, backend: str, lse: Array, left: Array, weight: Array) -> Array:
+    """The sum over queries of `left * weight * p`, `[B, S, N]`."""
+    B, T, S, N, *_ = call.sizes
+    if _is_empty(call):
+        return jnp.zeros((B, S, N), lse.dtype)
+    call = replace(call, dropout=None, stats=(), means=(), maxima=(), largest=())
+    weight = left * jnp.broadcast_to(weight.astype(lse.dtype), (B, T, N))
+    received = BACKENDS[backend].STATISTICS.received
+    assert received is not None
+    b, *_ = _axes(call.query)
+    _, s, k = _axes(call.key)
+    found: Array = automatic(received, (call, lse, weight), P(b, s, k))
+    return found
 
 
 def _is_empty(call: Call) -> bool:
@@ -146,9 +198,15 @@ def _own_seed_rule(size: int, batched: Any, query: Array, seed: Array) -> Any:
 
 def _over_mesh(run: Any, call: Call) -> Any:
     """`run(call)`; on a mesh of explicit axes, partitioned by batch and by head."""
-    sharding: Any = jax.typeof(call.query).sharding
+    found = P(*_axes(call.query))
+    return automatic(run, (call,), (found, found))
+
+
+def _axes(array: Any) -> tuple[Any, Any, Any]:
+    """The mesh axes of batch rows, lengths and heads."""
+    sharding: Any = jax.typeof(array).sharding
     b, t, n = (*sharding.spec, None, None, None)[:3]
-    return automatic(run, (call,), (P(b, t, n), P(b, t, n)))
+    return b, t, n
 
 
 @jax.jit
@@ -266,7 +324,7 @@ def _cheapest(call: Call, others: dict[str, str]) -> Choice:
     logits = call.sizes.N * call.sizes.T * call.sizes.S
     others |= {
         "dense": "sets aside memory for all logits, and is slower on cpu",
-        "rows": f"O(T * S) memory: {logits} logits for each row of the batch",
+        "rows": rows.refuse(call) or f"O(T * S) memory: {logits} logits for each row of the batch",
         **said,
     }
     del others[name]

@@ -17,6 +17,7 @@ from .backends.base import Call, symbolic
 from .checks.foreign_names import unexpected
 from .dispatch import BACKENDS, choose
 from .masks.positions import Positions
+from .stats import statistics
 from .tiles import intervals
 from .tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
 from .tracing.split import split
@@ -228,6 +229,9 @@ def _notes(call: Call) -> tuple[str, ...]:
         notes += [f"mask: {reason}" for reason in call.mask.reasons]
     if call.score is not None:
         notes += [f"score: {reason}" for reason in call.score.reasons]
+    passes = sum(len(stat.queries) for stat in statistics(call.stats))
+    if passes:
+        notes.append(f"stats: received takes another pass over the tiles ({passes} in all)")
     return tuple(notes)
 
 

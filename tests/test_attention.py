@@ -227,7 +227,17 @@ def run_row(backend: str, row: dict[str, Any]) -> None:
 @functools.lru_cache(maxsize=2)
 def by_numpy(row: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], Any, Any]:
     """The inputs of a row, the other arguments of `everything`, and what they should give."""
-    names = dict(row)
+    inputs, given, by_hand = features(dict(row))
+    _, d_out, d_lse = everything(*inputs)
+    by_hand |= {"d_out": d_out, "d_lse": d_lse}
+    gold = plain = attend(*inputs, **by_hand)
+    if base.accumulator(inputs[0].dtype) != jnp.float64:
+        plain = attend(*inputs, **by_hand, dtype=np.float32)
+    return inputs, given, gold, plain
+
+
+def features(names: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The inputs of a row, the other arguments of `everything`, and those of `attend`."""
     (T, S), (N, K), H, extra = (names[n] for n in ("lengths", "heads", "head_dim", "extra"))
     B = 2 if T * S < 2**14 else 1
     dtype = jnp.dtype(names["dtype"])
@@ -260,12 +270,7 @@ def by_numpy(row: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], Any
         if names["score"].startswith("t5") and at:
             # That formula looks buckets up by index: positions are indices here too.
             assert max(at["q"].max(), at["k"].max()) < max(T, S)
-    _, d_out, d_lse = everything(*inputs)
-    by_hand |= {"at": at, "d_out": d_out, "d_lse": d_lse}
-    gold = plain = attend(*inputs, **by_hand)
-    if wide != jnp.float64:
-        plain = attend(*inputs, **by_hand, dtype=np.float32)
-    return inputs, given, gold, plain
+    return inputs, given, by_hand | {"at": at}
 
 
 # --- queries that see nothing ---------------------------------------------------------------------

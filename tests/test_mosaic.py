@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from cases import MASKS, SCORES, attend, cells, close, kept, qkv, rng, split_parts
 
-from jaxattn import masks, scores
-from jaxattn.backends import mosaic
+from jaxattn import masks, scores, stats
+from jaxattn.arguments import checked_call
+from jaxattn.backends import dense, mosaic
 from jaxattn.backends.base import Call, Dropout
 from jaxattn.backends.flash import nonfinite, transforms
 from jaxattn.masks.mask import as_mask
@@ -168,6 +169,42 @@ def test_is_the_definition(name: str) -> None:
         expected, largest = gold.grads[f"param{i}"], gold.largest[f"param{i}"]
         atol = 0.03 * (0.1 + np.abs(expected).max()) + float(jnp.finfo(dtype).eps) * largest
         np.testing.assert_allclose(np.asarray(slope, np.float64), expected, atol=atol)
+
+
+def test_statistics_are_those_of_the_formula() -> None:
+    """All columns, and gradients of means in the inputs and in arrays of functions and scores."""
+    q, k, v = qkv(1, 70, 100, 2, 1, 64, 64, dtype=B16)
+    gain, at = (jnp.asarray(rng(24, n).normal(size=n), jnp.float32) for n in (2, 100))
+    weight = jnp.asarray(rng(25).normal(size=(1, 70, 2)), jnp.float32)
+
+    def compute(run: Any, q: Any, k: Any, v: Any, gain: Any, at: Any, cap: Any) -> Any:
+        asked = [
+            stats.mean(lambda x, b, h, q, k: gain[h] * jnp.abs(q - k).astype(x.dtype) + x * at[k]),
+            stats.max(),
+            stats.argmax(),
+        ]
+        mask = masks.causal(-2) & masks.key_padding(lengths=jnp.array([90]))
+        call = checked_call(q, k, v, mask=mask, score=scores.soft_cap(cap), stats=asked)
+        assert mosaic.obstacle(call) is None
+        out, lse = run(call)
+        values, columns = out[..., :64], out[..., 64:]
+        loss = (values.astype(jnp.float32) ** 2).sum() + (columns[..., 0] * weight).sum()
+        return loss, (values, columns, lse)
+
+    def everything_of(run: Any) -> Any:
+        return jax.grad(functools.partial(compute, run), tuple(range(6)), has_aux=True)
+
+    given = q, k, v, gain, at, jnp.float32(2)
+    found = alone(everything_of(functools.partial(run, tile=(64, 64))))(*given)
+    expected = jax.jit(everything_of(dense.run))(*given)
+    # Values, and the gradients of what has 16 bits, are products of weights in 16 bits.
+    wide = {"rtol": 1e-4, "atol": 2e-4}
+    narrow = {"rtol": 0.02, "atol": 0.04}
+    for n, (one, other) in enumerate(zip(*map(jax.tree.leaves, (found, expected)), strict=True)):
+        numbers = (np.asarray(a, np.float32) for a in (one, other))
+        np.testing.assert_allclose(
+            *numbers, **narrow if n in (0, 1, 2, 6) else wide, err_msg=str(n)
+        )
 
 
 # --- what may not be felt -------------------------------------------------------------------------

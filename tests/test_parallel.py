@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from test_attention import many_tiles
 
 import jaxattn as ja
-from jaxattn import Positions, masks, parallel, scores
+from jaxattn import Positions, masks, parallel, scores, stats
 from jaxattn.backends import triton
 
 __all__ = ["many_tiles"]
@@ -617,6 +617,76 @@ def test_attention_of_sharded_lengths(kind: Any, keys: int) -> None:
     close(got, slopes(partial(ja.attention, backend="dense"), case, x), 2e-5)
 
 
+# --- statistics -----------------------------------------------------------------------------------
+
+
+def observed(fn: Callable[..., Any], mask: Any, x: dict[str, Any]) -> Any:
+    """Statistics of every kind, and gradients of those that have them."""
+    asked = {
+        "top": stats.max(),
+        "near": stats.max(lambda x, b, h, q, k: -abs(q - k)),
+        "key": stats.argmax(),
+        "entropy": stats.entropy(),
+        "far": stats.mean(lambda x, b, h, q, k: abs(q - k)),
+        "first": stats.mass(masks.global_tokens(3)),
+    }
+
+    def total(x: dict[str, Any]) -> Any:
+        more = {"received": stats.received(x["weight"]), "all": stats.received()}
+        _, seen = fn(x["query"], x["key"], x["value"], mask=mask, stats=asked | more)
+        return sum(jnp.sin(seen[name]).sum() for name in ("entropy", "far", "first")), seen
+
+    return jax.jit(jax.grad(total, has_aux=True))(x)
+
+
+def observable() -> dict[str, Any]:
+    x = inputs(CASES["none"](rng(1)))
+    return x | {"weight": jnp.asarray(rng(8).random((B, T, N)))}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [("ring", "zigzag"), ("heads", "contiguous"), ("halo", "contiguous"), ("gather", "cyclic")],
+)
+def test_statistics(schedule: str, kind: str) -> None:
+    """Means are added, maxima are compared, and what keys receive comes home."""
+    mask, layout = masks.sliding_window(9, 3), layout_of(kind)
+
+    def run(query: Any, key: Any, value: Any, *, mask: Any, stats: Any) -> Any:
+        weight = stats["received"].weight
+
+        def local(query: Any, key: Any, value: Any, weight: Any) -> Any:
+            here = stats | {"received": ja.stats.received(weight)}
+            return parallel.attention(
+                query, key, value, mask=mask, stats=here, schedule=schedule, layout=layout
+            )
+
+        parts = (query, key, value, weight)
+        parts = parts if layout is None else layout.shard(parts)
+        out = jax.shard_map(local, mesh=mesh_of(RANKS), in_specs=SPLIT, out_specs=SPLIT)(*parts)
+        return out if layout is None else layout.unshard(out)
+
+    with jax.enable_x64(True):
+        x = observable()
+        close(observed(run, mask, x), observed(partial(ja.attention, backend="dense"), mask, x))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [SPLIT, P("data", None, "seq")], ids=["lengths", "heads"])
+def test_statistics_of_sharded_arrays(kind: Any, spec: Any) -> None:
+    mesh = mesh_of(2, 4, names=("data", "seq"), kind=kind)
+    x = jax.tree.map(lambda a: a.astype(jnp.float32), observable())
+    wanted = observed(partial(ja.attention, backend="dense"), masks.causal(), x)
+
+    def placed(array: Any) -> Any:
+        # Two key heads cannot lie on four devices.
+        own = P(spec[0]) if array.shape[2] == K and spec != SPLIT else spec
+        return jax.device_put(array, NamedSharding(mesh, own))
+
+    got = observed(partial(ja.attention, backend="tiled"), masks.causal(), jax.tree.map(placed, x))
+    close(got, wanted, 1e-4)
+
+
 # --- layouts --------------------------------------------------------------------------------------
 
 
@@ -799,6 +869,10 @@ ERRORS = {
     "no table": (lambda: parallel.Layout(((0, 1), (1, 2)), 8), "Layout.blocks: got .*every number"),
     "tokens of another length": (
         lambda: parallel.zigzag(T, RANKS).shard(jnp.zeros((2, 5))), "expected 64 tokens along"
+    ),
+    "weights of all queries": (
+        lambda: _local(partial(parallel.attention, stats=ja.stats.received(jnp.ones((1, T, N))))),
+        r"received\(weight\): got shape \[1, 64, 8\], expected .* \[B, T, N\] = \[1, 16, 8\]",
     ),
     "an option of explain": (
         lambda: parallel.explain(*[jnp.zeros((1, 8, 2, 4))] * 3, ranks=2, masks=None),

@@ -109,7 +109,7 @@ LAYERS = [
     "mesh checks",
     "masks",
     "scores describing",
-    "tracing",
+    "tracing stats",
     "tiles",
     "backends",
     "arguments dispatch",
@@ -131,14 +131,14 @@ ROOMS = {
     "views": "array cells why | text plot html | diff | describe",
     "backends": "base operation | problem | formula | flash"
     " | dense rows cudnn tiled triton mosaic | decode | costs",
-    "backends/flash": "tile_sizes tile_lists | operands gpu | nonfinite | exchange | transforms",
+    "backends/flash": "tile_sizes tile_lists | operands gpu | nonfinite | exchange | partition | transforms",
     "backends/tiled": "bfloat16 exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",
     "caches": "cache | kv_cache paged",
     "testing": "changes depth findings | layers assertions | visible",
     "parallel": "known | layouts plan | attention | explain",
-    "nn": "flax_packages rope functional | attention_fn | linen nnx",
+    "nn": "flax_packages rope functional | sowing | attention_fn | linen nnx",
 }
 
 

@@ -19,7 +19,7 @@ import test_tiled as small
 from cases import MASKS
 
 import jaxattn as ja
-from jaxattn import masks, scores
+from jaxattn import masks, scores, stats
 from jaxattn.arguments import checked_call
 from jaxattn.backends import base, dense, formula, triton
 from jaxattn.backends.base import Call
@@ -355,6 +355,16 @@ def test_auto_takes_kernels_where_they_can(T: int, options: Any, expected: str) 
     assert ("by published figures; not measured here" in found.reason) == (expected == NAME)
     assert {found.backend, *found.others} == set(BACKENDS)
     assert ja.explain(*arguments, mask=masks.causal(), **options).backend != NAME
+
+
+@lowering
+def test_auto_takes_kernels_for_statistics() -> None:
+    asked = [stats.entropy(), stats.received()]
+    with described(H100):
+        found = ja.explain(*structs(4096, 4096, 4, 4, 64, jnp.bfloat16), stats=asked)
+    assert found.backend == NAME
+    assert found.others["cudnn"].startswith("does not compute entropy, received (stats=); 'dense'")
+    assert found.others["rows"].startswith("does not compute entropy, received")
 
 
 @lowering

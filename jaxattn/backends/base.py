@@ -6,6 +6,7 @@ other backend computes the same up to rounding, or refuses the call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ from ..masks.positions import Positions
 from ..pytrees import pytree, static
 from ..scores import Score
 from ..shapes import Array, ArrayOrStruct, Bool, Float, Int, UInt32
+from ..stats import statistics
 from ..tiles.tile_map import TileStates
 from ..tracing.split import Split
 
@@ -79,6 +81,11 @@ class Call:
       positions: each `None` where it is 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
         where the batch rows share them.
       dropout: the rate and the seed; None without.
+      stats: a pytree of `Stat`, the statistics that are asked for, without their functions.
+      means, maxima, largest: functions of the final logit and the positions, of which each query
+        wants the mean by the weights, the maximum over visible pairs, and the value at the pair
+        with the largest logit: columns after the output's own. With any `largest` the last of
+        `maxima` is that of the logit.
       tiles: the states of tiles, if the mask was given as a `TileMap`.
       heads_first: whether keys and values lie in memory with heads first, transposed views of what
         a `KVCache` holds. XLA does not show where arrays lie, and copies them if it is guessed.
@@ -97,6 +104,10 @@ class Call:
     sinks: Float[Array, "N"] | None
     positions: Positions
     dropout: Dropout | None
+    stats: Any = ()
+    means: tuple[Split[Score], ...] = ()
+    maxima: tuple[Split[Score], ...] = ()
+    largest: tuple[Split[Score], ...] = ()
     tiles: TileStates | None = None
     prepared: Any = None
     precision: Any = static(default=None)
@@ -129,6 +140,31 @@ class Sizes(NamedTuple):
     Hv: int
 
 
+class Statistics(NamedTuple):
+    """The statistics that a backend computes.
+
+    Attributes:
+      columns: whether it computes those of functions: `Call.means`, `maxima` and `largest`.
+      received: `(call, lse, weight) -> [B, S, N]`, the sum over queries of a weight of each,
+        `[B, T, N]`, times the weights of attention; None where it can't.
+    """
+
+    columns: bool = False
+    received: Callable[[Call, Array, Array], Array] | None = None
+
+    def missing(self, call: Call) -> str | None:
+        """The reason of a backend that lacks any of the statistics that are asked for."""
+        names = [
+            type(stat).__name__.lower()
+            for stat in statistics(call.stats)
+            if (stat.queries and self.received is None)
+            or (not self.columns and (stat.means or stat.maxima or stat.largest))
+        ]
+        if not names:
+            return None
+        return f"does not compute {', '.join(names)} (stats=); 'dense' and 'tiled' compute all"
+
+
 class Backend(Protocol):
     """The members of a backend.
 
@@ -137,10 +173,12 @@ class Backend(Protocol):
     Attributes:
       WHY: why "auto" chooses it; `explain` shows it.
       LIMITS: where it deviates from the definition; `explain` shows them.
+      STATISTICS: which statistics it computes; it refuses others.
     """
 
     WHY: str
     LIMITS: tuple[str, ...]
+    STATISTICS: Statistics
 
     def refuse(self, call: Call) -> str | None:
         """Why this backend can't compute the call, or None if it can."""
@@ -156,7 +194,8 @@ class Backend(Protocol):
 
     def run(self, call: Call) -> tuple[Array, Array]:
         """The output `[B, T, N, Hv]` in the query's dtype and the natural-log LSE `[B, T, N]` in
-        the dtype of accumulation, without sinks."""
+        the dtype of accumulation, without sinks. With statistics the output is in the dtype of
+        accumulation too, and their columns follow it."""
 
 
 def unchanged(call: Call) -> Call:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from ..tiles import known
 from ..tiles.tile_map import EMPTY
-from . import base, decode
+from . import base, decode, rows
 from .base import Call
 from .tiled import backend as tiled
 from .tiled import bfloat16
@@ -66,7 +66,7 @@ def estimates(call: Call) -> dict[str, float]:
     cells = B * N * T * S
     narrow = jnp.dtype(bfloat16.factors(call)).itemsize < jnp.dtype(base.factors(call)).itemsize
     found = {"tiled": cost(TILED, B * N * _in_tiles(call), NARROW if narrow else 1)}
-    if N * T * S <= MOST_OF_ROW:
+    if N * T * S <= MOST_OF_ROW and rows.refuse(call) is None:
         found["rows"] = cost(ROWS, cells)
     if decode.refuse(call) is None:
         found["decode"] = cost(DECODE, cells)

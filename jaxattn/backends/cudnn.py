@@ -51,6 +51,8 @@ LIMITS: tuple[str, ...] = (
     "no forward mode and no second order",
 )
 
+STATISTICS = base.Statistics()
+
 # cuDNN's backward gives NaN for lengths that are not multiples of this, unless told the lengths
 # (NVIDIA/cudnn-frontend issues 160 and 1072).
 _GRANULE = 128
@@ -80,7 +82,8 @@ class Band(Mask):
 
 def refuse(call: Call) -> str | None:
     """Why cuDNN can't compute the call, or `None` if it can."""
-    return base.shared(call) or base.not_on_nvidia(call) or _obstacle(call) or _missing(call)
+    common = base.shared(call) or STATISTICS.missing(call) or base.not_on_nvidia(call)
+    return common or _obstacle(call) or _missing(call)
 
 
 def footprint(call: Call) -> int:

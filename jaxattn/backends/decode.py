@@ -18,8 +18,9 @@ from jax import lax
 
 from ..mesh import constant
 from ..shapes import Array, Bool, Float, Int
+from ..stats import statistics
 from ..tracing.split import cut
-from . import base, formula, problem, rows
+from . import base, dense, formula, problem, rows
 from .base import Call, unchanged
 from .flash import transforms
 from .problem import DROPOUT, Config, Engine, Inputs, joined
@@ -27,6 +28,8 @@ from .problem import DROPOUT, Config, Engine, Inputs, joined
 WHY = "keys and values are read where they are"
 
 LIMITS: tuple[str, ...] = ()
+
+STATISTICS = base.Statistics(columns=True, received=dense.received)
 
 prepare = unchanged
 
@@ -80,7 +83,8 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
 def _block(call: Call) -> int | None:
     """The number of keys in a block; None where all are multiplied at once."""
     B, _, S, _, K, H, Hv = call.sizes
-    if base.platform(call) != "cpu" or base.symbolic(S):
+    # With statistics the logits of all keys are looked at together.
+    if base.platform(call) != "cpu" or base.symbolic(S) or statistics(call.stats):
         return None
     if call.heads_first and jnp.dtype(call.key.dtype).itemsize >= 4:
         return None

@@ -35,6 +35,22 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     return out, lse
 
 
+def received(
+    call: Call, lse: Float[Array, "B T N"], weight: Float[Array, "B T N"]
+) -> Float[Array, "B S N"]:
+    """The sum over queries of a weight of each times the weights of attention."""
+    config, x = problem.whole(call)
+    found = formula.attend(config, x).weights
+    seen = formula.visible(config, x, 0, call.sizes.T)
+    if seen is not None:
+        # A query whose weights are NaN gives them to the keys that it sees, and to no others.
+        found = jnp.where(seen, found, jnp.zeros((), found.dtype))
+    return jnp.einsum("bnts,btn->bsn", found, weight, precision="highest")
+
+
+STATISTICS = base.Statistics(columns=True, received=received)
+
+
 def weights(call: Call) -> tuple[Float[Array, "B N T S"], Float[Array, "B T N"]]:
     """The weights `[B, N, T, S]` in the dtype of accumulation, and LSE `[B, T, N]`."""
     _, lse, found = formula.attend(*problem.whole(call))

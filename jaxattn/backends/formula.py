@@ -27,7 +27,7 @@ from ..tracing.dependence import Kind
 from ..tracing.split import Operand
 from . import base
 from .operation import Rules, operation
-from .problem import DROPOUT, Config, Inputs, by_key_head, joined
+from .problem import DROPOUT, Column, Config, Inputs, by_key_head, joined
 
 # The number of logits computed at once where a derivative takes some rows at a time.
 CELLS = 2**22
@@ -37,9 +37,9 @@ _GROUPS = 8
 
 
 class Result(NamedTuple):
-    """Output, LSE, and weights before dropout, of some rows."""
+    """Output with the config's columns, LSE, and weights before dropout, of some rows."""
 
-    out: Float[Array, "B T N Hv"]
+    out: Float[Array, "B T N Hv+columns"]
     lse: Float[Array, "B T N"]
     weights: Float[Array, "B N T S"]
 
@@ -65,30 +65,65 @@ def attend(
     query, key, value = (layout.swapped(a) for a in (query, x.key, x.value))
     products = Products(layout, config.precision)
     logits = _product(products, query, key)
-    kept, weights, lse = weigh(config, x, seen, logits, start, rows)
-    out = layout.swapped(_weigh(products, kept, value, key, seen))
-    return Result(out.astype(x.query.dtype), jnp.moveaxis(lse, 1, 2), weights)
+    weighed = weigh(config, x, seen, logits, start, rows)
+    out = layout.swapped(_weigh(products, weighed.kept, value, key, seen))
+    if config.columns:
+        columns = [jnp.moveaxis(column, 1, 2)[..., None] for column in weighed.columns]
+        out = jnp.concatenate([out, *columns], -1)
+    else:
+        out = out.astype(x.query.dtype)
+    return Result(out, jnp.moveaxis(weighed.lse, 1, 2), weighed.weights)
+
+
+class Weighed(NamedTuple):
+    """Weights after dropout, weights before it, LSE, and columns of statistics, of some rows."""
+
+    kept: Float[Array, "B N T S"]
+    weights: Float[Array, "B N T S"]
+    lse: Float[Array, "B N T"]
+    columns: list[Float[Array, "B N T"]]
 
 
 def weigh(
     config: Config, x: Inputs, seen: Array | None, logits: Array, start: Any, rows: int
-) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T S"], Float[Array, "B N T"]]:
-    """Weights after dropout, weights before it, and LSE, from `query . key` of some rows."""
+) -> Weighed:
+    """The weights of some rows, and what is read off them, from `query . key`."""
     dtype = logits.dtype
+    operands, of_columns = config.split(x.score)
     zero = jnp.zeros((), dtype)
     logits = logits * x.scale.reshape(-1, 1, 1, 1)
     if seen is not None:
         logits = jnp.where(seen, logits, zero)
     if config.score is not None:
-        parts = _tiles(config.score.kinds, x.score, x, start, rows)
+        parts = _tiles(config.score.kinds, operands, x, start, rows)
         logits = config.score.scored(logits, parts)
     weights, lse = _softmax(seen, logits)
+    columns = []
+    for column, some in zip(config.columns, of_columns, strict=True):
+        found = column.residue.scored(logits, _tiles(column.residue.kinds, some, x, start, rows))
+        if column.mean:
+            # A weight of 0 takes no part, whatever the function is there: 0 * inf is NaN.
+            columns.append((weights * jnp.where(weights == 0, zero, found)).sum(-1))
+        else:
+            columns.append(_extreme(column, lax.stop_gradient((seen, logits, found))))
     kept = weights
     if config.dropout:
         first, second, at, rate = _tiles(DROPOUT, x.dropout, x, start, rows)
         keep = base.keeps((first, second), at, rate)
         kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
-    return kept, weights, lse
+    return Weighed(kept, weights, lse, columns)
+
+
+def _extreme(column: Column, of: tuple[Array | None, Array, Array]) -> Float[Array, "B N T"]:
+    """A column that is no mean, of the mask, the logits and the column's function."""
+    seen, logits, found = of
+    if seen is not None:
+        logits = jnp.where(seen, logits, -jnp.inf)
+    if column.reduce == "max":
+        return (found if seen is None else jnp.where(seen, found, -jnp.inf)).max(-1)
+    top = logits.max(-1, keepdims=True)
+    least = jnp.where(logits == top, found, jnp.inf).min(-1)
+    return jnp.where(top[..., 0] == -jnp.inf, -1, least)
 
 
 def by_rows(config: Config, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,11 @@ class Residue(NamedTuple):
     program: Program
     kinds: tuple[Kind, ...]
 
+    @property
+    def identity(self) -> bool:
+        """Whether it is a score that leaves logits as they are."""
+        return self.program.outputs == self.program.inputs[:1]
+
     def evaluated(self, *tiles: Array) -> Array:
         """The result on a tile, `[.., tq, tk]`; an extent is 1 where no operand has more.
 
@@ -48,6 +53,30 @@ class Residue(NamedTuple):
         """The logits of a tile after a score, in the shape and dtype they had before."""
         found = self.evaluated(logits, *tiles)
         return jnp.broadcast_to(found, logits.shape).astype(logits.dtype)
+
+
+class Column(NamedTuple):
+    """A statistic of each row of weights, which engines return as a column of the output.
+
+    Attributes:
+      residue: of a function of the final logit and the positions.
+      reduce: "mean", the sum of weights times the function; "max", its maximum over visible pairs,
+        -inf without any; "largest", its value at the pair with the largest logit, the least of
+        several, and -1 without any. Only means have gradients. Means come first, then maxima, and
+        before the first "largest" the maximum of the logit.
+    """
+
+    residue: Residue
+    reduce: Literal["mean", "max", "largest"]
+
+    @property
+    def mean(self) -> bool:
+        return self.reduce == "mean"
+
+    @property
+    def first(self) -> float:
+        """What it is before the first key."""
+        return {"mean": 0.0, "max": -jnp.inf, "largest": -1.0}[self.reduce]
 
 
 class Engine(NamedTuple):
@@ -97,6 +126,8 @@ class Config(NamedTuple):
       states: those of the tiles, a row of bytes each, where they are the same for all values of the
         inputs, and the engine takes them from here; else None.
       shards: how devices share the sequence, or None.
+      columns: statistics, columns of the output after those of the values. With any, the output
+        is in the dtype of accumulation.
     """
 
     engine: Engine | None
@@ -108,6 +139,37 @@ class Config(NamedTuple):
     tile: tuple[int, int]
     states: tuple[bytes, ...] | None = None
     shards: Shards | None = None
+    columns: tuple[Column, ...] = ()
+
+    @property
+    def residues(self) -> tuple[Residue, ...]:
+        """What takes logits: the score, then the columns. `Inputs.score` has their operands."""
+        score = () if self.score is None else (self.score,)
+        return score + tuple(column.residue for column in self.columns)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of the operands of the residues."""
+        return tuple(kind for residue in self.residues for kind in residue.kinds)
+
+    @property
+    def learned(self) -> tuple[int, ...]:
+        """Which operands of the residues have gradients: those of floats, but for maxima."""
+        found, n = [], 0
+        for i, residue in enumerate(self.residues, len(self.columns) - len(self.residues)):
+            types = [residue.program.types[ref].dtype for ref in residue.program.inputs[1:]]
+            if i < 0 or self.columns[i].mean:
+                found += [n + j for j, t in enumerate(types) if jnp.issubdtype(t, jnp.floating)]
+            n += len(types)
+        return tuple(found)
+
+    def split(self, arrays: Sequence[Any]) -> tuple[Sequence[Any], list[Sequence[Any]]]:
+        """What belongs to the operands of the score, and to those of each column."""
+        parts, n = [], 0
+        for residue in self.residues:
+            parts.append(arrays[n : n + len(residue.kinds)])
+            n += len(residue.kinds)
+        return ((), parts) if self.score is None else (parts[0], parts[1:])
 
 
 class Inputs(NamedTuple):
@@ -121,7 +183,8 @@ class Inputs(NamedTuple):
       key, value: `[B, S, K, H]`, `[B, S, K, Hv]`.
       states: int8 `[B|1, N|1, nq, nk]`; None where every tile is FULL, or `Config` has them.
       scale: `[B|1]`.
-      mask, score: operands of the residues, `[B|1, N|1, ...]`.
+      mask, score: operands of the residues, `[B|1, N|1, ...]`; after those of the score come
+        those of the columns.
       dropout: empty, or two words for each row `[B, N, T]`, positions of keys `[B|1, 1, S]`, and
         the rate `[B|1, 1]`.
     """
@@ -239,10 +302,9 @@ def build(
             if fixed is None:
                 states = intervals.states(parts, operands, *tile, T, S)
 
-    scores, scored = None, tuple[Operand, ...]()
-    if call.score is not None:
-        scores = call.score
-        scored = scores.operands(call.positions, B, N, T, S)
+    scores, scored = call.score, list[Operand]()
+    for part in (*(() if scores is None else (scores,)), *call.means, *call.maxima, *call.largest):
+        scored += part.operands(call.positions, B, N, T, S)
     config = Config(
         engine,
         _residue(parts),
@@ -253,6 +315,11 @@ def build(
         tile,
         fixed,
         call.shards,
+        (
+            *(Column(Residue(fn.program, fn.kinds), "mean") for fn in call.means),
+            *(Column(Residue(fn.program, fn.kinds), "max") for fn in call.maxima),
+            *(Column(Residue(fn.program, fn.kinds), "largest") for fn in call.largest),
+        ),
     )
     return config, Inputs(
         call.query,

@@ -37,6 +37,8 @@ WHY = "whole rows of logits, a few batch rows at a time, so that they stay in th
 
 LIMITS: tuple[str, ...] = ()
 
+STATISTICS = base.Statistics()
+
 prepare = unchanged
 
 # Numbers that a step works on, in all its arrays: 4 MB of float32. With half as many, rows of 32
@@ -46,7 +48,7 @@ STEP_NUMBERS = 2**20
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: sizes are 0, or lengths are symbolic."""
-    return base.nothing_to_cut(call)
+    return STATISTICS.missing(call) or base.nothing_to_cut(call)
 
 
 def footprint(call: Call) -> int:

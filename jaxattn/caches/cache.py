@@ -212,7 +212,7 @@ class Cache(ByStructure, ABC):
     def reorder(self: C, rows: Int[ArrayLike, "B"]) -> C:
         """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
 
-    def keep(
+    def accept(
         self: C,
         length: Int[ArrayLike, "B"] | int,
         positions: Int[ArrayLike, "B M"],
@@ -220,7 +220,7 @@ class Cache(ByStructure, ABC):
     ) -> C:
         """The cache with some of the tokens from position `length` on, moved together.
 
-        After a tree of drafts was appended and verified, this keeps the path that was accepted. A
+        After a tree of drafts was appended and verified, this is the path that was accepted. A
         token takes the next free position; its key stays what it was, so that rotary embeddings
         have to be those of the depth in the tree (`rope_positions`).
 
@@ -233,11 +233,11 @@ class Cache(ByStructure, ABC):
         Raises:
           ValueError: for shapes that do not fit, and as `truncate` and `append` do.
         """
-        at = integers(positions, "cache.keep(positions)", ("[B, M]",), 0)
+        at = integers(positions, "cache.accept(positions)", ("[B, M]",), 0)
         B = self.length.shape[0]
         if at.shape[0] != B:
             raise ValueError(
-                f"cache.keep(positions): got shape {list(at.shape)}, expected [{B}, M]"
+                f"cache.accept(positions): got shape {list(at.shape)}, expected [{B}, M]"
             )
         stored = self._stored(at)
         return self.truncate(length)._put(*stored, _counts(counts, *at.shape))
@@ -447,8 +447,8 @@ def over(
     # As `attention` does, and with what it can't know: how the keys lie in memory.
     call = _checked(query, key, value, mask=held, positions=positions, **options)
     call = replace(call, heads_first=cache.heads_first)
-    out, *lse = dispatch(call, backend, with_lse=with_lse)
-    return (out, *lse) if with_lse else out
+    results = dispatch(call, backend, with_lse=with_lse)
+    return results if len(results) > 1 else results[0]
 
 
 _checked = with_remedies(name="attention")(checked_call)

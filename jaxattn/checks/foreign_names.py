@@ -32,7 +32,8 @@ _PADDING = (
     "mask=masks.key_padding(valid), True at real tokens: torch's, True at padding, is "
     "masks.key_padding(~array)"
 )
-_WEIGHTS = "jaxattn.attention_weights(query, key, mask=...)"
+_WEIGHTS = "jaxattn.attention_weights(query, key, mask=...); stats= has sums of them, and no [T, S]"
+_LARGEST = "stats=stats.max(), the largest logit of each query"
 _POSITIONS = "positions=Positions(q=..., k=...)"
 _BLOCKS = (
     "mask=, the mask itself; jaxattn.tile_map(mask, query.shape, key.shape) makes one to share "
@@ -93,6 +94,10 @@ KEYWORDS = {
     "return_weights": _WEIGHTS,
     "need_weights": _WEIGHTS,
     "return_attn_probs": _WEIGHTS,
+    "return_max_logits": _LARGEST,
+    "max_scores": _LARGEST,
+    "return_aux": _LARGEST + "; return_lse=True for the LSE",
+    "statistics": "stats=",
     "sink": "sinks=",
     "s_aux": "sinks=",
     "position_ids": _POSITIONS,

@@ -262,7 +262,7 @@ def parts_of(mask: Mask) -> Iterator[Mask]:
                 yield part
 
 
-def check_tokens(mask: Mask, positions: Positions, T: int, S: int) -> None:
+def check_tokens(mask: Mask, positions: Positions, T: int, S: int, where: str = "mask") -> None:
     """Checks that a mask for a certain number of tokens is used on as many.
 
     Raises:
@@ -272,7 +272,7 @@ def check_tokens(mask: Mask, positions: Positions, T: int, S: int) -> None:
         for letter, given, size in (("T", positions.q, T), ("S", positions.k, S)):
             if given is None and size != length:
                 raise ValueError(
-                    f"mask: got {part!r}, which is for {length} tokens, and {letter} = {size}; "
+                    f"{where}: got {part!r}, which is for {length} tokens, and {letter} = {size}; "
                     f"expected {letter} = {length}. Tokens before the grid, such as a class token, "
                     "are its prefix="
                 )

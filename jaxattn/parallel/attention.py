@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..arguments import Options, checked_call
+from ..arguments import Options, check_weights, checked_call
 from ..attention import attention as whole_attention
 from ..backends.base import Call
 from ..checks.foreign_names import with_remedies
@@ -21,6 +21,7 @@ from ..dispatch import choose, dispatch
 from ..masks.positions import Positions
 from ..mesh import varying
 from ..shapes import Array, ArrayLike, Float
+from ..stats import bare, with_queries
 from ..tiles.tile_map import TileMap
 from . import plan
 from .known import plain
@@ -69,6 +70,21 @@ def attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
+@overload
+def attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    *,
+    axis: str | Sequence[str] = "seq",
+    schedule: str | Sequence[str] = "auto",
+    layout: Layout | None = None,
+    stats: Any,
+    return_lse: bool = False,
+    **options: Unpack[Options],
+) -> tuple[Any, ...]: ...
+
+
 @with_remedies(name="parallel.attention")
 def attention(
     query: Float[ArrayLike, "*B T N H"],
@@ -86,6 +102,7 @@ def attention(
     dropout_rate: Any = 0.0,
     dropout_seed: Any = None,
     precision: Any = None,
+    stats: Any = None,
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Any:
@@ -117,11 +134,14 @@ def attention(
         order of positions, on every device: arrays in masks and scores, and `positions.q` and
         `positions.k`, have its lengths. Where batch rows or heads are split too, `positions.b` and
         `positions.h` say which are here.
+      stats: as in `jaxattn.attention`: those of this device's queries, and for `received` of its
+        keys, over the whole sequence. Functions are given positions in the whole sequence; the
+        weights of `received` are those of this device's queries.
       scale, precision, backend, return_lse: as in `jaxattn.attention`.
 
     Returns:
       The output of this device's queries, `[B, T, N, Hv]`; with `return_lse` also their LSE,
-      `[B, T, N]`.
+      `[B, T, N]`, and last, with `stats`, these.
 
     Gradients of arrays that all devices share, such as parameters of scores, are summed over the
     devices by `shard_map`, as of any other function.
@@ -169,9 +189,10 @@ def attention(
         "dropout_rate": dropout_rate,
         "dropout_seed": dropout_seed,
         "precision": precision,
+        "stats": stats,
     }
     results = _over(arrays, names, schedules, options, (in_order, backend, return_lse))
-    return results if return_lse else results[0]
+    return results if len(results) > 1 else results[0]
 
 
 def _over(
@@ -180,8 +201,8 @@ def _over(
     schedules: tuple[str, ...],
     options: dict[str, Any],
     settings: tuple[bool, str, bool],
-) -> tuple[Array, ...]:
-    """Output, and LSE if it is asked for, over the axes that are left.
+) -> tuple[Any, ...]:
+    """Output, and the LSE and statistics if asked for, over the axes that are left.
 
     Args:
       arrays: query, key and value.
@@ -199,17 +220,16 @@ def _over(
     chosen = plan.choose(call, plain(options["mask"]), schedules[0], ranks, in_order)
     if chosen.name == "heads" and ranks > 1:
 
-        def whole(arrays: Sequence[Array], options: dict[str, Any]) -> tuple[Array, ...]:
-            if with_lse:
-                return whole_attention(*arrays, **options, backend=backend, return_lse=True)
-            return (whole_attention(*arrays, **options, backend=backend),)
+        def whole(arrays: Sequence[Array], options: dict[str, Any]) -> tuple[Any, ...]:
+            found = whole_attention(*arrays, **options, backend=backend, return_lse=with_lse)
+            return found if isinstance(found, tuple) else (found,)
 
         return _by_heads(arrays, axis, options, whole)
     if ranks > 1:
         backend = choose(met(call, chosen, axis, ranks), backend).backend
         call = replace(call, shards=plan.shards_of(chosen, axis, ranks))
     results = dispatch(call, backend, with_lse=with_lse)
-    return tuple(a[0] for a in results) if arrays[0].ndim == 3 else results
+    return jax.tree.map(lambda a: a[0], results) if arrays[0].ndim == 3 else results
 
 
 def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
@@ -220,8 +240,11 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
         else a
         for a in arrays
     ]
+    # Those of `received` are weights of this device's queries.
+    stats = options.get("stats")
     try:
-        call = checked_call(*whole, **options)
+        told = options | {"stats": with_queries(stats, lambda _: jnp.ones((), jnp.float32))}
+        call = checked_call(*whole, **told)
     except (TypeError, ValueError) as error:
         if ranks > 1:
             error.add_note(
@@ -231,7 +254,8 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
             )
         raise
     query, key, value = (a[None] if a.ndim == 3 else a for a in arrays)
-    return replace(call, query=query, key=key, value=value)
+    check_weights(stats, (query.shape[0], query.shape[2], query.shape[1]))
+    return replace(call, query=query, key=key, value=value, stats=bare(stats))
 
 
 def met(call: Call, chosen: plan.Schedule, axis: tuple[str, ...], ranks: int) -> Call:
@@ -284,8 +308,8 @@ def _by_heads(
     arrays: Sequence[Array],
     axis: tuple[str, ...],
     options: dict[str, Any],
-    inner: Callable[..., tuple[Array, ...]],
-) -> tuple[Array, ...]:
+    inner: Callable[..., tuple[Any, ...]],
+) -> tuple[Any, ...]:
     """Attention of some heads on each device, over the sequence of all.
 
     Args:
@@ -304,12 +328,12 @@ def _by_heads(
     if copies > 1:
         key, value = (jnp.repeat(a, copies, a.ndim - 2) for a in (key, value))
 
+    length = query.ndim - 3
+
     def to_heads(array: Array) -> Array:
-        length = array.ndim - 3
         return lax.all_to_all(array, axis, length + 1, length, tiled=True)
 
     def to_lengths(array: Array) -> Array:
-        length = query.ndim - 3
         return lax.all_to_all(array, axis, length, length + 1, tiled=True)
 
     here = N // ranks
@@ -320,9 +344,12 @@ def _by_heads(
     sinks = options["sinks"]
     if sinks is not None:
         sinks = lax.dynamic_slice_in_dim(jnp.asarray(sinks), first, here)
+    stats = with_queries(
+        options["stats"], lambda weight: to_heads(jnp.broadcast_to(weight, query.shape[:-1]))
+    )
     parts = [to_heads(a) for a in (query, key, value)]
-    found = inner(parts, options=options | {"positions": at, "sinks": sinks})
-    return tuple(map(to_lengths, found))
+    found = inner(parts, options=options | {"positions": at, "sinks": sinks, "stats": stats})
+    return jax.tree.map(to_lengths, found)
 
 
 # --- checks ---------------------------------------------------------------------------------------

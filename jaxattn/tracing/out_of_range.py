@@ -62,7 +62,7 @@ def guarded(
     """
     if all(getattr(positions, letter) is None for letter in "bhqk"):
         return given
-    canonical = canonicalize(given)
+    canonical = canonicalize(given, np.float32 if isinstance(logit, bool) else logit)
     found = _out_of_range(signature_of(canonical, positions, logit))
     if found is None:
         return given

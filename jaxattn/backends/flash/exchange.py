@@ -35,7 +35,7 @@ from .. import base, formula
 from ..base import Shards
 from ..problem import DROPOUT, Config, Gradients, Inputs
 from . import nonfinite
-from .operands import learned, replaced
+from .operands import replaced
 
 
 def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
@@ -43,15 +43,17 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     shards = _of(config)
     B, T, N, _ = x.query.shape
     wide = base.accumulator(x.query.dtype)
+    parts = [constant(x.query, (B, T, N, x.value.shape[-1]), wide)]
+    parts += [constant(x.query, (B, T, N, 1), wide, c.first) for c in config.columns]
     sums = _Sums(
-        constant(x.query, (B, T, N, x.value.shape[-1]), wide),
+        jnp.concatenate(parts, -1),
         constant(x.query, (B, T, N), wide, -jnp.inf),
         constant(x.query, (), bool),
     )
 
     def add(sums: _Sums, here: _Part) -> _Sums:
         def seen() -> _Sums:
-            return sums.added(*nonfinite.of_some_keys(here.config, here.x))
+            return sums.added(config, *nonfinite.of_some_keys(here.config, here.x))
 
         return _if(here.active, seen, sums)
 
@@ -64,7 +66,7 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     else:
         keys = _fetch(shards, x)((x.key, x.value))
         sums = add(sums, _fetched(config, x, keys))
-    out = sums.out.astype(x.query.dtype)
+    out = sums.out if config.columns else sums.out.astype(x.query.dtype)
     return nonfinite.decided(_local(config), _rows(config, x), out, sums.lse, sums.doubtful)
 
 
@@ -77,7 +79,7 @@ def backward(
     x, out, lse = lax.optimization_barrier((x, out, lse))
     lse = jnp.where(_without_gradient(config, x) & (lse != -jnp.inf), jnp.nan, lse)
     wide = base.accumulator(x.query.dtype)
-    which = learned(config.score)
+    which = config.learned
 
     def zeros(shape: tuple[int, ...]) -> Array:
         return constant(x.query, shape, wide)
@@ -105,9 +107,8 @@ def backward(
     def add(sums: Any, here: _Part) -> tuple[Any, tuple[Array, Array]]:
         g = gradients(here)
         query, scale, score = sums
-        kinds = () if config.score is None else config.score.kinds
         score = tuple(
-            here.into(kinds[n], whole, part)
+            here.into(config.kinds[n], whole, part)
             for n, whole, part in zip(which, score, g.score, strict=True)
             if part is not None
         )
@@ -166,7 +167,7 @@ class _Sums(NamedTuple):
     lse: Array
     doubtful: Bool[Array, ""]
 
-    def added(self, out: Array, lse: Array, doubtful: Bool[Array, ""]) -> _Sums:
+    def added(self, config: Config, out: Array, lse: Array, doubtful: Bool[Array, ""]) -> _Sums:
         total = jnp.logaddexp(self.lse, lse)
         # Of a row without any weight so far: -inf - -inf is NaN.
         level = jnp.where(total == -jnp.inf, jnp.zeros((), total.dtype), total)
@@ -176,8 +177,27 @@ class _Sums(NamedTuple):
             # What is infinite stays so, however little its weight.
             return jnp.where(jnp.isfinite(out), out * jnp.exp(lse - level)[..., None], out)
 
-        both = share(self.out, self.lse) + share(out, lse)
+        reduces = [column.reduce for column in config.columns]
+        means = out.shape[-1] - len(reduces) + reduces.count("mean")
+        both = share(self.out[..., :means], self.lse) + share(out[..., :means], lse)
+        if means < out.shape[-1]:
+            extremes = _extremes(reduces[reduces.count("mean") :], self.out, out)
+            both = jnp.concatenate([both, *extremes], -1)
         return _Sums(both, total, self.doubtful | doubtful)
+
+
+def _extremes(reduces: Sequence[str], first: Array, second: Array) -> list[Array]:
+    """Columns that are no means, of some keys and of others; the last of what is given."""
+    names = range(first.shape[-1] - len(reduces), first.shape[-1])
+    pairs = [(first[..., n, None], second[..., n, None]) for n in names]
+    found = [
+        jnp.maximum(*pair) for pair, reduce in zip(pairs, reduces, strict=True) if reduce == "max"
+    ]
+    if len(found) < len(reduces):
+        one, other = pairs[len(found) - 1]
+        for a, b in pairs[len(found) :]:
+            found.append(jnp.where(one == other, jnp.minimum(a, b), jnp.where(one > other, a, b)))
+    return found
 
 
 # --- the part of the work of this device's queries and some keys ----------------------------------
@@ -252,7 +272,7 @@ def _made(
         return tuple(part(kind, a) for kind, a in zip(kinds, arrays, strict=True))
 
     mask = () if config.mask is None else parts(config.mask.kinds, x.mask)
-    score = () if config.score is None else parts(config.score.kinds, x.score)
+    score = parts(config.kinds, x.score)
     dropout = parts(DROPOUT, x.dropout) if config.dropout else ()
     states = None
     if config.mask is not None:

@@ -7,15 +7,17 @@ see arrays whose lengths and head dimensions are rounded up.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from ...shapes import Array, Float
 from ...tracing.split import Split
 from .. import base
 from ..base import Call
+from ..problem import Config
 from .tile_sizes import TileSizes
 
 WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) memory"
@@ -32,10 +34,16 @@ def unknown_sizes(call: Call) -> str | None:
     return base.nothing_to_compute(call)
 
 
-def unfit(call: Call, reason: Callable[[Split[Any]], str | None]) -> str | None:
-    """Why a kernel can't compute the mask or the score of a call, by `reason` of each."""
-    for name, part in (("mask", call.mask), ("score", call.score)):
-        found = None if part is None else reason(part)
+def unfit(call: Call, reason: Callable[[Split[Any], bool], str | None]) -> str | None:
+    """Why a kernel can't compute a function of a call: `reason(function, learns)` of any."""
+    statistic = "function of a statistic"
+    for name, part, learns in (
+        ("mask", call.mask, False),
+        ("score", call.score, True),
+        *((statistic, part, True) for part in call.means),
+        *((statistic, part, False) for part in (*call.maxima, *call.largest)),
+    ):
+        found = None if part is None else reason(part, learns)
         if found is not None:
             return f"the {name} can't be computed in a kernel: {found}"
     return None
@@ -61,9 +69,84 @@ def footprint(call: Call, tile: tuple[int, int], width: Callable[[int], int]) ->
 
 
 def forward_results(
-    sizes: TileSizes, out: Float[Array, "B Tp N Hvp"], lse: Float[Array, "B N Tp"]
-) -> tuple[Float[Array, "B T K G Hv"], Float[Array, "B T K G"]]:
-    """Output and LSE of a kernel without padding, as an `Engine` returns them."""
+    sizes: TileSizes,
+    out: Float[Array, "B Tp N Hvp"],
+    lse: Float[Array, "B N Tp"],
+    columns: Sequence[Float[Array, "B N Tp"]],
+) -> tuple[Float[Array, "B T K G width"], Float[Array, "B T K G"]]:
+    """Output with columns, and LSE of a kernel without padding, as an `Engine` returns them."""
     B, T, K, G, Hv = sizes.B, sizes.T, sizes.K, sizes.G, sizes.Hv
+
+    def by_length(line: Array) -> Array:
+        return line[..., :T].reshape(B, K, G, T).transpose(0, 3, 1, 2)
+
     out = out[:, :T, :, :Hv].reshape(B, T, K, G, Hv)
-    return out, lse[..., :T].reshape(B, K, G, T).transpose(0, 3, 1, 2)
+    if columns:
+        parts = [by_length(column)[..., None] for column in columns]
+        out = jnp.concatenate([out.astype(lse.dtype), *parts], -1)
+    return out, by_length(lse)
+
+
+# --- columns of statistics ------------------------------------------------------------------------
+
+
+class Weighed(NamedTuple):
+    """What the forward of a tile knows, `[tq, tk]`, and of its queries, `[tq]`.
+
+    Attributes:
+      shown: the mask; None in a FULL tile.
+      s: logits in powers of 2, -inf where masked.
+      p: weights, measured from the largest logits so far.
+      fade: what sums of earlier tiles are multiplied by.
+      before, top: the largest logits of earlier tiles, and those with this one.
+    """
+
+    shown: Array | None
+    s: Array
+    p: Array
+    fade: Array
+    before: Array
+    top: Array
+
+
+def added(
+    config: Config, tile: Weighed, functions: Sequence[Array], columns: Sequence[Array]
+) -> list[Array]:
+    """The columns after one more tile, on which their functions have these values."""
+    found = []
+    for column, values, old in zip(config.columns, functions, columns, strict=True):
+        if column.mean:
+            # A weight of 0 takes no part, whatever the function is there: 0 * inf is NaN.
+            none = tile.p == jnp.zeros_like(tile.p)
+            values = jnp.where(none, jnp.zeros_like(values), values) * tile.p
+            found.append(old * tile.fade + values.sum(axis=1))
+        elif column.reduce == "max":
+            if tile.shown is not None:
+                values = jnp.where(tile.shown, values, jnp.full_like(values, -jnp.inf))
+            # Triton's maximum passes over NaN, a sum does not.
+            nan = jnp.where(jnp.isnan(values), values, jnp.zeros_like(values)).sum(axis=1)
+            most = jnp.maximum(old, values.max(axis=1)) + nan
+            found.append(jnp.where(jnp.isnan(old), old, most))
+        else:
+            far = jnp.full_like(old, jnp.inf)
+            here = tile.s == lax.broadcast_in_dim(tile.top, tile.s.shape, (0,))
+            least = jnp.where(here, values, jnp.full_like(values, jnp.inf)).min(axis=1)
+            least = jnp.minimum(least, jnp.where(tile.before == tile.top, old, far))
+            found.append(jnp.where(tile.top == -far, old, least))
+    return found
+
+
+def reduced(
+    config: Config, columns: Sequence[Array], total: Float[Array, "tq"]
+) -> list[Float[Array, "tq"]]:
+    """The columns after the last tile, from the sums of weights."""
+    pairs = zip(config.columns, columns, strict=True)
+    return [sums / total if column.mean else sums for column, sums in pairs]
+
+
+def cotangents_of_means(
+    config: Config, Hv: int, d_out: Float[Array, "B T K G width"]
+) -> list[Float[Array, "B K G T"]]:
+    """The cotangents of the columns that are means; of others there is no gradient."""
+    means = [Hv + n for n, column in enumerate(config.columns) if column.mean]
+    return [d_out[..., n].transpose(0, 2, 3, 1) for n in means]

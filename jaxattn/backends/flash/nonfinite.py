@@ -44,10 +44,8 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
         more = formula.added(_reached(config, x, flags, start, rows), out.dtype)
         # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
         nothing = (lse == -jnp.inf) & jnp.isnan(more[..., -1])
-        return (
-            _where(nothing[..., None], jnp.nan, out + more[..., :-1]),
-            _where(nothing, jnp.nan, lse),
-        )
+        out = out + padded(more[..., :-1], {3: out.shape[3]})
+        return _undefined(config, nothing, out), _where(nothing, jnp.nan, lse)
 
     wrong = ~base.all_finite(x.value) | _doubtful(config, x, lse)
     return _corrected(x, wrong, with_nonfinite, (out, lse))
@@ -62,7 +60,8 @@ def of_some_keys(config: Config, x: Inputs) -> tuple[Array, Array, Bool[Array, "
 
     def with_nonfinite(x: Inputs, start: Any, rows: int, out: Any) -> Any:
         flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
-        return out + formula.added(_reached(config, x, flags, start, rows), out.dtype)
+        more = formula.added(_reached(config, x, flags, start, rows), out.dtype)
+        return out + padded(more, {3: out.shape[3]})
 
     out = _corrected(x, ~base.all_finite(x.value), with_nonfinite, out)
     return out, lse, _doubtful(config, x, lse)
@@ -81,7 +80,7 @@ def decided(
         seen = _reached(config, x, jnp.ones((B, K, S, 1), bool), start, rows)[..., 0]
         out, lse = found
         nothing = (lse == -jnp.inf) & seen
-        return _where(nothing[..., None], jnp.nan, out), _where(nothing, jnp.nan, lse)
+        return _undefined(config, nothing, out), _where(nothing, jnp.nan, lse)
 
     found: tuple[Array, Array] = _corrected(x, doubtful, where_seen, (out, lse))
     return found
@@ -141,6 +140,20 @@ def _corrected(
     return lax.fori_loop(np.int32(0), rounds, body, results)
 
 
+def _undefined(config: Config, flags: Array, out: Array) -> Array:
+    """The output, NaN where flags are True; maxima over visible pairs are what they are."""
+    flags = flags[..., None]
+    if maxima := _maxima(config):
+        means = np.arange(out.shape[-1]).reshape(1, 1, 1, -1) < out.shape[-1] - maxima
+        flags = flags & means
+    return _where(flags, jnp.nan, out)
+
+
+def _maxima(config: Config) -> int:
+    """The number of columns that are no means; they are the last."""
+    return sum(not column.mean for column in config.columns)
+
+
 def _where(flags: Array, number: float, array: Array) -> Array:
     """The array, with a number where flags are True."""
     # Not `jnp.where`, a function of its own in the program, which XLA then has to inline.
@@ -174,6 +187,10 @@ def backward(
     # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
     d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
+    if maxima := _maxima(config):
+        # They have no gradient, and may be infinite.
+        means = out.shape[-1] - maxima
+        out, d_out = (padded(a[..., :means], {3: out.shape[-1]}) for a in (out, d_out))
     bad = ~jnp.isfinite(lse) | ~base.all_finite(out, d_out, axis=-1)
 
     def that_see_others(x: Inputs, start: Any, rows: int, bad: Array) -> Array:

@@ -43,6 +43,9 @@ WIDEST = 128
 
 WHY, LIMITS = gpu.WHY, gpu.LIMITS
 
+# Sums over queries are gradients of values, which are written in 16 bits.
+STATISTICS = base.Statistics(columns=True)
+
 prepare = unchanged
 
 
@@ -63,7 +66,7 @@ def obstacle(call: Call) -> str | None:
         return f"Mosaic GPU kernels need JAX 0.11 or later; this is {jax.__version__}"
     if _miscompiled():
         return "CUDA 12.8.0 to 12.9.0 compile masks in Mosaic GPU kernels wrongly"
-    unknown = gpu.unknown_sizes(call)
+    unknown = STATISTICS.missing(call) or gpu.unknown_sizes(call)
     if unknown is not None:
         return unknown
     dtypes = {jnp.dtype(a.dtype).name for a in (call.query, call.key, call.value)}
@@ -86,7 +89,7 @@ def _miscompiled() -> bool:
     return cuda_versions is not None and 12080 <= cuda_versions.cuda_runtime_get_version() < 12091
 
 
-def _unfit(parts: Split[Any]) -> str | None:
+def _unfit(parts: Split[Any], learns: bool) -> str | None:
     from . import programs
 
     if parts.reasons:
@@ -96,9 +99,9 @@ def _unfit(parts: Split[Any]) -> str | None:
         return "values that depend on q - k alone are a table, which the kernels can't read"
     if not parts.scores:
         return programs.unsupported(residue.program)
-    if any(residue.kinds[n] == "grid" for n in learned(residue)):
+    if learns and any(residue.kinds[n] == "grid" for n in learned(residue)):
         return "the gradient of an array [.., T, S] is not computed by the kernels"
-    return programs.unsupported(programs.scored(residue, slopes=True))
+    return programs.unsupported(programs.scored(residue, slopes=learns))
 
 
 def footprint(call: Call) -> int:
@@ -149,13 +152,13 @@ def _tile(
 
 
 def forward(interpret: bool, config: Config, x: Inputs) -> tuple[Array, Array]:
-    """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
+    """Output `[B, T, K, G, Hv]` with the columns, and natural-log LSE `[B, T, K, G]`."""
     from . import kernels
 
     sizes = _sizes(config, x)
-    out, lse = kernels.forward(config, interpret, sizes, _kernel_inputs(config, sizes, x, False))
-    out, lse = gpu.forward_results(sizes, out, lse)
-    return out.astype(x.query.dtype), lse
+    given = _kernel_inputs(config, sizes, x, False)
+    out, lse, columns = kernels.forward(config, interpret, sizes, given)
+    return gpu.forward_results(sizes, out.astype(x.query.dtype), lse, columns)
 
 
 def _sizes(config: Config, x: Inputs) -> KernelSizes:
@@ -183,6 +186,7 @@ def _kernel_inputs(config: Config, sizes: KernelSizes, x: Inputs, transposed: bo
         *words, rate = x.dropout
         scale = base.kept_scale(rate, jnp.float32)
         dropout = operands(DROPOUT, [*words, rate, scale])
+    score, columns = config.split(x.score)
     tiles, counts = _lists(sizes, x.states, transposed)
     return KernelInputs(
         _matrix(sizes, x.query, sizes.Tp, sizes.Hp),
@@ -192,7 +196,11 @@ def _kernel_inputs(config: Config, sizes: KernelSizes, x: Inputs, transposed: bo
         tiles,
         counts,
         () if config.mask is None else operands(config.mask.kinds, x.mask),
-        () if config.score is None else operands(config.score.kinds, x.score),
+        () if config.score is None else operands(config.score.kinds, score),
+        tuple(
+            operands(column.residue.kinds, own)
+            for column, own in zip(config.columns, columns, strict=True)
+        ),
         dropout,
     )
 
@@ -246,8 +254,11 @@ def backward(
         return padded(array.reshape(B, sizes.N, T), {2: sizes.Tp}, value)
 
     far, delta = backward_rows(out, lse, d_out, d_lse)
+    means = gpu.cotangents_of_means(config, Hv, d_out)
+    d_out = d_out[..., :Hv] if config.columns else d_out
     # Padded queries take no part.
-    lines = jnp.stack([line(far * gpu.LOG2E, math.inf), line(delta, 0)], 2)
+    far, *others = line(far * gpu.LOG2E, math.inf), *(line(each, 0) for each in (delta, *means))
+    lines = jnp.stack([far, *others], 2)
     more = BackwardInputs(_matrix(sizes, d_out, sizes.Tp, sizes.Hvp), lines)
 
     by_rows, by_columns = (_kernel_inputs(config, sizes, x, flag) for flag in (False, True))
@@ -257,7 +268,7 @@ def backward(
     dq = dq[:, :T, :, :H].reshape(x.query.shape)
     d_scale = (x.query.astype(dq.dtype) * dq).sum((1, 2, 3, 4))
     score: list[Array | None] = [None] * len(x.score)
-    for n, kind in zip(learned(config.score), learned_kinds(config), strict=True):
+    for n, kind in zip(config.learned, learned_kinds(config), strict=True):
         total = (column_sums if kind == "column" else row_sums).pop(0)
         total = total.reshape(B, K, G, -1)
         total = total[..., :T].sum(-1) if kind == "head" else cropped_gradient(sizes, kind, total)

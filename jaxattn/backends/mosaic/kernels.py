@@ -7,6 +7,9 @@ the FULL ones. There are no atomic additions: every run gives the same bits.
     forward   s = q k'          p = 2^(s - m)     l, acc rescaled, acc += p v
     dq        p = 2^(s - lse)   ds = p (do v' - delta)   dq += ds k
     dk, dv    s' = k q'   p' = 2^(s' - lse)   dv += p' do   ds' = p' (v do' - delta)   dk += ds' q
+
+A column of statistics is one more sum of each row. In the backward a mean is a value that depends
+on the pair: its cotangent times its function is added to `do v'`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...shapes import Array
+from ..flash import gpu
 from ..flash.gpu import LOG2E
 from ..problem import Config
 from .memory import (
@@ -60,15 +64,15 @@ from .tiles import (
 
 def forward(
     config: Config, interpret: bool, sizes: KernelSizes, x: KernelInputs
-) -> tuple[Array, Array]:
-    """Output `[B, T, N, Hv]` and natural-log LSE `[B, N, T]`."""
+) -> tuple[Array, Array, list[Array]]:
+    """Output `[B, T, N, Hv]`, natural-log LSE `[B, N, T]`, and columns likewise."""
     wgs, _ = sizes.warpgroups
     row_bytes = (sizes.Hp + sizes.Hvp) * jnp.dtype(sizes.dtype).itemsize
     stages = stages_for(sizes.tq * row_bytes, sizes.tk * row_bytes)
     functions = TileFunctions.of(config, sizes, "row", slopes=False)
 
-    def body(x: KernelInputs, out_ref: Any, lse_ref: Any, q_smem: Any, o_smem: Any, lse_smem: Any,
-             q_ready: Any, keys: Ring, values: Ring) -> None:  # fmt: skip
+    def body(x: KernelInputs, out_ref: Any, lse_ref: Any, sums_ref: Any, q_smem: Any, o_smem: Any,
+             lse_smem: Any, q_ready: Any, keys: Ring, values: Ring) -> None:  # fmt: skip
         b, h, wg = (lax.axis_index(name) for name in ("b", "h", "wg"))
         # Under a causal mask the last rows have the longest lists: they begin first.
         i = sizes.Tp // sizes.tq - 1 - lax.axis_index("i")
@@ -87,12 +91,12 @@ def forward(
             plgpu.barrier_wait(q_ready.at[wg])
 
             def step(masked: bool, n: Any, carry: Any) -> Any:
-                acc, m, l = carry
+                acc, m, l, sums = carry
                 column = tiles[n] * sizes.tk
                 (k,) = keys.take(n)
                 (s,) = products((own_q, k.transpose((1, 0))))
                 keys.release(n)
-                s, _ = weights(tile_row, masked, s, scale, column, None)
+                s, shown, _, functions = weights(tile_row, masked, s, scale, column, None)
                 top = jnp.maximum(m, s.max(axis=1))
                 # Rows without any visible key so far are measured from 0: -inf - -inf is NaN.
                 none = top == jnp.full_like(top, LOW)
@@ -100,16 +104,19 @@ def forward(
                 fade = jnp.exp2(m - level)
                 p = jnp.exp2(s - across(level, sizes.tk))
                 l = l * fade + p.sum(axis=1)
+                tile = gpu.Weighed(shown, s, p, fade, m, top)
+                sums = gpu.added(config, tile, [each for (each,) in functions], sums)
                 if config.dropout:
                     p = p * tile_row.dropout_factors(column, p.shape)
                 acc = acc * across(fade, sizes.Hvp)
                 (v,) = values.take(n)
                 (acc,) = added(interpret, (acc, p.astype(sizes.dtype), v))
                 values.release(n)
-                return acc, top, l
+                return acc, top, l, sums
 
-            start = zeros(ROWS, sizes.Hvp), zeros(ROWS, fill=LOW), zeros(ROWS)
-            acc, m, l = over_list(counts, step, start)
+            sums = [zeros(ROWS, fill=each.first) for each in config.columns]
+            start = zeros(ROWS, sizes.Hvp), zeros(ROWS, fill=LOW), zeros(ROWS), sums
+            acc, m, l, sums = over_list(counts, step, start)
             seen = l != jnp.zeros_like(l)
             total = jnp.where(seen, l, jnp.ones_like(l))
             out = acc / across(total, sizes.Hvp)
@@ -117,6 +124,8 @@ def forward(
             o_smem.at[wg][...] = out.astype(sizes.dtype)
             lse = (m + jnp.log2(total)) * (1 / LOG2E)
             lse_smem.at[wg][...] = jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
+            for ref, found in zip(sums_ref, gpu.reduced(config, sums, total), strict=True):
+                put(ref.at[b, h, rows], found)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h])
             plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, rows])
@@ -136,13 +145,15 @@ def forward(
             keys.drain(total)
             values.drain(total)
 
+    line = jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.Tp), jnp.float32)
     kernel = compiled(
         config,
         interpret,
         body=body,
         out_type=(
             jax.ShapeDtypeStruct((sizes.B, sizes.Tp, sizes.N, sizes.Hvp), sizes.dtype),
-            jax.ShapeDtypeStruct((sizes.B, sizes.N, sizes.Tp), jnp.float32),
+            line,
+            [line for _ in config.columns],
         ),
         scratch_types=[
             *_matrices(sizes, wgs, ROWS),
@@ -155,8 +166,8 @@ def forward(
         grid_names=("h", "i", "b"),
         num_threads=wgs + 1,
     )
-    out, lse = kernel(x)
-    return out, lse
+    out, lse, found = kernel(x)
+    return out, lse, found
 
 
 def _matrices(sizes: KernelSizes, number: int, rows: int) -> tuple[Any, ...]:
@@ -172,7 +183,7 @@ def d_query(
 ) -> tuple[Array, list[Array]]:
     """Gradient of queries before the scale, `[B, T, N, H]` in float32, and sums over keys.
 
-    The sums, `[B, N, T]`, are for operands of the score that don't depend on keys, in order.
+    The sums, `[B, N, T]`, are for operands that learn and don't depend on keys, in order.
     """
     wgs, _ = sizes.warpgroups
     row_bytes = (sizes.Hp + sizes.Hvp) * jnp.dtype(sizes.dtype).itemsize
@@ -203,8 +214,9 @@ def d_query(
             plgpu.copy_gmem_to_smem(x.query.at[b, rows, h], q, ready.at[wg])
             plgpu.copy_gmem_to_smem(y.d_out.at[b, rows, h], do, ready.at[wg])
             scale = x.scale[b if x.scale.shape[0] != 1 else 0]
-            lines = [load(y.lines.at[b, h, line, rows], WGMMA.reduce(1)) for line in (0, 1)]
-            lse, delta = (partial(across, line, STEP) for line in lines)
+            count = y.lines.shape[2]
+            lines = [load(y.lines.at[b, h, line, rows], WGMMA.reduce(1)) for line in range(count)]
+            lse, delta, *means = (partial(across, line, STEP) for line in lines)
             tile_row = functions.at(x, b, h, row)
             plgpu.barrier_wait(ready.at[wg])
 
@@ -213,9 +225,9 @@ def d_query(
                 column = start(n)
                 k, v = keys.take(n)
                 s, dp = products((q, k.transpose((1, 0))), (do, v.transpose((1, 0))))
-                p, slopes = weights(tile_row, masked, s, scale, column, lse)
+                found = weights(tile_row, masked, s, scale, column, lse)
                 factors = tile_row.dropout_factors(column, shape) if config.dropout else None
-                ds, terms = d_logits(masked, p, dp, factors, slopes, delta)
+                ds, terms = d_logits(masked, found, dp, factors, delta, means)
                 sums = [a + terms[at].sum(axis=1) for a, at in zip(sums, ours, strict=True)]
                 (dq,) = added(interpret, (dq, ds.astype(sizes.dtype), k))
                 keys.release(n)
@@ -266,18 +278,19 @@ def d_keys(
     """Gradients of keys and values, `[B, S, K, H]` and `[B, S, K, Hv]`, and sums over queries.
 
     Lists of tiles are those of columns, grids are transposed. The sums, `[B, N, S]`, are for
-    operands of the score that go with keys, in order.
+    operands that learn and go with keys, in order.
     """
     _, wgs = sizes.warpgroups
     row_bytes = (sizes.Hp + sizes.Hvp) * jnp.dtype(sizes.dtype).itemsize
-    stages = stages_for(sizes.tk * row_bytes, STEP * row_bytes + 2 * STEP * 4)
+    lines = y.lines.shape[2]
+    stages = stages_for(sizes.tk * row_bytes, STEP * row_bytes + lines * STEP * 4)
     functions = TileFunctions.of(config, sizes, "column", slopes=True)
     ours = [at for at, kind in enumerate(learned_kinds(config)) if kind == "column"]
     parts_of_tile = sizes.tq // STEP
     shape = (ROWS, STEP)
     G = sizes.N // sizes.K
     # Whether to start d_p late: slopes and factors of dropout would wait for it in registers.
-    lean = config.score is None and not config.dropout
+    lean = not config.residues and not config.dropout
 
     def body(x: KernelInputs, y: BackwardInputs, dk_ref: Any, dv_ref: Any, sums_ref: Any,
              k_smem: Any, v_smem: Any, ready: Any, queries: Ring) -> None:  # fmt: skip
@@ -324,16 +337,18 @@ def d_keys(
                     pairs = (k, q.transpose((1, 0))), (v, do.transpose((1, 0)))
                     s, *dp = products(*pairs[: 1 if lean else 2])
                     # Loaded where they are needed: there are no registers for both.
-                    lse, delta = (partial(columns, line.at[at], shape) for at in (0, 1))
-                    p, slopes = weights(tile_row, masked, s, scale, column, lse)
+                    lse, delta, *means = (
+                        partial(columns, line.at[at], shape) for at in range(lines)
+                    )
+                    found = weights(tile_row, masked, s, scale, column, lse)
                     factors = tile_row.dropout_factors(column, shape) if config.dropout else None
-                    kept = p if factors is None else p * factors
+                    kept = found.s if factors is None else found.s * factors
                     # Gradients of values at once with what comes next: d_p, or gradients of keys.
                     early = [(dv, kept.astype(sizes.dtype), do)]
                     if lean:
                         dv, *dp = added(interpret, *early, (zeros(*shape), *pairs[1]))
                         early = []
-                    ds, terms = d_logits(masked, p, dp[0], factors, slopes, delta)
+                    ds, terms = d_logits(masked, found, dp[0], factors, delta, means)
                     sums = [a + terms[at].sum(axis=1) for a, at in zip(sums, ours, strict=True)]
                     *dvs, dk = added(interpret, *early, (dk, ds.astype(sizes.dtype), q))
                     (dv,) = dvs or (dv,)
@@ -394,7 +409,7 @@ def d_keys(
                 stages,
                 wgs,
                 *_matrices(sizes, stages, STEP),
-                plgpu.SMEM((stages, 2, STEP), jnp.float32),
+                plgpu.SMEM((stages, lines, STEP), jnp.float32),
             ),
         ],
         grid=(sizes.K, sizes.Sp // sizes.tk, sizes.B),

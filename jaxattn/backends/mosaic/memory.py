@@ -182,8 +182,8 @@ def over_list(counts: Any, step: Callable[..., Any], carry: Any) -> Any:
 
 
 def compiled(config: Config, interpret: bool, **options: Any) -> Callable[..., Any]:
-    """A kernel. With a score all functions are computed exactly, else by fast approximations."""
+    """A kernel. With a score or a statistic all functions are exact, else fast approximations."""
     # tanh.approx has 11 bits; ex2.approx and lg2.approx are nearly exact.
-    params = plgpu.CompilerParams(approx_math=config.score is None)
+    params = plgpu.CompilerParams(approx_math=not config.residues)
     interpreter = plgpu.InterpretGPUParams(detect_races=True) if interpret else None
     return plgpu.kernel(compiler_params=params, thread_name="wg", interpret=interpreter, **options)

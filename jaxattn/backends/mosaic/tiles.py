@@ -21,7 +21,7 @@ from ...tracing.dependence import Kind
 from ...tracing.program import Program
 from .. import base
 from ..flash.gpu import LOG2E
-from ..flash.operands import head_index, learned
+from ..flash.operands import head_index
 from ..flash.tile_sizes import TileSizes
 from ..problem import Config, Residue
 from .memory import ROWS, WGMMA, across, load, plgpu
@@ -77,6 +77,7 @@ class KernelInputs(NamedTuple):
       tiles: for each row of tiles, the columns of the PARTIAL ones, then of the FULL ones.
       counts: the numbers of both.
       mask, score, dropout: operands, `[B|1, N|1, ...]`.
+      columns: those of each column.
     """
 
     query: Any
@@ -87,6 +88,7 @@ class KernelInputs(NamedTuple):
     counts: Any
     mask: Any
     score: Any
+    columns: Any
     dropout: Any
 
 
@@ -95,7 +97,8 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
       d_out: `[B, Tp, N, Hvp]`.
-      lines: `[B, N, 2, Tp]`, the `lse` and `delta` of `backward_rows`, the LSE in powers of 2.
+      lines: `[B, N, 2 + means, Tp]`, the `lse` and `delta` of `backward_rows`, the LSE in powers of
+        2, and the cotangents of columns that are means.
     """
 
     d_out: Any
@@ -189,18 +192,19 @@ class Operands(NamedTuple):
 
 
 def learned_kinds(config: Config) -> list[Kind]:
-    """The kinds of the score's operands that learn."""
-    return [] if config.score is None else [config.score.kinds[n] for n in learned(config.score)]
+    """The kinds of the operands that learn."""
+    return [config.kinds[n] for n in config.learned]
 
 
 # --- mask, score and dropout ----------------------------------------------------------------------
 
 
 class TileFunctions(NamedTuple):
-    """The mask, the score and dropout of a kernel, with their operands.
+    """The mask, the score, columns and dropout of a kernel, with their operands.
 
     Attributes:
       mask, score: programs of single elements; None without.
+      columns: likewise; in the backward those that are means.
       dropout: its operands; None without.
       keys: the number of keys, if they end within a tile.
       rows: what the rows of a tile are, "row" for queries or "column" for keys.
@@ -208,17 +212,23 @@ class TileFunctions(NamedTuple):
 
     mask: tuple[Program, Operands] | None
     score: tuple[Program, Operands] | None
+    columns: tuple[tuple[Program, Operands], ...]
     dropout: Operands | None
     keys: int | None
     rows: str
 
     @classmethod
     def of(cls, config: Config, sizes: KernelSizes, rows: str, slopes: bool) -> TileFunctions:
-        """For a kernel with such rows; with `slopes` the score's derivatives are computed too."""
+        """For a kernel with such rows; in the backward, with `slopes`, with derivatives."""
         mask, score = config.mask, config.score
+
+        def of(residue: Residue) -> tuple[Program, Operands]:
+            return scored(residue, slopes), Operands.of(residue, rows, 1)
+
         return cls(
             None if mask is None else (mask.program, Operands.of(mask, rows, 0)),
-            None if score is None else (scored(score, slopes), Operands.of(score, rows, 1)),
+            None if score is None else of(score),
+            tuple(of(each.residue) for each in config.columns if each.mean or not slopes),
             Operands(DROPOUT, _DROPOUT_TYPES, rows) if config.dropout else None,
             None if sizes.Sp == sizes.S else sizes.S,
             rows,
@@ -238,6 +248,8 @@ class TileFunctions(NamedTuple):
             row,
             fixed(self.mask and self.mask[1], x.mask),
             fixed(self.score and self.score[1], x.score),
+            # Means come first: the backward takes no others.
+            [fixed(own, refs) for (_, own), refs in zip(self.columns, x.columns, strict=False)],
             fixed(self.dropout, x.dropout),
         )
 
@@ -248,7 +260,7 @@ class TileRow(NamedTuple):
     Attributes:
       functions, x: what is evaluated, and of which arrays.
       b, h, row: batch row, query head, and the first row.
-      mask, score, dropout: the parts of operands that do not change.
+      mask, score, columns, dropout: the parts of operands that do not change.
     """
 
     functions: TileFunctions
@@ -258,10 +270,12 @@ class TileRow(NamedTuple):
     row: Any
     mask: Any
     score: Any
+    columns: Any
     dropout: Any
 
-    def _tiles(self, operands: Operands, name: str, column: Any, shape: Any) -> list[Any]:
-        refs, fixed = getattr(self.x, name), getattr(self, name)
+    def _tiles(
+        self, operands: Operands, refs: Any, fixed: Any, column: Any, shape: Any
+    ) -> list[Any]:
         return operands.tiles(refs, fixed, self.b, self.h, self.row, column, shape)
 
     def visible(self, column: Any, shape: tuple[int, ...]) -> Array | None:
@@ -269,7 +283,9 @@ class TileRow(NamedTuple):
         functions, shown = self.functions, None
         if functions.mask is not None:
             program, operands = functions.mask
-            (found,) = evaluate(program, self._tiles(operands, "mask", column, shape), shape)
+            (found,) = evaluate(
+                program, self._tiles(operands, self.x.mask, self.mask, column, shape), shape
+            )
             shown = found if found.shape else jnp.full(shape, found)
         if functions.keys is not None:
             axis = int(functions.rows == "row")
@@ -281,9 +297,19 @@ class TileRow(NamedTuple):
     def scores(self, logits: Array, column: Any) -> list[Array]:
         """The score of logits, and its derivatives if the functions have them."""
         assert self.functions.score is not None
-        program, operands = self.functions.score
+        return self._scored(self.functions.score, self.x.score, self.score, logits, column)
+
+    def values(self, logits: Array, column: Any) -> list[list[Array]]:
+        """The functions of columns at final logits, with their derivatives likewise."""
+        given = zip(self.functions.columns, self.x.columns, self.columns, strict=False)
+        return [self._scored(each, refs, fixed, logits, column) for each, refs, fixed in given]
+
+    def _scored(
+        self, function: tuple[Program, Operands], refs: Any, fixed: Any, logits: Array, column: Any
+    ) -> list[Array]:
+        program, operands = function
         shape = logits.shape
-        tiles = self._tiles(operands, "score", column, shape)
+        tiles = self._tiles(operands, refs, fixed, column, shape)
         found = evaluate(program, [logits, *tiles], shape)
         return [value if value.shape else jnp.full(shape, value) for value in found]
 
@@ -291,9 +317,27 @@ class TileRow(NamedTuple):
         """What weights are multiplied by: 0, or 1 / (1 - rate)."""
         operands = self.functions.dropout
         assert operands is not None
-        first, second, k, rate, scale = self._tiles(operands, "dropout", column, shape)
+        first, second, k, rate, scale = self._tiles(
+            operands, self.x.dropout, self.dropout, column, shape
+        )
         keep = base.keeps((first, second), k, rate)
         return jnp.where(keep, jnp.full(shape, scale), jnp.zeros(shape, jnp.float32))
+
+
+class Weights(NamedTuple):
+    """A tile of logits or weights, and what follows from it.
+
+    Attributes:
+      s: logits in powers of 2, or weights.
+      shown: the mask; None in a FULL tile.
+      slopes: derivatives of a score by the logit and by each operand that learns.
+      values: of each column the function, and in the backward such derivatives of it.
+    """
+
+    s: Array
+    shown: Array | None
+    slopes: list[Array]
+    values: list[list[Array]]
 
 
 def weights(
@@ -303,8 +347,8 @@ def weights(
     scale: Any,
     column: Any,
     offset: Callable[[], Array] | None,
-) -> tuple[Array, list[Array]]:
-    """Logits in powers of 2, or weights where an `offset` is to be subtracted; slopes of a score.
+) -> Weights:
+    """Logits in powers of 2, or weights where an `offset` is to be subtracted.
 
     Args:
       tile_row: the functions of the tile.
@@ -314,46 +358,63 @@ def weights(
       column: the first column of the tile.
       offset: the LSE in powers of 2, as large as the tile, read where it is needed.
     """
+    functions = tile_row.functions
     shown = tile_row.visible(column, s.shape) if masked else None
     slopes: list[Array] = []
-    if tile_row.functions.score is None:
+    values: list[list[Array]] = []
+
+    def inside(s: Array) -> Array:
+        return s if shown is None else jnp.where(shown, s, jnp.zeros_like(s))
+
+    if functions.score is None and not functions.columns:
         s = s * (scale * LOG2E)
     else:
         s = s * scale
-        if shown is not None:
-            s = jnp.where(shown, s, jnp.zeros_like(s))
-        s, *slopes = tile_row.scores(s, column)
+        if functions.score is not None:
+            s, *slopes = tile_row.scores(inside(s), column)
+        if functions.columns:
+            values = tile_row.values(inside(s), column)
         s = s * LOG2E
     if offset is not None:
         s = s - offset()
     if shown is not None:
         s = jnp.where(shown, s, jnp.full_like(s, LOW))
-    return (s if offset is None else jnp.exp2(s)), slopes
+    return Weights(s if offset is None else jnp.exp2(s), shown, slopes, values)
 
 
 def d_logits(
     masked: bool,
-    p: Array,
+    found: Weights,
     dp: Array,
     factors: Array | None,
-    slopes: list[Array],
     delta: Callable[[], Array],
+    means: Sequence[Callable[[], Array]],
 ) -> tuple[Array, list[Array]]:
     """Gradient of logits before the score, and the terms of that of each operand.
 
     Args:
       masked: whether the mask was evaluated.
-      p, dp: weights, and the cotangents of dropped weights.
+      found: weights, and what follows.
+      dp: the cotangents of dropped weights.
       factors: of dropout.
-      slopes: derivatives of the score by the logit and by each operand that learns.
       delta: that of `backward_rows`, as large as the tile, read where it is needed.
+      means: cotangents of the columns, likewise.
     """
+    p = found.s
     if factors is not None:
         dp = dp * factors
+    for mean, (value, *_) in zip(means, found.values, strict=True):
+        # A weight of 0 takes no part, whatever the function is there: 0 * inf is NaN.
+        dp = dp + mean() * jnp.where(p == jnp.zeros_like(p), jnp.zeros_like(p), value)
     ds = p * (dp - delta())
-    terms = [ds * slope for slope in slopes]
-    if masked or terms:
+    more: list[Array] = []
+    for mean, (_, by_logit, *by_operands) in zip(means, found.values, strict=True):
+        weighed = p * mean()
+        ds = ds + weighed * by_logit
+        more += [weighed * slope for slope in by_operands]
+    terms = [ds * slope for slope in found.slopes] + more
+    if masked or terms or found.values:
         # A masked logit may be too large for the products, or a score infinitely steep there.
         weighted = p != jnp.zeros_like(p)
         ds, *terms = (jnp.where(weighted, d, jnp.zeros_like(d)) for d in (ds, *terms))
-    return (terms[0], terms[1:]) if terms else (ds, [])
+    return (terms[0], terms[1:]) if found.slopes else (ds, terms)

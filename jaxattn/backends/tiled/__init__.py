@@ -16,6 +16,7 @@ steps), `tile_step` (what a step reads and evaluates), `passes` (forward and bac
 
 from .backend import (
     LIMITS,
+    STATISTICS,
     WHY,
     build,
     footprint,
@@ -26,6 +27,7 @@ from .backend import (
 
 __all__ = [
     "LIMITS",
+    "STATISTICS",
     "WHY",
     "build",
     "footprint",

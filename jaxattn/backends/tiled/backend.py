@@ -52,6 +52,16 @@ def run(
     return transforms.attend(*build(call, tile))
 
 
+def received(
+    call: Call, lse: Float[Array, "B T N"], weight: Float[Array, "B T N"]
+) -> Float[Array, "B S N"]:
+    """The sum over queries of a weight of each times the weights of attention."""
+    return transforms.received(*build(call), lse, weight)
+
+
+STATISTICS = base.Statistics(columns=True, received=received)
+
+
 def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:
     """What the loops are compiled for, and what they are given."""
     return problem.build(call, ENGINE, bfloat16.factors(call), partial(tile_of, call, tile))

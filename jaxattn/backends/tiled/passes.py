@@ -23,7 +23,7 @@ from jax import lax
 from ...mesh import constant
 from ...shapes import Array, Bool, Float
 from .. import base
-from ..flash.operands import backward_rows, cropped_gradient, learned, padded, replaced
+from ..flash.operands import backward_rows, cropped_gradient, padded, replaced
 from ..problem import Config, Gradients, Inputs
 from . import bfloat16
 from .exponential import exp
@@ -53,58 +53,125 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 
     B, K, G, T, Tp = sizes.B, sizes.K, sizes.G, sizes.T, sizes.Tp
     acc = constant(given.query, (B * K * G, Tp, sizes.Hv), dtype)
-    m = constant(given.query, (B * K, G, Tp), dtype, -jnp.inf)
-    # One array of m and l: two would be copied in every step.
-    acc, ml = loop(sizes, lists, compute, (acc, jnp.concatenate([m, jnp.zeros_like(m)], 1)))
+    least = constant(given.query, (B * K, G, Tp), dtype, -jnp.inf)
+    none = jnp.zeros_like(least)
+    begin = [least, none, *(none + column.first for column in config.columns)]
+    # One array of all numbers of a row: two would be copied in every step.
+    acc, numbers = loop(sizes, lists, compute, (acc, jnp.concatenate(begin, 1)))
     acc = acc.reshape(B, K, G, Tp, sizes.Hv)[..., :T, :]
-    ml = ml.reshape(B, K, 2, G, Tp)[..., :T]
-    m, l = ml[:, :, 0], ml[:, :, 1]
+    numbers = numbers.reshape(B, K, len(begin), G, Tp)[..., :T]
+    m, l, *columns = (numbers[:, :, n] for n in range(len(begin)))
     seen = l != 0
     total = jnp.where(seen, l, jnp.ones((), dtype))
     out = jnp.where(seen[..., None], acc / total[..., None], jnp.zeros((), dtype))
     lse = jnp.where(seen, m + jnp.log(total), -jnp.inf)
-    return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
+    if config.columns:
+        pairs = zip(columns, config.columns, strict=True)
+        found = [sums / total if column.mean else sums for sums, column in pairs]
+        out = jnp.concatenate([out, jnp.stack(found, -1)], -1)
+    else:
+        out = out.astype(x.query.dtype)
+    return out.transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
 
 def _forward_step(
-    tile: TileStep, acc: Float[Array, "BN Tp Hv"], ml: Float[Array, "BK GG Tp"]
+    tile: TileStep, acc: Float[Array, "BN Tp Hv"], numbers: Float[Array, "BK numbers Tp"]
 ) -> tuple[Array, Array]:
     """The sums of all queries after one more step.
 
     Args:
       tile: the step.
       acc: sums of weights times values, measured from the largest logits so far.
-      ml: the largest logits so far, and the sums of weights measured from them.
+      numbers: of each query, G for each: the largest logits so far, the sums of weights measured
+        from them, and the columns.
     """
     config, sizes, at = tile.config, tile.sizes, tile.at
     values = tile.keys(tile.x.value)
-    s, c = _forward_logits(tile)
+    s, c, shown = _forward_logits(tile)
     units, rows = s.shape[:2]
 
-    place = [tile.unit, 0, at.q], [units, 2 * sizes.G, at.tq]
-    old = lax.optimization_barrier(read(ml, *place))
-    m, l = (a[:, 0] for a in jnp.split(old.reshape(units, 2, rows), 2, 1))
+    count = 2 + len(config.columns)
+    place = [tile.unit, 0, at.q], [units, count * sizes.G, at.tq]
+    old = lax.optimization_barrier(read(numbers, *place))
+    m, l, *columns = (a[:, 0] for a in jnp.split(old.reshape(units, count, rows), count, 1))
     top = lax.stop_gradient(jnp.maximum(m, s.max(2) * (c[..., 0] if c.ndim else c)))
     # Rows without any visible key so far are measured from a finite number: -inf - -inf is NaN.
     level = lax.max(top, lax.full_like(top, jnp.finfo(top.dtype).min))
     p = exp((s if at.masked else s * c) - level[..., None])
     fade = exp(m - level)
     l = l * fade + p.sum(2)
+    columns = _columns(tile, Row(s, c, shown, p, fade, m, top), columns)
     if config.dropout:
         factors = tile.dropout_factors(p.dtype)
         p = (p.reshape(tile.logits_shape) * factors).reshape(s.shape)
-    ml = write(ml, jnp.stack([top, l], 1).reshape(old.shape), place[0])
+    numbers = write(numbers, jnp.stack([top, l, *columns], 1).reshape(old.shape), place[0])
 
     place = [tile.unit * sizes.G, at.q, 0], [units * sizes.G, at.tq, sizes.Hv]
     part = read(acc, *place).reshape(units, rows, sizes.Hv)
     part = part * fade[..., None] + _dot(config, p.astype(values.dtype), values, 2, 1)
-    return write(acc, part.reshape(place[1]), place[0]), ml
+    return write(acc, part.reshape(place[1]), place[0]), numbers
 
 
-def _forward_logits(tile: TileStep) -> tuple[Float[Array, "units rows tk"], Array]:
-    """Logits of a step, -inf where masked, and what they are still to be multiplied by.
+class Row(NamedTuple):
+    """What a step knows of its rows.
 
-    That is the scale in FULL tiles without a score, where its product comes last; or else 1.
+    Attributes:
+      s, c, shown: see `_forward_logits`.
+      p: weights, measured from the largest logits so far.
+      fade: what sums of earlier steps are multiplied by.
+      before, top: the largest logits of earlier steps, and with this one's.
+    """
+
+    s: Float[Array, "units rows tk"]
+    c: Array
+    shown: Bool[Array, "..."] | None
+    p: Float[Array, "units rows tk"]
+    fade: Float[Array, "units rows"]
+    before: Float[Array, "units rows"]
+    top: Float[Array, "units rows"]
+
+
+def _columns(tile: TileStep, row: Row, sums: list[Array]) -> list[Float[Array, "units rows"]]:
+    """The columns after one more step."""
+    config, p, shown = tile.config, row.p, row.shown
+    given = (row.s * row.c).reshape(tile.logits_shape)
+    if shown is not None:
+        # As the formula gives them to functions: not -inf where they are masked.
+        given = jnp.where(shown, given, jnp.zeros((), p.dtype))
+    found = []
+    _, operands = config.split(tile.x.score)
+    for column, arrays, old in zip(config.columns, operands, sums, strict=True):
+        parts = tile.parts(column.residue, arrays)
+        if column.reduce == "max" and column.residue.identity:
+            found.append(row.top)
+            continue
+        values = tile.scored(column.residue, given, parts)
+        if column.reduce == "max" and shown is not None:
+            values = jnp.where(shown, values, -jnp.inf)
+        values = values.reshape(p.shape)
+        if column.mean:
+            values = jnp.where(p == 0, jnp.zeros((), p.dtype), values) * p
+            found.append(old * row.fade + values.sum(2))
+            continue
+        values = lax.stop_gradient(values)
+        if column.reduce == "max":
+            found.append(jnp.maximum(old, values.max(2)))
+            continue
+        own = row.s.max(2)
+        here = jnp.where(row.s == own[..., None], values, jnp.inf).min(2)
+        own = own * (row.c[..., 0] if row.c.ndim else row.c)
+        kept = jnp.where(own == row.before, jnp.minimum(old, here), old)
+        found.append(jnp.where(own > row.before, here, kept))
+    return found
+
+
+def _forward_logits(
+    tile: TileStep,
+) -> tuple[Float[Array, "units rows tk"], Array, Bool[Array, "..."] | None]:
+    """Logits of a step, -inf where masked, what they are still to be multiplied by, and the mask.
+
+    That is the scale in FULL tiles without a score, where its product comes last; or else 1. The
+    mask is as it broadcasts to the logits, and None in a FULL tile.
     """
     config, at, x = tile.config, tile.at, tile.x
     dtype = base.accumulator(x.query.dtype)
@@ -119,12 +186,13 @@ def _forward_logits(tile: TileStep) -> tuple[Float[Array, "units rows tk"], Arra
         s = (s * c).reshape(tile.logits_shape)
         if shown is not None:
             s = jnp.where(shown, s, jnp.zeros((), dtype))
-        s = tile.scored(s, tile.parts(config.score, x.score)).reshape(flat)
+        parts = tile.parts(config.score, config.split(x.score)[0])
+        s = tile.scored(config.score, s, parts).reshape(flat)
         c = one
     if shown is not None:
         s = jnp.where(shown, (s * c).reshape(tile.logits_shape), -jnp.inf).reshape(flat)
         c = one
-    return s, c
+    return s, c, shown
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -135,12 +203,13 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
       d_out: `[B * N, Tp, Hv]`, in the dtype of the products.
-      rows: `[B * K, 2 * G, Tp]`, the `lse` and `delta` of `backward_rows`.
+      rows: `[B * K, numbers * G, Tp]`: the `lse` and `delta` of `backward_rows`, and the cotangents
+        of the columns.
       keys: `[B * K, H, Sp]`, the keys transposed.
     """
 
     d_out: Float[Array, "BN Tp Hv"]
-    rows: Float[Array, "BK GG Tp"]
+    rows: Float[Array, "BK numbers Tp"]
     keys: Float[Array, "BK H Sp"]
 
 
@@ -154,14 +223,17 @@ class Parts(NamedTuple):
     key_across: Float[Array, "units H tk"]
     lse: Float[Array, "units 1 rows"]
     delta: Float[Array, "units 1 rows"]
+    columns: list[Float[Array, "units 1 rows"]]
     scale: Float[Array, "..."]
 
     @classmethod
     def of(cls, tile: TileStep, more: BackwardInputs) -> Parts:
         """The parts of the arrays that belong to a step."""
         sizes, at, x = tile.sizes, tile.at, tile.x
-        rows = read(more.rows, [tile.unit, 0, at.q], [sizes.units, 2 * sizes.G, at.tq])
-        lse, delta = jnp.split(rows.reshape(sizes.units, 2, sizes.G * at.tq), 2, 1)
+        count = 2 + len(tile.config.columns)
+        rows = read(more.rows, [tile.unit, 0, at.q], [sizes.units, count * sizes.G, at.tq])
+        rows = rows.reshape(sizes.units, count, sizes.G * at.tq)
+        lse, delta, *columns = jnp.split(rows, count, 1)
         return cls(
             tile.queries(x.query),
             tile.queries(more.d_out),
@@ -170,6 +242,7 @@ class Parts(NamedTuple):
             read(more.keys, [tile.unit, 0, at.k], [sizes.units, sizes.H, at.tk]),
             lse,
             delta,
+            columns,
             tile.scale(),
         )
 
@@ -204,10 +277,11 @@ def backward(
         sizes = replace(sizes, step_rows=1)
     lists = step_lists(sizes, states_of(config, sizes, x))
     given = padded_inputs(config, sizes, x)
-    rows = jnp.stack(backward_rows(out, lse, d_out, d_lse), 2)
+    d_columns = [jnp.moveaxis(d_out[..., n], 1, -1) for n in range(sizes.Hv, d_out.shape[-1])]
+    rows = jnp.stack([*backward_rows(out, lse, d_out, d_lse), *d_columns], 2)
     more = BackwardInputs(
-        heads_first(config, d_out, sizes.Tp),
-        padded(rows.reshape(sizes.B * sizes.K, 2 * sizes.G, sizes.T), {2: sizes.Tp}),
+        heads_first(config, d_out[..., : sizes.Hv], sizes.Tp),
+        padded(rows.reshape(sizes.B * sizes.K, -1, sizes.T), {2: sizes.Tp}),
         # Transposed here, not in the product, which XLA would then compute at half speed.
         jnp.swapaxes(given.key, 1, 2),
     )
@@ -230,14 +304,16 @@ class Weights(NamedTuple):
       p: before dropout.
       shown: the mask, as it broadcasts to the logits; None in a FULL tile.
       dropout: the factors of dropout; None without.
-      pull: from the cotangents of the score's results to those of its logits, and of the parts
-        of its operands that learn; None without a score.
+      columns: of each column that is a mean its function, of each other None.
+      pull: from the cotangents of the score's results and of the columns' functions to those of
+        the logits, and of the parts of operands that learn; None without a score or a column.
     """
 
     p: Float[Array, "units tk rows"]
     shown: Bool[Array, "..."] | None
     dropout: Array | None
-    pull: Callable[[Array], tuple[Array, list[Array]]] | None
+    columns: list[Float[Array, "units tk rows"] | None]
+    pull: Callable[..., tuple[Array, list[Array]]] | None
 
 
 def _recompute(tile: TileStep, parts: Parts) -> Weights:
@@ -246,16 +322,25 @@ def _recompute(tile: TileStep, parts: Parts) -> Weights:
     shown = tile.visible() if tile.at.masked else None
     exponent = _dot(config, parts.key, parts.query, 2, 2) * parts.scale
     flat, pull = exponent.shape, None
-    if config.score is not None:
+    columns: list[Array | None] = []
+    if config.residues:
         logits = exponent.reshape(tile.logits_shape)
-        if shown is not None:
-            logits = jnp.where(shown, logits, jnp.zeros((), logits.dtype))
-        operands, which = tile.parts(config.score, tile.x.score), learned(config.score)
+        operands, which = tile.all_parts(config.kinds, tile.x.score), config.learned
 
-        def scored(logits: Array, some: list[Array]) -> Array:
-            return tile.scored(logits, replaced(operands, which, some))
+        def inside(array: Array) -> Array:
+            return array if shown is None else jnp.where(shown, array, jnp.zeros((), array.dtype))
 
-        scores, pull = jax.vjp(scored, logits, [operands[n] for n in which])
+        def scored(logits: Array, some: list[Array]) -> tuple[Array, list[Array | None]]:
+            of_score, of_columns = config.split(replaced(operands, which, some))
+            if config.score is not None:
+                logits = tile.scored(config.score, inside(logits), of_score)
+            pairs = zip(config.columns, of_columns, strict=True)
+            return logits, [
+                tile.scored(column.residue, inside(logits), own) if column.mean else None
+                for column, own in pairs
+            ]
+
+        (scores, columns), pull = jax.vjp(scored, logits, [operands[n] for n in which])
         exponent = scores.reshape(flat)
     exponent = exponent - parts.lse
     if shown is not None:
@@ -265,7 +350,7 @@ def _recompute(tile: TileStep, parts: Parts) -> Weights:
     # front of a conversion JAX 0.10 would lose it: weights are kept in the dtype of the products.
     p = lax.optimization_barrier(exp(exponent).astype(config.dtype)).astype(exponent.dtype)
     factors = tile.dropout_factors(p.dtype) if config.dropout else None
-    return Weights(p, shown, factors, pull)
+    return Weights(p, shown, factors, columns, pull)
 
 
 def _dropped(tile: TileStep, weights: Weights, array: Array) -> Array:
@@ -283,14 +368,22 @@ class Slopes(NamedTuple):
 
 
 def _logit_gradients(tile: TileStep, parts: Parts, weights: Weights) -> Slopes:
-    """`ds = p * (dp - delta)`, taken back through the score."""
-    p = weights.p
+    """`ds = p * (dp - delta)`, taken back through the score and the columns' functions.
+
+    A column is a value that depends on the pair: `dp` is the sum over both.
+    """
+    p, shape = weights.p, tile.logits_shape
     dp = _dropped(tile, weights, _dot(tile.config, parts.value, parts.d_out, 2, 2))
+    pairs = list(zip(parts.columns, weights.columns, strict=True))
+    for cotangent, function in pairs:
+        if function is not None:
+            dp = dp + cotangent * function.reshape(p.shape)
     # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
     ds = lax.select(p == 0, lax.full_like(p, 0), p * (dp - parts.delta))
     if weights.pull is None:
         return Slopes(ds, [])
-    d_logits, d_operands = weights.pull(ds.reshape(tile.logits_shape))
+    d_columns = [None if f is None else (p * c).reshape(shape) for c, f in pairs]
+    d_logits, d_operands = weights.pull((ds.reshape(shape), d_columns))
     if weights.shown is not None:
         d_logits = jnp.where(weights.shown, d_logits, jnp.zeros((), p.dtype))
     return Slopes(d_logits.reshape(ds.shape), d_operands)
@@ -311,11 +404,9 @@ def _accumulate(
         # The scale of d_query, and of d_key where it is one for all, is multiplied at the end.
         d_key = d_key * parts.scale
     score = list(sums.score)
-    if config.score is not None:
-        pairs = zip(learned(config.score), slopes.operands, strict=True)
-        for i, (n, part) in enumerate(pairs):
-            starts, _ = tile.place(config.score.kinds[n], score[i], groups)
-            score[i] = add(score[i], part, starts)
+    for i, (n, part) in enumerate(zip(config.learned, slopes.operands, strict=True)):
+        starts, _ = tile.place(config.kinds[n], score[i], groups)
+        score[i] = add(score[i], part, starts)
     return Sums(
         add(sums.query, d_query, [unit, 0, at.q]),
         add(sums.key, d_key, [unit, at.k, 0]),
@@ -339,7 +430,7 @@ def _no_sums(sizes: StepSizes, groups: int, config: Config, x: Inputs) -> Sums:
         zeros(units, sizes.H * sizes.G, sizes.Tp),
         zeros(units, sizes.Sp, sizes.H),
         zeros(units, sizes.Sp, sizes.Hv),
-        tuple(of_operand(x.score[n]) for n in learned(config.score)),
+        tuple(of_operand(x.score[n]) for n in config.learned),
     )
 
 
@@ -354,10 +445,8 @@ def _gradients(config: Config, sizes: StepSizes, x: Inputs, sums: Sums) -> Gradi
         return jnp.moveaxis(array.reshape(B, K, sizes.Sp, -1)[:, :, :S].astype(like.dtype), 1, 2)
 
     score: list[Array | None] = [None] * len(x.score)
-    if config.score is not None:
-        for n, array in zip(learned(config.score), sums.score, strict=True):
-            found = cropped_gradient(sizes, config.score.kinds[n], array)
-            score[n] = found.astype(x.score[n].dtype)
+    for n, array in zip(config.learned, sums.score, strict=True):
+        score[n] = cropped_gradient(sizes, config.kinds[n], array).astype(x.score[n].dtype)
     return Gradients(
         (d_query * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
         by_length(d_key, x.key),

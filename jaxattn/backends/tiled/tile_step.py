@@ -35,7 +35,7 @@ def padded_inputs(config: Config, sizes: StepSizes, x: Inputs) -> Inputs:
         key=heads_first(config, x.key, sizes.Sp),
         value=heads_first(config, x.value, sizes.Sp),
         mask=operands(config.mask, x.mask),
-        score=operands(config.score, x.score),
+        score=padded_operands(sizes, config.kinds, x.score),
         dropout=padded_operands(sizes, DROPOUT if x.dropout else (), x.dropout),
     )
 
@@ -146,7 +146,11 @@ class TileStep(NamedTuple):
 
     def parts(self, residue: Residue, arrays: Any) -> list[Array]:
         """The step's parts of a residue's operands."""
-        return [self._part(kind, a) for kind, a in zip(residue.kinds, arrays, strict=True)]
+        return self.all_parts(residue.kinds, arrays)
+
+    def all_parts(self, kinds: Any, arrays: Any) -> list[Array]:
+        """The step's parts of operands."""
+        return [self._part(kind, a) for kind, a in zip(kinds, arrays, strict=True)]
 
     def _part(self, kind: Kind, array: Array) -> Array:
         return read(array, *self.place(kind, array))
@@ -186,10 +190,9 @@ class TileStep(NamedTuple):
             shown = shown & k.reshape((1, -1, 1, 1) if self.transposed else (1, 1, 1, -1))
         return shown
 
-    def scored(self, logits: Array, parts: Any) -> Array:
-        """The score of the step's logits, from the parts of its operands."""
-        assert self.config.score is not None
-        return self.config.score.scored(logits, self._as_tiles(self.config.score, parts))
+    def scored(self, residue: Residue, logits: Array, parts: Any) -> Array:
+        """A score or a column of the step's logits, from the parts of its operands."""
+        return residue.scored(logits, self._as_tiles(residue, parts))
 
     def dropout_factors(self, dtype: Any) -> Array:
         """What weights are multiplied by: 0, or 1 / (1 - rate)."""

@@ -15,6 +15,7 @@ a tile reads and evaluates, which operations Triton has), `kernels` (forward and
 
 from .backend import (
     LIMITS,
+    STATISTICS,
     WHY,
     footprint,
     interpreted,
@@ -25,6 +26,7 @@ from .backend import (
 
 __all__ = [
     "LIMITS",
+    "STATISTICS",
     "WHY",
     "footprint",
     "interpreted",

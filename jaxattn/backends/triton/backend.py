@@ -51,7 +51,7 @@ def interpreted() -> Iterator[None]:
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: platform, sizes, dtype, mask or score."""
-    unknown = gpu.unknown_sizes(call)
+    unknown = STATISTICS.missing(call) or gpu.unknown_sizes(call)
     if unknown is not None:
         return unknown
     if not _interpreted.get():
@@ -71,12 +71,12 @@ def refuse(call: Call) -> str | None:
     return gpu.unfit(call, _unfit)
 
 
-def _unfit(parts: Split[Any]) -> str | None:
+def _unfit(parts: Split[Any], learns: bool) -> str | None:
     from . import tiles
 
     if not parts.elementwise:
         return "; ".join(parts.reasons)
-    missing = tiles.unknown(parts.program, learns=parts.scores)
+    missing = tiles.unknown(parts.program, learns)
     return f"no kernel has {', '.join(missing)}" if missing else None
 
 
@@ -99,6 +99,16 @@ def run(
         chosen by the head dimension and the dtype.
     """
     return transforms.attend(*build(call, tile))
+
+
+def received(
+    call: Call, lse: Float[Array, "B T N"], weight: Float[Array, "B T N"]
+) -> Float[Array, "B S N"]:
+    """The sum over queries of a weight of each times the weights of attention."""
+    return transforms.received(*build(call), lse, weight)
+
+
+STATISTICS = base.Statistics(columns=True, received=received)
 
 
 def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inputs]:

@@ -5,6 +5,9 @@
     keys      a program for each tile of keys and key head         dv += p' do     dk += ds' q
     tables    a program for each tile of a score's table           dt += ds
 
+A column of statistics is one more number of each query beside the largest logit and the sum of
+weights. In the backward a mean is a value that depends on the pair: `dp = do v' + dc f`.
+
 Every program runs over its own list of active tiles (`flash/tile_lists.py`). Each number of a
 result is written by one program, without atomic operations: every run gives the same bits.
 Logits are kept in powers of 2.
@@ -23,13 +26,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...shapes import Array, Float
-from ..flash import tile_lists
-from ..flash.gpu import LOG2E, forward_results
+from ..flash import gpu, tile_lists
+from ..flash.gpu import LOG2E
 from ..flash.operands import (
     backward_rows,
     cropped_gradient,
     head_index,
-    learned,
     replaced,
     summed_gradient,
 )
@@ -41,22 +43,22 @@ from .tiles import KernelOptions, KernelSizes, KernelTile, Result
 
 
 def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, Array]:
-    """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
-    block = _blocks(options, x).forward
+    """Output `[B, T, K, G, Hv]` with the columns, and natural-log LSE `[B, T, K, G]`."""
+    block = _blocks(options, config, x).forward
     sizes = KernelSizes.chosen(x, block)
     given = tiles.given_to(config, sizes, x) | tile_lists.rows(_states(config, sizes, x))._asdict()
 
-    def kernel(refs: Any, out_ref: Any, lse_ref: Any) -> None:
+    def kernel(refs: Any, out_ref: Any, lse_ref: Any, *column_refs: Any) -> None:
         i, at = tiles.programs(sizes)
         first = KernelTile(config, sizes, refs, at, i, 0)
         q, scale = first.of_queries("q"), first.scale()
 
         def step(masked: bool, j: Any, carry: Any) -> Any:
-            acc, m, l = carry
+            acc, m, l, columns = carry
             tile = first._replace(j=j)
             k, v = tile.of_keys("k"), tile.of_keys("v")
             shown = tile.visible() if masked else None
-            s, _ = _exponents(tile, tiles.dot(config, q, k, 1, 1), scale, shown)
+            s, functions, _ = _exponents(tile, tiles.dot(config, q, k, 1, 1), scale, shown)
             if shown is not None:
                 s = jnp.where(shown, s, -jnp.inf)
             top = jnp.maximum(m, s.max(1))
@@ -64,32 +66,39 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
             level = jnp.where(top == -jnp.inf, 0.0, top)
             p, fade = jnp.exp2(s - level[:, None]), jnp.exp2(m - level)
             l = l * fade + p.sum(1)
+            columns = gpu.added(config, gpu.Weighed(shown, s, p, fade, m, top), functions, columns)
             if config.dropout:
                 p = tile.dropped(p)
-            return acc * fade[:, None] + tiles.dot(config, p.astype(v.dtype), v, 1, 0), top, l
+            acc = acc * fade[:, None] + tiles.dot(config, p.astype(v.dtype), v, 1, 0)
+            return acc, top, l, columns
 
         m = jnp.full((sizes.tq,), -jnp.inf, jnp.float32)
         l, acc = jnp.zeros_like(m), jnp.zeros((sizes.tq, sizes.Hvp), jnp.float32)
-        acc, m, l = tiles.over_list(refs, at, i, step, (acc, m, l), tiles.has_masks(config, sizes))
+        columns = [jnp.full_like(m, column.first) for column in config.columns]
+        acc, m, l, columns = tiles.over_list(
+            refs, at, i, step, (acc, m, l, columns), tiles.has_masks(config, sizes)
+        )
         seen = l != 0
         total = jnp.where(seen, l, 1.0)
         out = jnp.where(seen[:, None], acc / total[:, None], 0.0)
         out_ref[...] = out.astype(out_ref.dtype)
         lse_ref[...] = jnp.where(seen, m * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+        for ref, column in zip(column_refs, gpu.reduced(config, columns, total), strict=True):
+            ref[...] = column
 
-    results = [
-        Result((sizes.B, sizes.Tp, sizes.N, sizes.Hvp), x.query.dtype, *_rows_of(sizes, sizes.Hvp)),
-        Result((sizes.B, sizes.N, sizes.Tp), jnp.float32, *_line_of(sizes.tq)),
-    ]
+    shape = sizes.B, sizes.Tp, sizes.N, sizes.Hvp
+    line = Result((sizes.B, sizes.N, sizes.Tp), jnp.float32, *_line_of(sizes.tq))
+    results = [Result(shape, x.query.dtype, *_rows_of(sizes, sizes.Hvp)), line]
+    results += [line] * len(config.columns)
     grid = sizes.Tp // sizes.tq, sizes.N, sizes.B
-    out, lse = tiles.launch(kernel, "forward", options, block, grid, given, results)
-    return forward_results(sizes, out, lse)
+    out, lse, *found = tiles.launch(kernel, "forward", options, block, grid, given, results)
+    return gpu.forward_results(sizes, out, lse, found)
 
 
-def _blocks(options: KernelOptions, x: Inputs) -> tiles.Blocks:
+def _blocks(options: KernelOptions, config: Config, x: Inputs) -> tiles.Blocks:
     _, T, _, _, H = x.query.shape
     _, S, _, Hv = x.value.shape
-    return tiles.blocks_of(options, H, Hv, T, S, x.query.dtype)
+    return tiles.blocks_of(options, H, Hv, T, S, config.dtype)
 
 
 def _states(config: Config, sizes: KernelSizes, x: Inputs) -> Array:
@@ -106,29 +115,58 @@ def _line_of(tile: int) -> tuple[Any, Any]:
     return (None, None, tile), lambda i, n, b: (b, n, i)
 
 
+class Exponents(NamedTuple):
+    """Logits of a tile, and what follows from them.
+
+    Attributes:
+      logits: in powers of 2.
+      functions: the values of the functions of columns; in the backward, of those that are means.
+      pull: from cotangents of logits in powers of e, and of these functions, to those of scaled
+        products and of the operands that learn, all as large as the tile. In the forward it leads
+        nowhere.
+    """
+
+    logits: Array
+    functions: list[Array]
+    pull: Callable[[tuple[Array, list[Array]]], tuple[Array, list[Array]]]
+
+
 def _exponents(
     tile: KernelTile, s: Array, scale: Any, shown: Array | None, which: Sequence[int] | None = None
-) -> tuple[Array, Callable[[Array], tuple[Array, list[Array]]]]:
-    """Logits of a tile from products, in powers of 2, and the way back.
+) -> Exponents:
+    """Logits of a tile from products; in the backward, the operands `which` learn."""
+    config = tile.config
 
-    The way back goes from cotangents of logits in powers of e to those of scaled products, and of
-    the operands `which` of the score, all as large as the tile. For `None` it leads nowhere.
-    """
-    score = tile.config.score
-    if score is None:
-        return s * (scale * LOG2E), lambda ds: (ds, [])
+    def nowhere(given: tuple[Array, list[Array]]) -> tuple[Array, list[Array]]:
+        return given[0], []
+
+    if not config.residues:
+        return Exponents(s * (scale * LOG2E), [], nowhere)
+
+    def inside(logits: Array) -> Array:
+        return logits if shown is None else jnp.where(shown, logits, 0.0)
+
     logits = s * scale
-    if shown is not None:
-        logits = jnp.where(shown, logits, 0.0)
-    parts = tile.parts(score.kinds, "score")
+    if config.score is not None:
+        logits = inside(logits)
+    parts = tile.parts(config.kinds, "score")
 
-    def scored(logits: Array, some: list[Array]) -> Array:
-        return score.scored(logits, replaced(parts, which or (), some))
+    def scored(logits: Array, some: list[Array]) -> tuple[Array, list[Array]]:
+        of_score, of_columns = config.split(replaced(parts, which or (), some))
+        if config.score is not None:
+            logits = config.score.scored(logits, of_score)
+        return logits, [
+            column.residue.scored(inside(logits), own)
+            for column, own in zip(config.columns, of_columns, strict=True)
+            if column.mean or which is None
+        ]
 
     if which is None:
-        return scored(logits, []) * LOG2E, lambda ds: (ds, [])
-    found, pull = jax.vjp(scored, logits, [jnp.broadcast_to(parts[n], s.shape) for n in which])
-    return found * LOG2E, pull
+        found, functions = scored(logits, [])
+        return Exponents(found * LOG2E, functions, nowhere)
+    learned = [jnp.broadcast_to(parts[n], s.shape) for n in which]
+    (found, functions), pull = jax.vjp(scored, logits, learned)
+    return Exponents(found * LOG2E, functions, pull)
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -140,14 +178,16 @@ def _backward(
 ) -> Gradients:  # fmt: skip
     """Cotangents of the inputs; see `Engine`."""
     lse, delta = backward_rows(out, lse, d_out, d_lse)
-    given = tiles.Cotangents(d_out.astype(x.query.dtype), lse * LOG2E, delta)
+    Hv = x.value.shape[-1]
+    columns = gpu.cotangents_of_means(config, Hv, d_out)
+    d_out = lax.slice_in_dim(d_out, 0, Hv, axis=4) if config.columns else d_out
+    given = tiles.Cotangents(d_out.astype(config.dtype), lse * LOG2E, delta, columns)
     score: list[Array | None] = [None] * len(x.score)
-    kinds = () if config.score is None else config.score.kinds
 
     def of(*wanted: str) -> list[int]:
-        return [n for n in learned(config.score) if kinds[n] in wanted]
+        return [n for n in config.learned if config.kinds[n] in wanted]
 
-    blocks = _blocks(options, x)
+    blocks = _blocks(options, config, x)
     query, scale, found = _d_queries(options, config, blocks.queries, x, given, of("row", "head"))
     key, value, more = _d_keys(options, config, blocks.keys, x, given, of("column"))
     for n, part in (found | more).items():
@@ -164,11 +204,16 @@ class QueryTile(NamedTuple):
     do: Array
     lse: Array
     delta: Array
+    columns: list[Array]
 
 
 def _query_tile(tile: KernelTile) -> QueryTile:
     return QueryTile(
-        tile.of_queries("q"), tile.of_queries("do"), tile.line("lse"), tile.line("delta")
+        tile.of_queries("q"),
+        tile.of_queries("do"),
+        tile.line(tile.refs["lse"]),
+        tile.line(tile.refs["delta"]),
+        [tile.line(ref) for ref in tile.refs["columns"]],
     )
 
 
@@ -178,7 +223,7 @@ class Slopes(NamedTuple):
     Attributes:
       weights: after dropout.
       products: cotangents of scaled products.
-      operands: cotangents of the score's operands, as large as the tile.
+      operands: cotangents of the operands that learn, as large as the tile.
     """
 
     weights: Array
@@ -195,7 +240,10 @@ def _slopes(
     masked: bool,
     which: Sequence[int] = (),
 ) -> Slopes:
-    """Recomputes the weights of a tile, and differentiates; `which` operands of the score learn."""
+    """Recomputes the weights of a tile, and differentiates; the operands `which` learn.
+
+    A column that is a mean is a value that depends on the pair.
+    """
     config, sizes = tile.config, tile.sizes
 
     def product(of_queries: Array, of_keys: Array) -> Array:
@@ -203,7 +251,7 @@ def _slopes(
         return tiles.dot(config, *pair, 1, 1)
 
     shown = tile.visible() if masked else None
-    s, pull = _exponents(tile, product(rows.q, k), scale, shown, which)
+    s, functions, pull = _exponents(tile, product(rows.q, k), scale, shown, which)
     s = s - sizes.of_queries(rows.lse)
     if shown is not None:
         # Before the exponential, not after: a masked logit may be too large for it.
@@ -213,11 +261,14 @@ def _slopes(
     kept = p
     if config.dropout:
         kept, dp = tile.dropped(p), tile.dropped(dp)
+    d_columns = [sizes.of_queries(column) for column in rows.columns]
+    for column, function in zip(d_columns, functions, strict=True):
+        dp = dp + column * jnp.where(p == 0, 0.0, function)
     ds = p * (dp - sizes.of_queries(rows.delta))
     if shown is not None:
         ds = jnp.where(shown, ds, 0.0)
-    ds, parts = pull(ds)
-    if shown is not None and config.score is not None:
+    ds, parts = pull((ds, [p * column for column in d_columns]))
+    if shown is not None and config.residues:
         ds = jnp.where(shown, ds, 0.0)
     return Slopes(kept, ds, [part.astype(jnp.float32) for part in parts])
 
@@ -230,11 +281,10 @@ def _d_queries(
     cotangents: tiles.Cotangents,
     which: list[int],
 ) -> tuple[Array, Array, dict[int, Array]]:
-    """Gradients of the queries, of the scale `[B]`, and of rows and heads of the score."""
+    """Gradients of the queries, of the scale `[B]`, and of operands that are rows and heads."""
     sizes = KernelSizes.chosen(x, block)
     lists = tile_lists.rows(_states(config, sizes, x))
     given = tiles.given_to(config, sizes, x) | cotangents.given(sizes) | lists._asdict()
-    kinds = [config.score.kinds[n] for n in which] if config.score is not None else []
 
     def kernel(refs: Any, dq_ref: Any, dc_ref: Any, *part_refs: Any) -> None:
         i, at = tiles.programs(sizes)
@@ -263,9 +313,9 @@ def _d_queries(
     grid = sizes.Tp // sizes.tq, sizes.N, sizes.B
     dq, dc, *sums = tiles.launch(kernel, "queries", options, block, grid, given, results)
     parts = {}
-    for n, kind, total in zip(which, kinds, sums, strict=True):
+    for n, total in zip(which, sums, strict=True):
         total = total[..., : sizes.T].reshape(sizes.B, sizes.K, sizes.G, sizes.T)
-        parts[n] = total.sum(-1) if kind == "head" else total
+        parts[n] = total.sum(-1) if config.kinds[n] == "head" else total
     dq = dq[:, : sizes.T, :, : sizes.H].reshape(x.query.shape)
     return dq, dc.sum((1, 2)), parts
 
@@ -315,8 +365,8 @@ def _d_keys(
 
     B, K, G, Sp, tk = sizes.B, sizes.K, sizes.G, sizes.Sp, sizes.tk
     results = [
-        Result((B, Sp, K, wide), x.key.dtype, (None, tk, None, wide), lambda j, k, b: (b, j, k, 0))
-        for wide in (sizes.Hp, sizes.Hvp)
+        Result((B, Sp, K, wide), like.dtype, (None, tk, None, wide), lambda j, k, b: (b, j, k, 0))
+        for wide, like in ((sizes.Hp, x.key), (sizes.Hvp, x.value))
     ]
     part = Result((B, K, G, Sp), jnp.float32, (None, None, G, tk), lambda j, k, b: (b, k, 0, j))
     results += [part] * len(which)
@@ -335,7 +385,7 @@ def _d_table(
     n: int,
     groups: int,
 ) -> Array:
-    """The gradient of an operand of the score that has a number for each pair, or each distance.
+    """The gradient of an operand that has a number for each pair, or each distance.
 
     A program owns a tile of the table, or all tiles along one diagonal, and sums over the batch
     rows, heads and tiles that share it: another order would need memory for a table of each head.
@@ -343,8 +393,7 @@ def _d_table(
     sizes = KernelSizes.chosen(x, block)
     states = _states(config, sizes, x).astype(jnp.int32)
     given = tiles.given_to(config, sizes, x) | cotangents.given(sizes) | {"states": states}
-    assert config.score is not None
-    operand, kind = x.score[n], config.score.kinds[n]
+    operand, kind = x.score[n], config.kinds[n]
     diagonal, masked = kind == "diagonal", tiles.has_masks(config, sizes)
     nq, nk = sizes.Tp // sizes.tq, sizes.Sp // sizes.tk
     # Of distances each head has its own, so that there are enough programs.

@@ -22,7 +22,7 @@ from ...tracing.split import along
 from .. import base
 from ..flash.operands import head_index, padded, padded_operand
 from ..flash.tile_sizes import TileSizes
-from ..problem import DROPOUT, Config, Inputs, Residue
+from ..problem import DROPOUT, Config, Inputs
 
 # --- sizes ----------------------------------------------------------------------------------------
 
@@ -168,16 +168,14 @@ def given_to(config: Config, sizes: KernelSizes, x: Inputs) -> dict[str, Any]:
             for kind, array in zip(kinds, arrays, strict=True)
         )
 
-    def of(residue: Residue | None, arrays: Sequence[Array]) -> tuple[Array, ...]:
-        return operands(() if residue is None else residue.kinds, arrays)
-
+    query, key, value = (array.astype(config.dtype) for array in (x.query, x.key, x.value))
     return {
-        "q": padded(x.query, {1: sizes.Tp, 4: sizes.Hp}),
-        "k": padded(x.key, {1: sizes.Sp, 3: sizes.Hp}),
-        "v": padded(x.value, {1: sizes.Sp, 3: sizes.Hvp}),
+        "q": padded(query, {1: sizes.Tp, 4: sizes.Hp}),
+        "k": padded(key, {1: sizes.Sp, 3: sizes.Hp}),
+        "v": padded(value, {1: sizes.Sp, 3: sizes.Hvp}),
         "scale": x.scale,
-        "mask": of(config.mask, x.mask),
-        "score": of(config.score, x.score),
+        "mask": () if config.mask is None else operands(config.mask.kinds, x.mask),
+        "score": operands(config.kinds, x.score),
         "dropout": operands(DROPOUT if x.dropout else (), x.dropout),
     }
 
@@ -188,13 +186,15 @@ class Cotangents(NamedTuple):
     d_out: Array  # [B, T, K, G, Hv]
     lse: Array  # [B, K, G, T], in powers of 2
     delta: Array  # [B, K, G, T]
+    columns: list[Array]  # of those that are means, [B, K, G, T]
 
-    def given(self, sizes: KernelSizes) -> dict[str, Array]:
+    def given(self, sizes: KernelSizes) -> dict[str, Any]:
         """The arrays for whole tiles; queries beyond the end take no part."""
         return {
             "do": padded(self.d_out, {1: sizes.Tp, 4: sizes.Hvp}),
             "lse": padded(self.lse, {3: sizes.Tp}, math.inf),
             "delta": padded(self.delta, {3: sizes.Tp}),
+            "columns": [padded(column, {3: sizes.Tp}) for column in self.columns],
         }
 
 
@@ -241,9 +241,10 @@ class KernelTile(NamedTuple):
         """The tile's rows of an array `[B, Sp, K, width]`."""
         return self.refs[name][self.at.b, self.keys, self.at.k, :]
 
-    def line(self, name: str) -> Array:
+    def line(self, ref: Any) -> Array:
         """The numbers of the tile's queries in an array `[B, K, G, Tp]`."""
-        return self.refs[name][self.at.b, self.at.k, self.at.g, self.queries]
+        found: Array = ref[self.at.b, self.at.k, self.at.g, self.queries]
+        return found
 
     def scale(self) -> Any:
         """The scale of the logits."""
