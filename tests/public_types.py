@@ -36,6 +36,7 @@ def of_modules(
 ) -> None:
     assert_type(one(x, mask=ja.masks.causal()), jax.Array)
     assert_type(one(x, cache=cache), tuple[jax.Array, ja.KVCache])
+    assert_type(one(x, stats={"top": ja.stats.max()}), jax.Array)
     assert_type(other(x, mask=ja.masks.causal()), jax.Array)
     assert_type(other(x, cache=cache), tuple[jax.Array, ja.KVCache])
 

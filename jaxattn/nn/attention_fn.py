@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from .. import masks, scores
@@ -18,10 +19,16 @@ from ..masks.positions import Positions
 from ..scores import as_score
 from ..shapes import Array
 from .functional import both
+from .sowing import collects, sow
 
 
 def attention_fn(
-    mask: Any = None, score: Any = None, *, backend: str = "auto", decode: bool | None = None
+    mask: Any = None,
+    score: Any = None,
+    *,
+    stats: Any = None,
+    backend: str = "auto",
+    decode: bool | None = None,
 ) -> Callable[..., Array]:
     """The `attention_fn` of Flax's `MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
 
@@ -30,6 +37,8 @@ def attention_fn(
         the call, which is a `Mask`, or Flax's array: `[batch..., N|1, T|1, S|1]`, boolean or
         float32 of 0 and 1.
       score: what changes the logits, as in `jaxattn.attention`.
+      stats: statistics of the weights (`jaxattn.stats`), in any pytree. A call with `sow_weights`
+        then sows their values as "attention_stats" where they are collected, and no weights.
       backend: as in `jaxattn.attention`.
       decode: whether the module decodes from Flax's cache, one token at a time. The query's
         position is then that of the last key that Flax's mask shows. It has to be given if there
@@ -46,7 +55,7 @@ def attention_fn(
     | weights and output of 16 bits | float32 if `force_fp32_for_softmax` | the same |
     | float32 products on GPU and TPU | the platform's default precision | true float32 |
     | dropout | bits of `jax.random` | bits of a hash of positions; `broadcast_dropout` as there |
-    | `sow_weights` | after the softmax | the same, by the dense backend |
+    | `sow_weights` | after the softmax | the same, by the dense backend; or `stats` |
     | einsums of the module's choice | used | refused |
 
     Example:
@@ -147,20 +156,28 @@ def attention_fn(
         }
         off = deterministic or dropout_rate == 0
         rate, seed = (0.0, None) if off else (dropout_rate, dropout_rng)
-        call = checked_call(query, key, value, dropout_rate=rate, dropout_seed=seed, **options)
+        sows = module is not None and stats is not None
+        asked = stats if sows and collects(module) else None
+        call = checked_call(
+            query, key, value, dropout_rate=rate, dropout_seed=seed, stats=asked, **options
+        )
         if call.dropout is not None:
             dropout = dataclasses.replace(call.dropout, shared=broadcast_dropout)
             call = dataclasses.replace(call, dropout=dropout)
-        if module is not None:
+        weigh = module is not None and stats is None
+        if weigh:
             if backend not in ("auto", "dense"):
                 raise ValueError(
                     f"attention_fn(backend): got {backend!r} with sow_weights, expected 'dense' or "
                     "'auto': only the dense backend computes all weights"
                 )
             weights = attention_weights(query, key, **options).astype(query.dtype)
-            _sow(module, weights.reshape(*lead, N, T, S))
-        (out,) = dispatch(call, "dense" if module is not None else backend, with_lse=False)
-        return out.reshape(*lead, *out.shape[1:])
+            sow(module, "attention_weights", weights.reshape(*lead, N, T, S))
+        results = dispatch(call, "dense" if weigh else backend, with_lse=False)
+        out, *seen = jax.tree.map(lambda each: each.reshape(*lead, *each.shape[1:]), results)
+        if seen:
+            sow(module, "attention_stats", *seen)
+        return out
 
     return attend
 
@@ -192,10 +209,3 @@ def _rank_4(name: str, array: Any, lead: tuple[int, ...], N: int, T: int, S: int
         batch = lead
     values = jnp.broadcast_to(values.reshape(shape), (*batch, *rest))
     return values.reshape(math.prod(batch), *rest)
-
-
-def _sow(module: Any, weights: Array) -> None:
-    from .flax_packages import linen, nnx
-
-    where = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
-    module.sow(where, "attention_weights", weights)

@@ -13,8 +13,10 @@ from ..caches.cache import Cache, over
 from ..caches.kv_cache import KVCache
 from ..masks.mask import Mask, as_mask
 from ..masks.positions import Positions
+from ..pytrees import ByStructure, pytree
 from ..scores import Score
 from ..shapes import Array, Float, Int
+from ..stats import statistics
 
 C = TypeVar("C", bound=Cache)
 
@@ -24,6 +26,7 @@ class AttentionOptions(TypedDict, total=False):
 
     mask: Any
     score: Any
+    stats: Any
     positions: Any
     rope_positions: Array | None
     counts: Array | None
@@ -59,23 +62,36 @@ def sizes(
     return kv_heads, features // num_heads if head_dim is None else head_dim
 
 
+@pytree
+class Asked(ByStructure):
+    """Statistics as an attribute of a module, where a dictionary or a list would have no hash."""
+
+    stats: Any
+
+    def __repr__(self) -> str:
+        return repr(self.stats)
+
+
+def asked(stats: Any) -> Any:
+    """Statistics, or a function that makes them, as an attribute."""
+    return stats if stats is None or callable(stats) or isinstance(stats, Asked) else Asked(stats)
+
+
 def made(module: str, name: str, attribute: Any) -> Any:
-    """The mask or score of a module's attribute: the attribute itself, or what its factory makes.
+    """What a module's attribute says: the mask, score or statistics, or what their factory makes.
 
     Raises:
       ValueError: for one with arrays: in a module they would be constants of the program.
     """
-    if attribute is None:
-        return None
-    if isinstance(attribute, (Mask, Score)):
-        if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(attribute)):
-            raise ValueError(
-                f"{module}({name}): got {attribute!r}, which holds arrays; expected one without, "
-                f"or a function that makes it; the call takes it as {name}=, where its arrays are "
-                "arguments of the program"
-            )
-        return attribute
-    return attribute()
+    if callable(attribute) and not isinstance(attribute, (Mask, Score)):
+        return attribute()
+    if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(attribute)):
+        raise ValueError(
+            f"{module}({name}): got {attribute!r}, which holds arrays; expected one without, "
+            f"or a function that makes it; the call takes it as {name}=, where its arrays are "
+            "arguments of the program"
+        )
+    return attribute.stats if isinstance(attribute, Asked) else attribute
 
 
 def check_norm(norm: str) -> None:
@@ -168,7 +184,9 @@ def attend(
     rope: Callable[[Array, Array], Array] | None = None,
     rope_positions: Int[Array, "*Bp T"] | None = None,
     positions: Positions | None = None,
-    sow: Callable[[Array], Any] | None = None,
+    sow: Callable[[str, Any], Any],
+    sow_weights: bool = False,
+    stats: Any = None,
     **options: Any,
 ) -> tuple[Array, Cache | None]:
     """Rotary embeddings, the cache, and attention, in that order.
@@ -177,7 +195,8 @@ def attend(
       query, key, value: projected; key and value are None if there is a memory.
       memory: a cache to attend to, to which nothing is appended.
       cache: a cache to which key and value are appended.
-      sow: a function to which the weights are given.
+      sow: a function that is given "attention_weights" with the weights, if `sow_weights`, and
+        "attention_stats" with the values of the statistics, if there are any.
       **options: those of `attention`.
 
     Returns:
@@ -222,33 +241,36 @@ def attend(
         if key is not None:
             of_keys = q_at if cache is not None else _counted(given.k, key.shape[-3])
             key = rope(key, of_keys if rope_positions is None else turn_q)
+    watched = bool(statistics(stats))
+    if watched:
+        options["stats"] = stats
     if cache is None and memory is None:
         assert key is not None
         assert value is not None
-        if sow is not None:
-            sow(attention_weights(query, key, positions=given, **_seen(options)))
-        return attention(query, key, value, positions=given, **options), None
-    # Without a named backend, the cache takes the one made for few queries.
-    asked = {n: o for n, o in options.items() if (n, o) != ("backend", "auto")}
-    q_at = jnp.broadcast_to(q_at, query.shape[:2])
-    if memory is not None:
-        out, source = over(memory, query, q_at, **asked), memory
+        keys, at = key, given
+        out: Any = attention(query, key, value, positions=at, **options)
     else:
-        assert cache is not None
-        assert key is not None
-        assert value is not None
-        out, cache = cache.step(query, key, value, counts, **asked)
-        source = cache
-    if sow is not None:
-        seen = _seen(options) | {"mask": both(options["mask"], source.mask)}
-        at = Positions(q=q_at, k=source.positions)
-        sow(attention_weights(query, source.read()[0], positions=at, **seen))
+        # Without a named backend, the cache takes the one made for few queries.
+        asked = {n: o for n, o in options.items() if (n, o) != ("backend", "auto")}
+        q_at = jnp.broadcast_to(q_at, query.shape[:2])
+        if memory is not None:
+            out, source = over(memory, query, q_at, **asked), memory
+        else:
+            assert cache is not None
+            assert key is not None
+            assert value is not None
+            out, cache = cache.step(query, key, value, counts, **asked)
+            source = cache
+        if sow_weights:
+            options |= {"mask": both(options["mask"], source.mask)}
+            keys, at = source.read()[0], Positions(q=q_at, k=source.positions)
+    if watched:
+        out, seen = out
+        sow("attention_stats", seen)
+    if sow_weights:
+        of = {name: options[name] for name in ("mask", "score", "sinks", "precision")}
+        sow("attention_weights", attention_weights(query, keys, positions=at, **of))
     return out, cache
-
-
-def _seen(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the weights depend on."""
-    return {name: options[name] for name in ("mask", "score", "sinks", "precision")}
 
 
 def _counted(positions: Any, length: int) -> Int[Array, "..."]:

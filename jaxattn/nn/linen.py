@@ -17,6 +17,7 @@ from .attention_fn import attention_fn
 from .flax_packages import linen as nn
 from .functional import C
 from .rope import RoPE
+from .sowing import collects, sow
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 
@@ -38,6 +39,10 @@ class MultiHeadAttention(nn.Module):
       mask: a mask without arrays, or a factory `() -> mask`, used in every call, with `&` the
         mask of the call.
       score: a score without arrays, or a factory `() -> score`, used in calls that give none.
+      stats: statistics of the attention weights (`jaxattn.stats`), in any pytree, without arrays,
+        or a factory `() -> statistics`; used in calls that give none. Each call adds their values
+        to "attention_stats" in the collection "intermediates". They are computed only
+        where they are collected: by `apply(..., mutable=["intermediates"])`.
       rope: turns queries and keys by their positions: a `RoPE`, or any function of
         `[B, T, N, H]` and positions `[T]` or `[B, T]`.
       sinks: whether each head learns a logit that takes weight and has no value.
@@ -79,6 +84,11 @@ class MultiHeadAttention(nn.Module):
     out_bias_init: Any = None
     sharding: tuple[str | None, str | None, str | None] | None = None
     backend: str = "auto"
+    stats: Any = None
+
+    def __post_init__(self) -> None:
+        self.stats = functional.asked(self.stats)
+        super().__post_init__()
 
     @overload
     def __call__(
@@ -107,6 +117,7 @@ class MultiHeadAttention(nn.Module):
         *,
         mask: Any = None,
         score: Any = None,
+        stats: Any = None,
         positions: Any = None,
         rope_positions: Int[Array, "*Bp T"] | None = None,
         cache: Cache | None = None,
@@ -124,6 +135,7 @@ class MultiHeadAttention(nn.Module):
             about positions in the whole sequence, so an array of padding has to be as long as the
             cache; with `counts` no mask of the padding is needed.
           score: what changes the logits, as in `jaxattn.attention`.
+          stats: statistics of the weights; they may hold arrays. See the attribute.
           positions: the positions in masks, scores and `rope`, as in `jaxattn.attention`.
           rope_positions: other positions of queries and keys for `rope` alone: positions within
             packed documents, depths in a tree of drafts.
@@ -145,6 +157,7 @@ class MultiHeadAttention(nn.Module):
             inputs_kv,
             mask=mask,
             score=score,
+            stats=stats,
             positions=positions,
             rope_positions=rope_positions,
             cache=cache,
@@ -207,7 +220,7 @@ class MultiHeadAttention(nn.Module):
             return functional.remembered(key, value, self.rope)
         query = projected("query", self.num_heads, inputs_q)
 
-        deterministic, sow_weights = call.pop("deterministic"), call.pop("sow_weights")
+        deterministic = call.pop("deterministic")
         rate, seed = 0.0, None
         if self.dropout_rate > 0:
             is_off = nn.merge_param("deterministic", self.deterministic, deterministic)
@@ -219,7 +232,9 @@ class MultiHeadAttention(nn.Module):
             sinks = self.param("sinks", init, (self.num_heads,), self.param_dtype)
         own_mask = functional.made("MultiHeadAttention", "mask", self.mask)
         own_score = functional.made("MultiHeadAttention", "score", self.score)
-        mask, score = call.pop("mask"), call.pop("score")
+        mask, score, stats = call.pop("mask"), call.pop("score"), call.pop("stats")
+        if stats is None:
+            stats = functional.made("MultiHeadAttention", "stats", self.stats)
         out, cache = functional.attend(
             query,
             key,
@@ -233,7 +248,8 @@ class MultiHeadAttention(nn.Module):
             dropout_seed=seed,
             precision=self.precision,
             backend=self.backend,
-            sow=partial(self.sow, "intermediates", "attention_weights") if sow_weights else None,
+            sow=partial(sow, self),
+            stats=stats if collects(self) else None,
             **call,
         )
         out = nn.DenseGeneral(
@@ -317,6 +333,7 @@ class TransformerBlock(nn.Module):
         *,
         mask: Any = None,
         score: Any = None,
+        stats: Any = None,
         positions: Any = None,
         rope_positions: Int[Array, "*Bp T"] | None = None,
         cache: Cache | None = None,
@@ -330,7 +347,7 @@ class TransformerBlock(nn.Module):
 
         Args:
           x: `[B, T, features]` or `[T, features]`.
-          mask, score, positions, rope_positions, cache, counts: of self-attention, as in
+          mask, score, stats, positions, rope_positions, cache, counts: of self-attention, as in
             `MultiHeadAttention`.
           memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
@@ -340,8 +357,8 @@ class TransformerBlock(nn.Module):
         """
         deterministic = self.deterministic if deterministic is None else deterministic
         both = {"deterministic": deterministic, "sow_weights": sow_weights}
-        own = {"mask": mask, "score": score, "positions": positions, "cache": cache}
-        own |= {"rope_positions": rope_positions, "counts": counts, **both}
+        own = {"mask": mask, "score": score, "stats": stats, "positions": positions}
+        own |= {"rope_positions": rope_positions, "cache": cache, "counts": counts, **both}
         return self._all(x, memory, own, {"mask": memory_mask, **both})
 
     def remember(self, memory: Float[Array, "B S memory_features"]) -> KVCache:

@@ -16,6 +16,7 @@ from .attention_fn import attention_fn
 from .flax_packages import nnx
 from .functional import C
 from .rope import RoPE
+from .sowing import collects, sow
 
 __all__ = ["MultiHeadAttention", "RoPE", "TransformerBlock", "attention_fn"]
 
@@ -46,6 +47,10 @@ class MultiHeadAttention(nnx.Module):
       mask: a mask without arrays, or a factory `() -> mask`, used in every call, with `&` the
         mask of the call.
       score: a score without arrays, or a factory `() -> score`, used in calls that give none.
+      stats: statistics of the attention weights (`jaxattn.stats`), in any pytree, without arrays,
+        or a factory `() -> statistics`; used in calls that give none. Each call adds their values
+        to the `nnx.Intermediate` "attention_stats". They are computed only
+        where they are collected: by `nnx.capture(..., nnx.Intermediate)`.
       rope: turns queries and keys by their positions: a `RoPE`, or any function of
         `[B, T, N, H]` and positions `[T]` or `[B, T]`.
       sinks: whether each head learns a logit that takes weight and has no value.
@@ -79,6 +84,7 @@ class MultiHeadAttention(nnx.Module):
         out_features: int | None = None,
         mask: Any = None,
         score: Any = None,
+        stats: Any = None,
         rope: Callable[[Array, Array], Array] | None = None,
         sinks: bool = False,
         normalize_qk: bool = False,
@@ -102,7 +108,9 @@ class MultiHeadAttention(nnx.Module):
         # Once here, so that a mask with arrays is refused where it is given.
         functional.made("MultiHeadAttention", "mask", mask)
         functional.made("MultiHeadAttention", "score", score)
+        functional.made("MultiHeadAttention", "stats", functional.asked(stats))
         self.mask, self.score, self.rope = mask, score, rope
+        self.stats = functional.asked(stats)
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.normalize_qk = normalize_qk
         self.precision, self.backend = precision, backend
@@ -178,6 +186,7 @@ class MultiHeadAttention(nnx.Module):
         *,
         mask: Any = None,
         score: Any = None,
+        stats: Any = None,
         positions: Any = None,
         rope_positions: Int[Array, "*Bp T"] | None = None,
         cache: Cache | None = None,
@@ -196,6 +205,7 @@ class MultiHeadAttention(nnx.Module):
             about positions in the whole sequence, so an array of padding has to be as long as the
             cache; with `counts` no mask of the padding is needed.
           score: what changes the logits, as in `jaxattn.attention`.
+          stats: statistics of the weights; they may hold arrays. See those of the module.
           positions: the positions in masks, scores and `rope`, as in `jaxattn.attention`.
           rope_positions: other positions of queries and keys for `rope` alone: positions within
             packed documents, depths in a tree of drafts.
@@ -234,6 +244,8 @@ class MultiHeadAttention(nnx.Module):
             rate, seed = (0.0, None) if off else (self.dropout_rate, stream())
         own_score = functional.made("MultiHeadAttention", "score", self.score)
         own_mask = functional.made("MultiHeadAttention", "mask", self.mask)
+        own_stats = functional.made("MultiHeadAttention", "stats", self.stats)
+        asked = own_stats if stats is None else stats
         out, cache = functional.attend(
             query,
             key,
@@ -251,7 +263,9 @@ class MultiHeadAttention(nnx.Module):
             dropout_seed=seed,
             precision=self.precision,
             backend=self.backend,
-            sow=partial(self.sow, nnx.Intermediate, "attention_weights") if sow_weights else None,
+            sow=partial(sow, self),
+            sow_weights=sow_weights,
+            stats=asked if collects(self) else None,
         )
         out = self.out(out)
         return out if cache is None else (out, cache)
@@ -373,6 +387,7 @@ class TransformerBlock(nnx.Module):
         *,
         mask: Any = None,
         score: Any = None,
+        stats: Any = None,
         positions: Any = None,
         rope_positions: Int[Array, "*Bp T"] | None = None,
         cache: Cache | None = None,
@@ -386,7 +401,7 @@ class TransformerBlock(nnx.Module):
 
         Args:
           x: `[B, T, features]` or `[T, features]`.
-          mask, score, positions, rope_positions, cache, counts: of self-attention, as in
+          mask, score, stats, positions, rope_positions, cache, counts: of self-attention, as in
             `MultiHeadAttention`.
           memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
@@ -419,6 +434,7 @@ class TransformerBlock(nnx.Module):
                 x,
                 mask=mask,
                 score=score,
+                stats=stats,
                 positions=positions,
                 rope_positions=rope_positions,
                 cache=cache,
