@@ -369,7 +369,7 @@ def _advance_drafted(
         left = jnp.where(stopped, 0, state.left - number)
         # Where the limit cuts the path, the rest of it goes too.
         kept = live * jnp.minimum(1 + accepted, number + stopped)
-        caches = tuple(c.keep(begin, begin[:, None] + path, kept) for c in caches)
+        caches = tuple(c.accept(begin, begin[:, None] + path, kept) for c in caches)
         token = jnp.take_along_axis(new, accepted[:, None], 1)[:, 0]
 
         def written(to: Int[Array, "B L"], start: Int[Array, "B"]) -> Int[Array, "B L"]:

@@ -301,11 +301,11 @@ def test_accepted_drafts_are_kept(kind: str, stored: Any) -> None:
     start, draft = cache.length, slice(6, 11)
     paths, counts = jnp.asarray([[0, 1, 3], [1, 2, 3]]), jnp.asarray([3, 2])
     full = cache.append(key[:, draft], value[:, draft])
-    kept = jax.jit(lambda c, at: c.keep(start, at, counts))(full, start[:, None] + paths)
+    kept = jax.jit(lambda c, at: c.accept(start, at, counts))(full, start[:, None] + paths)
     index = paths[..., None, None] + draft.start
     alone = cache.append(*(jnp.take_along_axis(x, index, axis=1) for x in (key, value)), counts)
     np.testing.assert_array_equal(kept.length, alone.length)
-    np.testing.assert_array_equal(full.keep(start, start[:, None] + paths).length, start + 3)
+    np.testing.assert_array_equal(full.accept(start, start[:, None] + paths).length, start + 3)
     assert not kept.overflowed.any()
     # A ring may have lost what lies more than its window before the drafts.
     at = jnp.clip(jnp.arange(L)[None], start[:, None] - 2, alone.length[:, None] - 1)
@@ -404,7 +404,7 @@ def test_what_no_place_holds_is_not_felt() -> None:
         (lambda: ja.KVCache.rolling(1, -1, 1, 1), r"rolling\(window=\): got -1"),
         (lambda: ja.KVCache.rolling(1, 2, 1, 1, chunk=0), r"rolling\(chunk=\): got 0"),
         (lambda: ja.KVCache.rolling(1, 2, 1, 1, first=-1), r"rolling\(first=\): got -1"),
-        (lambda: contiguous().keep(0, jnp.zeros((1, 2), jnp.int32)), r"keep\(positions\): got shape \[1, 2\], expected \[2, M\]"),
+        (lambda: contiguous().accept(0, jnp.zeros((1, 2), jnp.int32)), r"accept\(positions\): got shape \[1, 2\], expected \[2, M\]"),
         (lambda: ja.PagedKVCache.create(1, 1, 2.0, 1, 1), r"create\(page=\): got 2.0"),
         (lambda: ja.KVCache.create(1, 1, 1, 1, stored=jnp.int16), "stored=int16, expected a float"),
         (lambda: contiguous().append(jnp.ones((B, 1, K, 3)), jnp.ones((B, 1, K, H))), r"append\(key\): got shape"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from ..masks.positions import Filled, over_grid
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayLike, Bool, Float, Int
 from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
+
+Own = TypeVar("Own", bound="KVCache")
 
 
 @pytree
@@ -46,26 +48,26 @@ class KVCache(Cache):
       KVCache(batch=1, capacity=16, heads=2, head_dim=8, dtype=float32, length=[3])
 
     Attributes:
+      places: int32 `[B, S]`: the position of the token in each place, -1 if there is none. In a
+        ring, a token that was taken back stays until its place is needed, and so does the gap that
+        it left; `mask` shows neither.
       window: how far back a query of a ring sees; `None` if the cache is no ring.
       first: how many of the first tokens of each row a ring keeps for good.
-      places: int32 `[B, S]`, of a ring: the position of the token last stored in each place, -1 if
-        there was none. A token that was taken back stays until its place is needed, and so does the
-        gap that it left; `mask` shows neither.
     """
 
     key: tuple[Array, ...]
     value: tuple[Array, ...]
     length: Int[Array, "B"]
     overflowed: Bool[Array, "B"]
+    places: Int[Array, "B S"]
     dtype: Any = static()
     window: int | None = static(default=None)
-    places: Int[Array, "B S"] | None = None
     first: int = static(default=0)
     heads_first: ClassVar[bool] = True
 
     @classmethod
     def create(
-        cls,
+        cls: type[Own],
         batch: int,
         capacity: int,
         heads: int,
@@ -74,7 +76,7 @@ class KVCache(Cache):
         value_dim: int | None = None,
         dtype: Any = jnp.float32,
         stored: Any = None,
-    ) -> KVCache:
+    ) -> Own:
         """An empty cache.
 
         Args:
@@ -96,12 +98,13 @@ class KVCache(Cache):
             empty((batch, heads, capacity, value_dim or head_dim), hold),
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
+            jnp.full((batch, capacity), -1, jnp.int32),
             jnp.dtype(dtype),
         )
 
     @classmethod
     def rolling(
-        cls,
+        cls: type[Own],
         batch: int,
         window: int,
         heads: int,
@@ -112,7 +115,7 @@ class KVCache(Cache):
         value_dim: int | None = None,
         dtype: Any = jnp.float32,
         stored: Any = None,
-    ) -> KVCache:
+    ) -> Own:
         """A ring: it holds the last `window` tokens before each query, and no more.
 
         Its `mask` is `(q - k <= window) | (k < first)`, so that results are those of the whole
@@ -131,8 +134,7 @@ class KVCache(Cache):
         check_sizes("KVCache.rolling", {"chunk": chunk})
         options = {"value_dim": value_dim, "dtype": dtype, "stored": stored}
         made = cls.create(batch, first + window + chunk, heads, head_dim, **options)
-        places = jnp.full((batch, made.capacity), -1, jnp.int32)
-        return replace(made, window=window, places=places, first=first)
+        return replace(made, window=window, first=first)
 
     @property
     def capacity(self) -> int:
@@ -140,10 +142,7 @@ class KVCache(Cache):
 
     @property
     def positions(self) -> Int[Array, "B S"]:
-        if self.places is not None:
-            return self.places
-        places = jnp.arange(self.capacity, dtype=jnp.int32)
-        return jnp.broadcast_to(places, (self.length.shape[0], self.capacity))
+        return self.places
 
     @property
     def mask(self) -> Mask:
@@ -166,53 +165,55 @@ class KVCache(Cache):
         self, key: tuple[Array, ...], value: tuple[Array, ...], number: Int[Array, "B"]
     ) -> KVCache:
         T = key[0].shape[1]
+        at = self.upcoming(T)
+        length = most = self.length + number
         if self.window is None:
-            check_room(self.length + number, self.capacity)
+            free = self.places < 0
+            room = free.sum(1, dtype=jnp.int32)
+            check_room(self.capacity - room + number, self.capacity)
+            most = self.length + jnp.minimum(number, room)
+            # The n-th free place, and none beyond the last.
+            place = jax.vmap(jnp.searchsorted, (0, None))(
+                jnp.cumsum(free, 1, dtype=jnp.int32), jnp.arange(1, T + 1, dtype=jnp.int32)
+            )
         elif self._chunk < T:
             raise ValueError(
                 f"cache.append(key): got {T} tokens, expected at most the {self._chunk} that this "
                 "ring takes at once; create it with rolling(chunk=...), or append in parts"
             )
-        at = self.upcoming(T)
-        fits = jnp.arange(T, dtype=jnp.int32)[None] < number[:, None]
-        if self.window is None:
-            fits &= at < self.capacity
+        else:
+            place = self._around(at)
         # Out of bounds: dropped.
-        place = jnp.where(fits, self._place(at), self.capacity)
+        place = jnp.where(at < most[:, None], place, self.capacity)
         rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
 
         def put(held: tuple[Array, ...], new: tuple[Array, ...]) -> tuple[Array, ...]:
             pairs = zip(held, new, strict=True)
             return tuple(a.at[rows, :, place].set(n, mode="drop") for a, n in pairs)
 
-        places = self.places
-        if places is not None:
-            places = places.at[rows, place].set(at, mode="drop")
-        length = self.length + number
-        most = length if self.window is not None else jnp.minimum(length, self.capacity)
         return replace(
             self,
             key=put(self.key, key),
             value=put(self.value, value),
             length=most,
             overflowed=self.overflowed | (most < length),
-            places=places,
+            places=self.places.at[rows, place].set(at, mode="drop"),
         )
 
-    def _place(self, at: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        """The places of tokens at these positions."""
-        if self.window is None:
-            return at
+    def _around(self, at: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """The places in a ring of tokens at these positions."""
         around = self.first + (at - self.first) % (self.capacity - self.first)
         return jnp.where(at < self.first, at, around)
 
     def _stored(self, at: Int[Array, "B T"]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        place = self._place(at)[:, None, :, None]
+        if self.window is None:
+            place = jnp.argmax(self.places[:, None] == at[..., None], axis=2)
+        else:
+            place = self._around(at)
+        place = place[:, None, :, None]
 
         def taken(held: tuple[Array, ...]) -> tuple[Array, ...]:
-            return tuple(
-                jnp.moveaxis(jnp.take_along_axis(a, place, 2, mode="clip"), 1, 2) for a in held
-            )
+            return tuple(jnp.moveaxis(jnp.take_along_axis(a, place, 2), 1, 2) for a in held)
 
         return taken(self.key), taken(self.value)
 
@@ -229,7 +230,10 @@ class KVCache(Cache):
         to = integers(length, "cache.truncate(length)", ("[]", "[B]"))
         shorter = jnp.minimum(self.length, jnp.maximum(to, 0))
         lost = jnp.zeros_like(self.overflowed)
-        if self.window is not None:
+        places = self.places
+        if self.window is None:
+            places = jnp.where(places < shorter[:, None], places, -1)
+        else:
             # Whether the next token will see tokens that the ring no longer has.
             begins = jnp.maximum(shorter - self.window, self.first)
             lost = begins < jnp.minimum(self._oldest, shorter)
@@ -245,7 +249,68 @@ class KVCache(Cache):
                     f"{int(self._oldest[row])}; create it with a larger rolling(chunk=...)"
                 )
         over = (self.overflowed & (shorter > 0)) | lost
-        return replace(self, length=shorter, overflowed=over)
+        return replace(self, length=shorter, overflowed=over, places=places)
+
+    def keep(self, index: Int[ArrayLike, "*B M"]) -> KVCache:
+        """The cache with the tokens in these places alone; later tokens take the other places.
+
+        A cache of fixed size forgets so what matters least. Tokens keep their positions and
+        `length` stays: masks, scores and rotary embeddings mean what they meant, and attention is
+        that under a mask which hides what is gone. No key moves, so that statistics of each place
+        stay valid too. The same compiled program serves every `index`, in a loop as well.
+
+        Places are common to all heads: sum what each head says, or choose once for all.
+
+        Args:
+          index: `[M]` or `[B, M]`, places in the order of `positions`, `read` and
+            `stats.received`. Their own order is of no matter, and one that comes twice counts once.
+            -1 stands for none, where rows keep different numbers; so does a place without a token.
+
+        Raises:
+          TypeError: for what is no integer.
+          ValueError: for other shapes, for a ring, which forgets by itself, and, outside `jit`, for
+            numbers that are no places.
+
+        Source: H2O, arXiv 2306.14048, where keys that received most weight are kept beside the
+        last ones; SnapKV, arXiv 2404.14469, where the last queries of a prompt choose.
+
+        Example:
+          Four of six tokens: the last, and those which received most.
+
+          >>> import jax, jax.numpy as jnp, jaxattn as ja
+          >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 8))
+          >>> cache = ja.KVCache.create(batch=1, capacity=8, heads=2, head_dim=8)
+          >>> (out, got), cache = cache.step(
+          ...     x, x, x, mask=ja.masks.causal(), stats=ja.stats.received()
+          ... )
+          >>> newest = cache.positions == cache.length[:, None] - 1
+          >>> worth = jnp.where(newest, jnp.inf, got.sum(-1))  # [B, S]
+          >>> cache = cache.keep(jax.lax.top_k(worth, 4)[1])
+          >>> int((cache.positions >= 0).sum()), cache.length.tolist()
+          (4, [6])
+        """
+        if self.window is not None:
+            raise ValueError(
+                f"cache.keep(index): got a ring, {self!r}, which forgets by itself, expected a "
+                "cache of KVCache.create"
+            )
+        B, S = self.places.shape
+        given = integers(index, "cache.keep(index)", ("[M]", "[B, M]"), -1)
+        if given.shape[:-1] not in ((), (B,)):
+            raise ValueError(
+                f"cache.keep(index): got shape {list(given.shape)}, expected [M] or [{B}, M]"
+            )
+        values = concrete(given)
+        if values is not None and (values >= S).any():
+            raise ValueError(
+                f"cache.keep(index): got {values.max()}, expected places below {S}, the capacity "
+                "of this cache; -1 stands for none"
+            )
+        # A negative index would count from the end; one out of bounds is dropped.
+        at = jnp.broadcast_to(jnp.where(given < 0, S, given), (B, given.shape[-1]))
+        rows = jnp.arange(B, dtype=jnp.int32)[:, None]
+        kept = jnp.zeros((B, S), bool).at[rows, at].set(True, mode="drop")
+        return replace(self, places=jnp.where(kept, self.places, -1))
 
     def reorder(self, rows: Int[ArrayLike, "B"]) -> KVCache:
         """The cache whose row b is this one's row `rows[b]`: the survivors of a beam search."""
