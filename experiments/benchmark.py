@@ -3,6 +3,7 @@
     python experiments/benchmark.py                       # everything this machine has
     python experiments/benchmark.py --masks causal window --lengths 4096 --repeats 9
     python experiments/benchmark.py --suite shapes        # 40 ordinary shapes: benchmark_shapes.py
+    python experiments/benchmark.py --suite stats         # statistics: benchmark_stats.py
     python experiments/benchmark.py --suite gpu           # kernels on a GPU: benchmark_gpu.py
 
 Every contestant runs in a process of its own. They take turns: one call to warm up, then a timed
@@ -29,6 +30,8 @@ from benchmark_gpu import GpuConfig
 from benchmark_gpu import main as measure_gpu
 from benchmark_shapes import ShapesConfig
 from benchmark_shapes import main as measure_shapes
+from benchmark_stats import StatsConfig
+from benchmark_stats import main as measure_stats
 from contestant import Contestant
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,9 +61,10 @@ PEERS = {"jax.nn": False, "torch-sdpa": True, "torch-flex": True}  # name -> is 
 class Config:
     """What to measure."""
 
-    suite: Literal["cpu", "gpu", "shapes"] = "cpu"
+    suite: Literal["cpu", "gpu", "shapes", "stats"] = "cpu"
     gpu: GpuConfig = field(default_factory=GpuConfig)  # for `--suite gpu`, which reads only this
     shapes: ShapesConfig = field(default_factory=ShapesConfig)  # likewise for `--suite shapes`
+    stats: StatsConfig = field(default_factory=StatsConfig)  # likewise for `--suite stats`
     masks: tuple[Mask, ...] = (
         "full", "causal", "window", "documents", "prefix", "padding", "dilated", "neighbourhood",
         "decode",
@@ -148,7 +152,7 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
         "config": {
             name: value
             for name, value in asdict(config).items()
-            if name not in ("suite", "gpu", "shapes")
+            if name not in ("suite", "gpu", "shapes", "stats")
         }
         | {"output": str(config.output.name)},
         "cases": [],
@@ -283,6 +287,9 @@ def main(config: Config) -> None:
         return
     if config.suite == "shapes":
         measure_shapes(config.shapes)
+        return
+    if config.suite == "stats":
+        measure_stats(config.stats)
         return
     console, started = Console(), time.monotonic()
     if not PEERS_PYTHON.exists():
