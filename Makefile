@@ -4,8 +4,6 @@ PYTHON ?= python3
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-# The modules whose reference `make docs` builds: what users import.
-REFERENCE := jaxattn
 
 # Verbs that take no ARGS.
 WITHOUT_ARGS := check format peers peers-llama compile-gpu clean
@@ -14,7 +12,7 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context monitor chat heads tune \
-	embed compare-models explain see gallery docs faults chosen-blocks benchmark benchmark-gpu peers \
+	embed compare-models explain see gallery docs docs-serve faults chosen-blocks benchmark benchmark-gpu peers \
 	peers-llama compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
@@ -88,8 +86,13 @@ see: .venv-see/ready  ## find the masks that public libraries really apply; afte
 gallery: $(VENV)/ready  ## draw a picture of every mask
 	$(BIN)/python experiments/gallery.py $(ARGS)
 
-docs: $(VENV)/ready  ## build the reference from the docstrings: build/docs/index.html
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs $(REFERENCE) $(ARGS)
+docs: $(VENV)/ready  ## run the guides and build the site: build/docs/index.html
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning \
+		--doctree-dir build/docs-cache/pages docs build/docs $(ARGS)
+
+docs-serve: $(VENV)/ready  ## the same, shown in a browser and built again on every change
+	$(BIN)/python -m sphinx_autobuild --doctree-dir build/docs-cache/pages --watch jaxattn \
+		docs build/docs $(ARGS)
 
 faults: $(VENV)/ready  ## train small models with wrong masks, and see which measure shows it
 	$(BIN)/python experiments/mask_faults.py $(ARGS)

@@ -21,6 +21,10 @@ import jax
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs/extensions"))
+
+from blocks import agrees, blocks
+
 import jaxattn as ja
 
 ROOT = Path(ja.__file__).parent.parent
@@ -38,35 +42,26 @@ def as_users_run():
         yield
 
 
-BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.M | re.S)
-
-
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("path", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_guides_run(path: Path) -> None:
-    """Python blocks run from top to bottom, and print the text block right after them.
-
-    `...` stands for anything, and whitespace may differ, as in doctests.
-    """
-    guide, namespace = path.read_text(), {"__name__": "guide"}
-    same = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    for block in BLOCK.finditer(guide):
-        code, shown = block.groups()
-        line = guide[: block.start()].count("\n") + 1
+    """Python blocks run from top to bottom, and print the text block right after them."""
+    namespace = {"__name__": "guide"}
+    for block in blocks(path.read_text()):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             # Blank lines, so that a traceback names the line of the guide.
-            exec(compile("\n" * line + code, str(path), "exec"), namespace)
-        if shown is not None:
+            exec(compile("\n" * block.line + block.code, str(path), "exec"), namespace)
+        if block.shown is not None:
             got = printed.getvalue()
-            assert doctest.OutputChecker().check_output(shown, got, same), (
-                f"{path.name}:{line} shows\n{shown}\nand prints\n{got}"
+            assert agrees(block.shown, got), (
+                f"{path.name}:{block.line} shows\n{block.shown}\nand prints\n{got}"
             )
 
 
 def test_there_is_a_readme_with_code() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert [shown for _, shown in BLOCK.findall(readme) if shown]
+    assert [block for block in blocks(readme) if block.shown]
     assert readme.count("\n") <= 180
 
 
@@ -81,10 +76,12 @@ def test_guides_name_what_exists(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
-def test_every_guide_has_one_title_and_a_link_to_it(path: Path) -> None:
+def test_every_page_has_one_title_and_a_place_among_the_others(path: Path) -> None:
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S)
-    assert re.findall(r"^# .+", text, re.M) == [text.splitlines()[0]]
-    assert f"(docs/{path.name})" in (ROOT / "README.md").read_text()
+    if text.strip():  # else it is a file of another folder
+        assert re.findall(r"^# .+", text, re.M) == [text.splitlines()[0]]
+    home = (ROOT / "docs/index.md").read_text()
+    assert path.stem == "index" or re.search(rf"^{path.stem}$", home, re.M)
 
 
 @pytest.mark.usefixtures("as_users_run")
@@ -330,7 +327,7 @@ def test_typed_and_licensed() -> None:
     assert np.lib.NumpyVersion(jax.__version__.split(".dev")[0]) >= "0.10.0"
 
 
-# --- what the repository offers: verbs, distributions, the reference -------------------------------
+# --- what the repository offers: verbs, distributions ---------------------------------------------
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 RECIPES = dict(re.findall(r"^([a-z-]+):.*\n((?:\t.*\n)+)", MAKEFILE, re.M))
@@ -392,17 +389,6 @@ def test_a_source_distribution_holds_what_its_tests_need() -> None:
     assert not missing
     assert "CHANGELOG.md" in included
     assert all((ROOT / name).exists() for name in grafted | included)
-
-
-def test_the_reference_is_made_without_warnings(tmp_path: Path) -> None:
-    pytest.importorskip("pdoc", reason="pdoc, of the extra `dev`, is not installed")
-    modules = re.search(r"^REFERENCE := (.+)$", MAKEFILE, re.M)[1].split()
-    run = subprocess.run(
-        [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), *modules],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-    assert (tmp_path / "jaxattn.html").stat().st_size > 10_000
 
 
 def test_skips_say_why() -> None:
