@@ -54,6 +54,7 @@ _cache = ROOT / "build" / "docs-cache" / _digest()
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(_cache / "cells")
 explorer_page = str(_cache / "explorer" / "explorer.html")
+Path(explorer_page).parent.mkdir(parents=True, exist_ok=True)
 
 # --- HTML -----------------------------------------------------------------------------------------
 
@@ -61,6 +62,7 @@ html_theme = "furo"
 html_title = f"jaxattn {version}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(HERE / "static" / "scorer.js")
 html_extra_path = [str(Path(explorer_page).parent)]
 html_copy_source = False
 python_maximum_signature_line_length = 88
