@@ -17,7 +17,8 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
-from typing import Any
+from inspect import Parameter
+from typing import Any, NamedTuple
 
 from docutils import nodes
 from docutils.statemachine import StringList
@@ -55,45 +56,46 @@ def _section(name: str, body: str) -> str:
 # --- signatures -----------------------------------------------------------------------------------
 
 
-def annotation(written: Any) -> str:
+class Written(NamedTuple):
+    """What `inspect` writes as it is, in the place of a type or a default."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def signature(thing: Any, *, bound: bool = False) -> str:
+    """`(query: Float[*B, T, N, H], *, mask=None) -> Float[*B, T, N, Hv]`."""
+    found = inspect.signature(thing)
+    parameters = [
+        each.replace(annotation=_type(each.annotation), default=_default(each.default))
+        for each in list(found.parameters.values())[bound:]
+    ]
+    return str(
+        found.replace(parameters=parameters, return_annotation=_type(found.return_annotation))
+    )
+
+
+def _type(annotation: Any) -> Any:
     """A type as it reads best: shapes without jaxtyping's strings, nothing for `Any`.
 
     `Float[Array, "*B T N H"] | None` is `Float[*B, T, N, H] | None`.
     """
-    text = written if isinstance(written, str) else inspect.formatannotation(written)
-    text = _SHAPED.sub(lambda found: found[1] + _axes(found[2]), text)
-    return "" if text == "Any" else text
+    if annotation in (Parameter.empty, "Any", "None", Any, None):
+        return Parameter.empty
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return Written(_SHAPED.sub(lambda found: found[1] + _axes(found[2]), text))
 
 
 def _axes(shape: str) -> str:
     return f"[{', '.join(shape.split())}]" if shape else ""
 
 
-def signature(thing: Any, *, bound: bool = False) -> str:
-    """`(query: Float[B, T, N, H], *, mask=None) -> Float[B, T, N, Hv]`."""
-    found = inspect.signature(thing)
-    parts: list[str] = []
-    keywords = False
-    for each in list(found.parameters.values())[bound:]:
-        if each.kind is each.VAR_POSITIONAL:
-            keywords = True
-        if each.kind is each.KEYWORD_ONLY and not keywords:
-            parts.append("*")
-            keywords = True
-        star = {each.VAR_POSITIONAL: "*", each.VAR_KEYWORD: "**"}.get(each.kind, "")
-        kind = "" if each.annotation is each.empty else annotation(each.annotation)
-        text = star + each.name + (f": {kind}" if kind else "")
-        if each.default is not each.empty:
-            default = repr(each.default) if _plain(each.default) else "..."
-            text += f" = {default}" if kind else f"={default}"
-        parts.append(text)
-    returned = found.return_annotation
-    arrow = "" if returned is found.empty else annotation(returned)
-    return f"({', '.join(parts)})" + (f" -> {arrow}" if arrow and arrow != "None" else "")
-
-
-def _plain(default: Any) -> bool:
-    return default is None or isinstance(default, (bool, int, float, str, tuple))
+def _default(value: Any) -> Any:
+    """A default, if it reads as it is written."""
+    short = value is None or isinstance(value, (bool, int, float, str, tuple))
+    return value if short or value is Parameter.empty else Written("...")
 
 
 # --- entries --------------------------------------------------------------------------------------
