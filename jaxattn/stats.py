@@ -193,6 +193,7 @@ def _cell(given: Any, where: str) -> Score:
 
 
 def logit(x: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Scalar:
+    """The final logit itself."""
     return x
 
 
