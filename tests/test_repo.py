@@ -35,13 +35,6 @@ GUIDES = [
 MODULES = sorted(m.name for m in pkgutil.walk_packages(ja.__path__, "jaxattn."))
 
 
-@pytest.fixture
-def as_users_run():
-    """JAX's own defaults: users have no strict promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("path", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_guides_run(path: Path) -> None:
