@@ -298,7 +298,7 @@ class Received(Stat):
 def received(weight: Float[ArrayLike, "..."] | None = None) -> Stat:
     """What each key gets: the sum over queries of `weight * p`, `[B, S, N]`.
 
-    It takes a second pass, about as long as the first.
+    It takes a second pass, which is no longer than the first.
 
     Args:
       weight: of each query, floats that broadcast to `[B, T, N]`; 1 by default.

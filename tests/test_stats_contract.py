@@ -291,3 +291,7 @@ def test_no_statistics_are_an_empty_tree() -> None:
     out, seen = ja.attention(q, k, v, stats={})
     assert seen == {}
     np.testing.assert_array_equal(out, ja.attention(q, k, v))
+    cache = ja.KVCache.create(batch=2, capacity=24, heads=2, head_dim=8)
+    (out, seen), _ = cache.step(q, k, v, mask=masks.causal(), stats={})
+    assert seen == {}
+    assert out.shape == q.shape
