@@ -278,6 +278,24 @@ def test_readme_and_guide_name_every_constructor(family: str) -> None:
     assert "masks.describe(" in readme
 
 
+def sections(guide: str) -> dict[str, str]:
+    """The sections of the third level of a guide, by their titles."""
+    parts = re.split(r"^### (.+)\n", re.sub(r"^## .+\n", "### \n", guide, flags=re.M), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_every_mask_has_a_section_with_picture_and_cost() -> None:
+    guide = sections((ROOT / "docs/constructors.md").read_text())
+    for name in public(ja.masks):
+        made = getattr(ja.masks, name)
+        if inspect.isfunction(made) and inspect.signature(made).return_annotation == "Mask":
+            found = [block for block in blocks(guide[name]) if f"masks.{name}(" in block.code]
+            pictures = [block for block in found if ".show(" in block.code]
+            assert pictures, name
+            assert "pairs visible" in (pictures[0].shown or ""), name
+            assert f"`{name}(" in guide[name].split("```")[0], f"{name} without its formula"
+
+
 def test_every_public_thing_has_a_docstring() -> None:
     places = [ja, ja.masks, ja.parallel, ja.scores, ja.testing]
     for module in places:
