@@ -12,7 +12,7 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context monitor chat heads tune \
-	embed compare-models explain see gallery docs docs-serve faults chosen-blocks benchmark benchmark-gpu peers \
+	embed compare-models explain see gallery pictures docs docs-serve faults chosen-blocks benchmark benchmark-gpu peers \
 	peers-llama compile-gpu compile-parallel clean
 
 $(VENV)/ready: pyproject.toml
@@ -85,6 +85,9 @@ see: .venv-see/ready  ## find the masks that public libraries really apply; afte
 
 gallery: $(VENV)/ready  ## draw a picture of every mask
 	$(BIN)/python experiments/gallery.py $(ARGS)
+
+pictures: $(VENV)/ready  ## draw the pictures of the guides anew
+	$(BIN)/python experiments/guide_pictures.py $(ARGS)
 
 docs: $(VENV)/ready  ## run the guides and build the site: build/docs/index.html
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning \

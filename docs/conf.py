@@ -10,6 +10,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE / "extensions"), str(ROOT / "experiments")]
 # For the cells too, which run in processes of their own; guides to sharding take eight devices.
 os.environ["PYTHONPATH"] = str(ROOT)
+os.environ["JUPYTER_PATH"] = str(HERE / "extensions")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 

@@ -296,6 +296,24 @@ def test_every_mask_has_a_section_with_picture_and_cost() -> None:
             assert f"`{name}(" in guide[name].split("```")[0], f"{name} without its formula"
 
 
+def test_every_score_has_a_section_with_code_and_picture() -> None:
+    guide = sections((ROOT / "docs/scores.md").read_text())
+    for name in public(ja.scores):
+        made = getattr(ja.scores, name)
+        if inspect.isfunction(made) and inspect.signature(made).return_annotation == "Score":
+            assert f"`{name}(" in guide[name].split("```")[0], f"{name} without its formula"
+            assert any(f"scores.{name}(" in block.code for block in blocks(guide[name])), name
+            assert f"](pictures/{name}.svg)" in guide[name], name
+
+
+def test_every_statistic_has_a_section_with_code() -> None:
+    guide = sections((ROOT / "docs/statistics.md").read_text())
+    for name in public(ja.stats):
+        if inspect.isfunction(getattr(ja.stats, name)):
+            assert f"`{name}(" in guide[name].split("```")[0], f"{name} without its formula"
+            assert any(f"stats.{name}(" in block.code for block in blocks(guide[name])), name
+
+
 def test_every_public_thing_has_a_docstring() -> None:
     places = [ja, ja.masks, ja.parallel, ja.scores, ja.testing]
     for module in places:

@@ -75,7 +75,7 @@ def read(text: str) -> nbformat.NotebookNode:
         lines.append(block.line)
         at = block.end
     markdown(len(text))
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    kernel = {"name": "guides", "display_name": "Python 3", "language": "python"}
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "source_map": lines})
 
 
