@@ -36,10 +36,11 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs/extensions"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs/extensions"))
 
-from blocks import blocks  # noqa: E402
+from blocks import blocks
+
+ROOT = Path(__file__).parents[1]
 
 # As wide as a column of text, in inches. On a phone letters of 9 points are 8 pixels high.
 WIDE = 5.2

@@ -14,14 +14,11 @@ import pytest
 
 import jaxattn as ja
 
-pytest.importorskip("matplotlib", reason="matplotlib, of the extra `plot`, is not installed")
-pytest.importorskip("tyro", reason="tyro, of the extra `experiments`, is not installed")
-
-ROOT = Path(ja.__file__).parent.parent
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 
 import guide_pictures
 
+ROOT = Path(ja.__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("as_users_run")
 PICTURES = ROOT / "docs/pictures"
 
