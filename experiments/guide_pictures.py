@@ -62,7 +62,7 @@ def defined(guide: str, until: str = "$^") -> dict[str, Any]:
     found: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks(text):
-            exec(compile(block.code, guide, "exec"), found)
+            exec(compile(block.code, guide, "exec", dont_inherit=True), found)
     return found
 
 

@@ -43,8 +43,10 @@ def test_guides_run(path: Path) -> None:
     for block in blocks(path.read_text()):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            # Blank lines, so that a traceback names the line of the guide.
-            exec(compile("\n" * block.line + block.code, str(path), "exec"), namespace)
+            # Blank lines, so that a traceback names the line of the guide; and without the
+            # `annotations` of this file, which a reader's session does not have.
+            code = "\n" * block.line + block.code
+            exec(compile(code, str(path), "exec", dont_inherit=True), namespace)
         if block.shown is not None:
             got = printed.getvalue()
             assert agrees(block.shown, got), (
