@@ -167,7 +167,7 @@ QUESTIONS = {
     "Top-left or bottom-right causal alignment?": ("positions", "Positions"),
     "Do I need to repeat keys for grouped queries?": ("grouped", "Grouped queries"),
     "How do I decode with left padding?": ("decoding", "Padded prompts"),
-    "How do I mask a tree of drafts?": ("decoding", "Drafts"),
+    "How do I mask a tree of drafts?": ("trees", "Drafts"),
     "Can I get attention weights out of fused attention?": (
         "statistics",
         "From the question to the call",
