@@ -139,58 +139,85 @@ def test_what_is_promised_is_tested() -> None:
 
 # --- what people ask ------------------------------------------------------------------------------
 
-# From Stack Overflow, and from the issues of other libraries: the page, and the heading under which
-# it is answered.
+# From Stack Overflow, and from the issues of other libraries: the page, the heading under which it is
+# answered, and words of the answer.
 QUESTIONS = {
-    "Why does adding -1e9 make a token disappear?": ("how_masking_works", "Why exactly 0?"),
-    "Should I use -inf, -1e9 or finfo.min?": ("how_masking_works", "What about -inf, and where?"),
-    "Why is my attention NaN in float16?": ("how_masking_works", "In float16"),
+    "Why does adding -1e9 make a token disappear?": (
+        "how_masking_works", "Why exactly 0?", "It underflows to 0"),
+    "Should I use -inf, -1e9 or finfo.min?": (
+        "how_masking_works", "What about -inf, and where?", "jnp.where(seen, logits, -inf)"),
+    "Why is my attention NaN in float16?": (
+        "how_masking_works", "In float16", "-1e9 becomes -inf, and mask * -inf is NaN"),
     "Why is a row that is fully masked NaN, or uniform?": (
-        "how_masking_works",
-        "A query that sees no key",
-    ),
-    "Why are gradients NaN though the loss ignores padding?": ("how_masking_works", "Gradients"),
-    "Does a boolean True mean keep or ignore?": ("pitfalls", "The table"),
-    "How do I convert a mask of PyTorch or Hugging Face?": ("reference", "Masks of anything else"),
-    "How do I mask padding in a batch?": ("padding", "Padding"),
-    "Why do results change with the padded length?": ("padding", "Padding"),
-    "How do I keep packed sequences apart?": ("padding", "Packing"),
-    "How do I combine a causal mask with a padding mask?": ("masks", "Arrays in masks"),
-    "Is a window of W tokens W or W - 1 to the left?": ("windows", "A window of the past"),
+        "how_masking_works", "A query that sees no key", "the weights are uniform"),
+    "Why are gradients NaN though the loss ignores padding?": (
+        "how_masking_works", "Gradients", "the chain rule multiplies its 0 by the NaN"),
+    "Does a boolean True mean keep or ignore?": (
+        "pitfalls", "The table", "True means “may attend”"),
+    "How do I convert a mask of PyTorch?": (
+        "coming_from", "PyTorch", 'masks.from_array(array, "ignore")'),
+    "What is the attention_mask of a tokenizer here?": (
+        "coming_from", "Hugging Face", 'masks.from_array(array, "hf")'),
+    "How do I pass use_causal_mask and masks of Keras?": (
+        "coming_from", "Keras", 'masks.from_array(array, "keras")'),
+    "What is FlexAttention's mask_mod here?": (
+        "coming_from", "FlexAttention", "the same function, with jnp for torch"),
+    "How do I mask padding in a batch?": ("padding", "Padding", "masks.key_padding(lengths="),
+    "Why do results change with the padded length?": (
+        "padding", "Padding", "results change with the length to which a batch is padded"),
+    "How do I keep packed sequences apart?": ("padding", "Packing", "masks.segments(ids)"),
+    "Do positions restart in packed sequences?": (
+        "padding", "Packing", "begin again in every document"),
+    "How do I combine a causal mask with a padding mask?": (
+        "masks", "Arrays in masks", "key_padding"),
+    "Is a window of W tokens W or W - 1 to the left?": (
+        "windows", "A window of the past", "is sliding_window(W - 1)"),
     "How do I keep attention sinks with a sliding window?": (
-        "windows",
-        "Windows that differ by head, with sinks",
-    ),
-    "How do I write a prefix LM mask?": ("prefixes", "A prefix that sees itself"),
-    "How do image tokens see each other within causal text?": ("prefixes", "Images within text"),
-    "Why does my causal mask break with a KV cache?": ("positions", "Positions"),
-    "Top-left or bottom-right causal alignment?": ("positions", "Positions"),
-    "Do I need to repeat keys for grouped queries?": ("grouped", "Grouped queries"),
-    "How do I decode with left padding?": ("decoding", "Padded prompts"),
-    "How do I mask a tree of drafts?": ("decoding", "Drafts"),
+        "windows", "Windows that differ by head, with sinks", "| (lambda b, h, q, k: k < 2)"),
+    "How do I write a prefix LM mask?": (
+        "prefixes", "A prefix that sees itself", "masks.prefix_lm("),
+    "How do image tokens see each other within causal text?": (
+        "prefixes", "Images within text", "masks.causal() | masks.spans(image)"),
+    "Why does my causal mask break with a KV cache?": (
+        "positions", "Positions", "The query is taken to be the first token"),
+    "Top-left or bottom-right causal alignment?": ("positions", "Positions", "causal(S - T)"),
+    "Do I need to repeat keys for grouped queries?": (
+        "grouped", "Grouped queries", "passes them as they are"),
+    "Why is decoding compiled again for every token?": (
+        "decoding", "A cache", "KVCache.create(batch=2, capacity=32"),
+    "How do I decode with left padding?": (
+        "decoding", "Padded prompts", "Turn prompts with padding before them first"),
+    "How do I mask a tree of drafts?": ("trees", "Drafts", "masks.tree(parents, start=6)"),
+    "How do I score many answers to one prompt?": (
+        "trees", "Answers to one prompt", "masks.shared_prefix(3, answer)"),
     "Can I get attention weights out of fused attention?": (
-        "statistics",
-        "From the question to the call",
-    ),
-    "How do I add ALiBi or a relative bias to fused attention?": ("scores", "Scores"),
-    "What is FlexAttention's mask_mod here?": ("coming_from", "FlexAttention"),
-    "Why is it compiled again for each length?": ("debugging", "From the symptom to the call"),
+        "statistics", "From the question to the call", "stats.mass("),
+    "How do I add ALiBi or a relative bias to fused attention?": (
+        "scores", "Scores", "relative_bias("),
+    "Why is it compiled again for each length?": (
+        "debugging", "From the symptom to the call", "pass lengths and windows as arrays"),
     "How do I see which tokens my model really attends to?": (
-        "debugging",
-        "What does this model really see?",
-    ),
-    "Which backend runs, and why is it not faster?": ("fast", "Slow?"),
-    "How do I train on a sequence longer than one device holds?": ("parallel", "Inside shard_map"),
-    "How do I use it in Flax's own modules?": ("flax", "Flax’s own modules"),
-}
+        "debugging", "What does this model really see?", "ja.testing.visible(model, x)"),
+    "Why may this query not see that key?": (
+        "debugging", "From the question to the call", "mask.why(q=51, k=49)"),
+    "Which backend runs, and why is it not faster?": ("debugging", "Slow", "ja.explain(q, q, q"),
+    "How do I train on a sequence longer than one device holds?": (
+        "parallel", "Inside shard_map", "parallel.attention(q, k, v, axis="),
+    "How do I use it in Flax's own modules?": (
+        "flax", "Flax’s own modules", "attention_fn=ja.nn.attention_fn()"),
+    "How do I pass a mask through nn.scan?": ("flax", "Scanned layers", "nn.broadcast"),
+    "Does a checkpoint of Flax's attention load?": (
+        "flax", "Checkpoints", "names and shapes are the same"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_what_people_ask_is_answered(question: str, pages: dict[str, Any]) -> None:
-    page, heading = QUESTIONS[question]
+    page, heading, answer = QUESTIONS[question]
     headings = pages[page].select("article :is(h1, h2, h3)")
-    titles = [each.get_text().removesuffix("¶").removesuffix("#") for each in headings]
-    assert heading in titles, titles
+    sections = {h.get_text().removesuffix("¶").removesuffix("#"): h.parent for h in headings}
+    assert heading in sections
+    assert answer in " ".join(sections[heading].get_text().split())
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -200,6 +227,8 @@ SEARCHES = {
     "NaN": "debugging",
     "padding": "padding",
     "cache": "decoding",
+    "drafts": "trees",
+    "checkpoints": "flax",
     "packing": "padding",
     "grouped queries": "grouped",
     "positions": "positions",
