@@ -355,7 +355,7 @@ def test_all_operations_lower() -> None:
     assert mosaic.obstacle(call) is None
     lower(call, (64, 64))
     used = {step.prim.name for step in program.steps}
-    missing = programs.OPERATIONS - programs._SAME - used
+    missing = programs.OPERATIONS - programs.SAME - used
     assert missing <= {"add_any", "one_minus_square", "square", "shift_right_logical"}, missing
 
 
