@@ -18,8 +18,8 @@ from .backend import (
     WHY,
     footprint,
     interpreted,
+    not_compiled,
     prepare,
-    received,
     refuse,
     run,
 )
@@ -30,8 +30,8 @@ __all__ = [
     "WHY",
     "footprint",
     "interpreted",
+    "not_compiled",
     "prepare",
-    "received",
     "refuse",
     "run",
 ]

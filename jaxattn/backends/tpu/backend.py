@@ -32,6 +32,9 @@ LIMITS: tuple[str, ...] = ()
 
 prepare = unchanged
 
+# The kinds of TPU that the kernels have been compiled for: v5e, v5p and v6e.
+COMPILED = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
+
 _interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 
 
@@ -67,6 +70,14 @@ def refuse(call: Call) -> str | None:
     if widest > tiles.WIDEST:
         return f"head dimensions up to {tiles.WIDEST} fit in its kernels; got {widest}"
     return fused.unfit(call, _unfit)
+
+
+def not_compiled(call: Call) -> str | None:
+    """Why "auto" leaves a call to others that these kernels could compute, or None."""
+    kind = base.device_kind(call)
+    if kind in COMPILED or _interpreted.get():
+        return None
+    return f"its kernels were compiled for {', '.join(COMPILED)}; this is {kind}"
 
 
 def _unfit(parts: Split[Any], learns: bool) -> str | None:
@@ -148,5 +159,6 @@ def _tile(
     if any("diagonal" in part.kinds for part in fused.functions(call)):
         # Distances of a tile are read, and summed, as two blocks of its length.
         side = min(*tile, options.whole(T), options.whole(S))
+        side = 1 << (side.bit_length() - 1)
         tile = side, side
     return min(tile[0], T), min(tile[1], S)

@@ -325,11 +325,13 @@ def skewed(distances: Array, tile: tuple[int, int]) -> Array:
 
 
 def along_diagonals(tile: Array) -> Array:
-    """The sums `[1, 2 t]` of a tile by distance; see `skewed`, of which this is the transpose."""
+    """The sums `[1, 2 t]` of a tile by distance: the transpose of `skewed`. `t` is a power of 2."""
     t, _ = tile.shape
-    wide = jnp.concatenate([jnp.zeros_like(tile), tile], 1)
-    # Row n has to move n + 1 places to the left: as many times all places but one to the right.
-    return pltpu.roll(wide, 2 * t - 1, 1, stride=2 * t - 1, stride_axis=0).sum(0, keepdims=True)
+    sums = jnp.concatenate([jnp.zeros_like(tile), tile], 1)
+    # Row n has to move n + 1 places to the left: in halves, so that few rows are moved many times.
+    for half in (t >> n for n in range(1, t.bit_length())):
+        sums = sums[:half] + pltpu.roll(sums[half:], 2 * t - half, 1)
+    return pltpu.roll(sums, 2 * t - 1, 1)
 
 
 def dot(config: Config, a: Array, b: Array, ca: int, cb: int) -> Array:
