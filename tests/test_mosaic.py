@@ -50,10 +50,10 @@ def make(mask: Any = None, score: Any = None, *, sizes: Any = None, **more: Any)
 
 def run(call: Call, tile: Any, interpreted: bool = True) -> Any:
     engine = mosaic.INTERPRETED if interpreted else mosaic.ENGINE
-    return (_directly if interpreted else transforms.attend)(*mosaic.build(call, engine, tile))
+    return (directly if interpreted else transforms.attend)(*mosaic.build(call, engine, tile))
 
 
-def _directly(plan: Any, x: Any) -> Any:
+def directly(plan: Any, x: Any) -> Any:
     """Attention without what lies around engines: the interpreter's callbacks have effects, which
     operations of the library have not."""
 

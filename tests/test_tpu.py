@@ -16,13 +16,13 @@ import pytest
 import test_attention as contract
 import test_tiled as small
 from cases import MASKS
+from test_mosaic import directly
 from test_triton import LEARNED, ROWS, B, N, S, T, make
 
 import jaxattn as ja
 from jaxattn import masks, scores, stats
 from jaxattn.backends import dense, formula, tpu
 from jaxattn.backends.base import Call
-from jaxattn.backends.flash import nonfinite
 from jaxattn.backends.tpu import backend, steps
 from jaxattn.dispatch import BACKENDS
 from jaxattn.tiles.tile_map import EMPTY, tile_map
@@ -67,7 +67,7 @@ def test_features(row: Any) -> None:
 @pytest.mark.parametrize(
     "law",
     [
-        partial(contract.test_nan_in_what_nobody_sees, name="by head", which="all"),
+        partial(contract.test_nan_in_what_nobody_sees, name="by head", features="all"),
         partial(contract.test_a_query_that_sees_nothing, kind="score"),
         contract.test_a_nan_cotangent_of_a_dead_row_goes_nowhere,
         contract.test_pairs_that_may_not_meet_do_not,
@@ -146,7 +146,6 @@ def test_steps_are_the_active_tiles_row_by_row(across: bool, extents: Any) -> No
     path, by_rows = steps.walk(states, 3, across)
     path = dataclasses.replace(path, length=by_rows.shape[2] * by_rows.shape[3])
     words, count = steps.of_states(by_rows)
-    groups = 3 if across else 1
     b_last, k_last, g_last = (n - 1 for n in extents)
     for b, k, g in np.ndindex(2, 2, 3):
         seen, ended = [], True
@@ -165,21 +164,9 @@ def test_steps_are_the_active_tiles_row_by_row(across: bool, extents: Any) -> No
                 seen.append((j, i) if across else (i, j))
         assert seen == sorted(seen)
         assert set(seen) == set(map(tuple, np.argwhere((own.T if across else own) != EMPTY)))
-    assert groups
 
 
 # --- the interpreter of TPUs ----------------------------------------------------------------------
-
-
-def directly(interpreter: Any, call: Call, d_out: Any, d_lse: Any) -> Any:
-    """Output, LSE and gradients without what lies around engines.
-
-    The interpreter's callbacks have effects, which operations of the library have not.
-    """
-    config, x = backend.build(call, interpreter=interpreter)
-    out, lse = nonfinite.forward(config, x)
-    g = nonfinite.backward(config, 1, x, out, lse, d_out, d_lse)
-    return out, lse, g.query, g.key, g.value, g.scale.sum(0), g.score
 
 
 RACES = {
@@ -201,24 +188,12 @@ def test_no_race_and_no_read_of_what_was_not_written(name: str) -> None:
     interpreter = pltpu.InterpretParams(
         detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
     )
+
+    def run(call: Call) -> Any:
+        return directly(*backend.build(call, interpreter=interpreter))
+
     call = make(*RACES[name])
-    d_out, d_lse = (small.normal(n, B, T, N, *more) for n, more in ((5, (small.HV,)), (6, ())))
-    got = jax.jit(partial(directly, interpreter))(call, d_out, d_lse)
-
-    def run(query: Any, key: Any, value: Any, scale: Any, score: Any) -> Any:
-        new = dataclasses.replace(call, query=query, key=key, value=value, scale=scale, score=score)
-        out, lse = dense.run(new)
-        finite = jnp.where(lse == -jnp.inf, 0, lse)
-        return (out * d_out).sum() + (finite * d_lse).sum(), (out, lse)
-
-    given = call.query, call.key, call.value, call.scale, call.score
-    grad = jax.jit(jax.grad(run, (0, 1, 2, 3, 4), has_aux=True, allow_int=True))
-    (*gradients, score), (out, lse) = grad(*given)
-    small.close(got[:-1], (out, lse, *gradients))
-    learned = [part for part in got[-1] if part is not None]
-    operands = score.operands if hasattr(score, "operands") else None
-    assert learned
-    assert operands is None or len(operands) >= len(learned)
+    small.close(jax.jit(partial(small.everything, run))(call), small.dense_all(call))
 
 
 # --- what is refused ------------------------------------------------------------------------------
