@@ -73,7 +73,8 @@ def test_arrays_in_functions_learn_under_vmap(backend: str) -> None:
         jnp.arange(2),
     )
     found = [
-        jax.jit(jax.vmap(jax.grad(partial(loss, name), (0, 1))))(*two) for name in (backend, "dense")
+        jax.jit(jax.vmap(jax.grad(partial(loss, name), (0, 1))))(*two)
+        for name in (backend, "dense")
     ]
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=5e-5)

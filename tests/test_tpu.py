@@ -145,12 +145,12 @@ def test_steps_are_the_active_tiles_row_by_row(across: bool, extents: Any) -> No
     states = jnp.asarray(draw.choice([0, 0, 1, 2], (*extents, 5, 4)), jnp.int8)
     path, by_rows = steps.walk(states, 3, across)
     path = dataclasses.replace(path, length=by_rows.shape[2] * by_rows.shape[3])
-    words, count = steps.of_states(by_rows)
+    words, most = path.steps(by_rows)
     b_last, k_last, g_last = (n - 1 for n in extents)
     for b, k, g in np.ndindex(2, 2, 3):
         seen, ended = [], True
         own = np.asarray(states)[min(b, b_last), min(k, k_last), min(g, g_last)]
-        for step, inner in np.ndindex(int(count), path.inner):
+        for step, inner in np.ndindex(int(most), path.inner):
             head = k if across else k * 3 + g
             at = path.place(b, head, step, jnp.int32(inner), words, jnp.zeros(1, jnp.int32))
             assert (int(at.b), int(at.k), int(at.n)) == (b, k, k * 3 + int(at.g))

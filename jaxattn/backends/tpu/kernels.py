@@ -46,7 +46,7 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
         acc_ref, top_ref, total_ref, *column_refs = scratch
 
         @pl.when(at.begins)
-        def _() -> None:
+        def begin() -> None:
             acc_ref[...] = jnp.zeros_like(acc_ref)
             top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
             total_ref[...] = jnp.zeros_like(total_ref)
@@ -78,7 +78,7 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
         tile.when_active(step)
 
         @pl.when(at.ends)
-        def _() -> None:
+        def end() -> None:
             total = total_ref[...]
             seen = total != 0
             total = jnp.where(seen, total, 1.0)
@@ -115,9 +115,7 @@ def _over_rows(
     """Runs a kernel over rows of tiles, or across, over columns."""
     path, states = steps.walk(_states(config, sizes, x), sizes.G, across)
     heads = sizes.B, sizes.K if across else sizes.N
-    return tiles.launch(
-        kernel, name, options, sizes, path, states, steps.of_states, heads, given, results, scratch
-    )
+    return tiles.launch(kernel, name, options, sizes, path, states, heads, given, results, scratch)
 
 
 def _states(config: Config, sizes: KernelSizes, x: Inputs) -> Array:
@@ -220,12 +218,12 @@ def _d_queries(
         diagonal_refs = results[1 + len(lines) :]
 
         @pl.when(at.begins)
-        def _() -> None:
+        def begin() -> None:
             for ref in (dq_ref, *line_refs):
                 ref[...] = jnp.zeros_like(ref)
 
         @pl.when(at.begins & (at.row == 0))
-        def _() -> None:
+        def begin_table() -> None:
             for ref in diagonal_refs:
                 ref[...] = jnp.zeros_like(ref)
 
@@ -270,7 +268,7 @@ def _d_keys(
         dk, dv = scratch
 
         @pl.when(at.begins)
-        def _() -> None:
+        def begin() -> None:
             for ref in (dk, dv, *part_refs):
                 ref[...] = jnp.zeros_like(ref)
 
@@ -286,7 +284,7 @@ def _d_keys(
         tile.when_active(step)
 
         @pl.when(at.ends)
-        def _() -> None:
+        def end() -> None:
             dk_ref[...] = (dk[...] * refs["scale"][...]).astype(dk_ref.dtype)
             dv_ref[...] = dv[...].astype(dv_ref.dtype)
 
@@ -320,14 +318,14 @@ def _d_table(
     memory for a table of each head.
     """
     given = tiles.given_to(config, sizes, x, "q", "k", "v") | more
-    b, ek, eg, *_ = x.score[n].shape
-    extents = groups if b == 1 else sizes.B, ek * eg
+    eb, ek, eg, *_ = x.score[n].shape
+    extents = groups if eb == 1 else sizes.B, ek * eg
 
     def kernel(at: Place, refs: Any, results: Any, _: Any) -> None:
         (ref,) = results
 
         @pl.when(at.begins)
-        def _() -> None:
+        def begin() -> None:
             ref[...] = jnp.zeros_like(ref)
 
         def step(masked: bool) -> None:
@@ -337,15 +335,16 @@ def _d_table(
         tile.when_active(step)
 
     states = jnp.swapaxes(_states(config, sizes, x), 3, 4)
-    states = states.reshape(states.shape[0], -1, *states.shape[3:])
+    b, k, g, *rest = states.shape
+    states = states.reshape(b, k * g, *rest)
     shared = sizes.B // extents[0], sizes.N // extents[1]
-    path = steps.SharedWalk(states.shape[:2], 0, states.shape[3], shared, sizes.G)
+    path = steps.SharedWalk((b, k * g), 0, sizes.counts[0], shared, sizes.G)
     result = Result(
         (*extents, sizes.Sp, sizes.Tp), jnp.float32, (None, None, *sizes.tile),
         lambda b, n, at: (b, n, at.row, at.i), 2,
     )  # fmt: skip
     (found,) = tiles.launch(
-        kernel, "tables", options, sizes, path, states, steps.of_all, extents, given, [result]
+        kernel, "tables", options, sizes, path, states, extents, given, [result]
     )
     found = jnp.swapaxes(found, 2, 3).reshape(extents[0], ek, eg, sizes.Tp, sizes.Sp)
     found = cropped_gradient(sizes, "grid", found)

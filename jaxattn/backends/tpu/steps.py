@@ -52,6 +52,18 @@ class Place(NamedTuple):
     ends: Any
 
 
+class Steps(NamedTuple):
+    """Lists of steps.
+
+    Attributes:
+      words: all lists, one after the other: an axis more would be padded to 128 words.
+      most: the number of steps of the longest.
+    """
+
+    words: Int[Array, "n"]
+    most: Int[Array, ""]
+
+
 @dataclass(frozen=True)
 class Walk:
     """How programs of a grid find their place.
@@ -83,7 +95,7 @@ class Walk:
         return (self.columns * (self.groups if self.merged else 1) - 1).bit_length()
 
     def place(self, b: Any, head: Any, step: Any, inner: Any, words: Any, first: Any) -> Place:
-        """The place of a program; `words` and `first` as `of_states` gives them, as references."""
+        """The place of a program, from references to `words` and the first row of this call."""
         at_b, at_head = head_index(self.extents, b, head)
         word = words[(at_b * self.extents[1] + at_head) * self.length + step]
         row = lax.shift_right_logical(word, jnp.int32(_FLAGS + self._bits))
@@ -98,21 +110,31 @@ class Walk:
         n = head * self.groups + g
         return Place(b, n, head, g, i, row + first[0], row, word & _STATE, begins, ends)
 
+    def steps(self, states: Int[Array, "b heads rows columns"]) -> Steps:
+        """The steps over the active tiles, row by row."""
+        b, heads, rows, columns = states.shape
+        at_row, at_column = (lax.broadcasted_iota(jnp.int32, states.shape, axis) for axis in (2, 3))
+        active = states != EMPTY
+        visited = active | ((at_column == 0) & ~active.any(-1, keepdims=True))
+        seen = jnp.cumsum(visited, -1, dtype=jnp.int32)
+        begins, ends = seen == 1, seen == seen[..., -1:]
+        words = (at_row << (_FLAGS + self._bits)) | (at_column << _FLAGS)
+        words = words | states.astype(jnp.int32)
+        words = words | jnp.where(begins, _BEGINS, 0) | jnp.where(ends, _ENDS, 0)
+        flat, words = (a.reshape(b, heads, rows * columns) for a in (visited, words))
+        order = jnp.argsort(~flat, axis=-1, stable=True)
+        words = jnp.take_along_axis(words, order, -1)
+        counts = flat.sum(-1, dtype=jnp.int32)
+        # After its end a list stays where it is, and does nothing: no tile is copied.
+        last = jnp.take_along_axis(words, counts[..., None] - 1, -1)
+        rest = (last >> _FLAGS) << _FLAGS
+        n = lax.broadcasted_iota(jnp.int32, words.shape, 2)
+        words = jnp.where(n < counts[..., None], words, rest)
+        return Steps(words.reshape(-1), counts.max())
+
 
 def _divided(n: Any, by: int) -> tuple[Any, Any]:
     return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
-
-
-class Steps(NamedTuple):
-    """Lists of steps.
-
-    Attributes:
-      words: all lists, one after the other: an axis more would be padded to 128 words.
-      count: the number of steps of the longest.
-    """
-
-    words: Int[Array, "n"]
-    count: Int[Array, ""]
 
 
 def walk(states: Int[Array, "b k g nq nk"], groups: int, across: bool) -> tuple[Walk, Array]:
@@ -129,29 +151,6 @@ def walk(states: Int[Array, "b k g nq nk"], groups: int, across: bool) -> tuple[
         return Walk(False, (b, k * g), 0, nk, groups, False), rows
     rows = states.transpose(0, 1, 4, 2, 3).reshape(b, k, nk, g * nq)
     return Walk(True, (b, k), 0, nq, groups, g > 1), rows
-
-
-def of_states(states: Int[Array, "b heads rows columns"]) -> Steps:
-    """The steps over the active tiles, row by row."""
-    b, heads, rows, columns = states.shape
-    at_row, at_column = (lax.broadcasted_iota(jnp.int32, states.shape, axis) for axis in (2, 3))
-    active = states != EMPTY
-    visited = active | ((at_column == 0) & ~active.any(-1, keepdims=True))
-    seen = jnp.cumsum(visited, -1, dtype=jnp.int32)
-    begins, ends = seen == 1, seen == seen[..., -1:]
-    bits = (columns - 1).bit_length()
-    words = (at_row << (_FLAGS + bits)) | (at_column << _FLAGS) | states.astype(jnp.int32)
-    words = words | jnp.where(begins, _BEGINS, 0) | jnp.where(ends, _ENDS, 0)
-    flat, words = (a.reshape(b, heads, rows * columns) for a in (visited, words))
-    order = jnp.argsort(~flat, axis=-1, stable=True)
-    words = jnp.take_along_axis(words, order, -1)
-    counts = flat.sum(-1, dtype=jnp.int32)
-    # After its end a list stays where it is, and does nothing: no tile is copied.
-    last = jnp.take_along_axis(words, counts[..., None] - 1, -1)
-    rest = (last >> _FLAGS) << _FLAGS
-    n = lax.broadcasted_iota(jnp.int32, words.shape, 2)
-    words = jnp.where(n < counts[..., None], words, rest)
-    return Steps(words.reshape(-1), counts.max())
 
 
 # --- tiles that batch rows and heads share --------------------------------------------------------
@@ -193,8 +192,7 @@ class SharedWalk:
         ends = inner == self.inner - 1
         return Place(b, n, k, g, column, row + first[0], row, state, inner == 0, ends)
 
-
-def of_all(states: Int[Array, "b heads rows columns"]) -> Steps:
-    """The steps over all tiles: their states are the words."""
-    *_, rows, columns = states.shape
-    return Steps(states.astype(jnp.int32).reshape(-1), jnp.int32(rows * columns))
+    def steps(self, states: Int[Array, "b heads rows columns"]) -> Steps:
+        """The steps over all tiles: their states are the words."""
+        *_, rows, columns = states.shape
+        return Steps(states.astype(jnp.int32).reshape(-1), jnp.int32(rows * columns))

@@ -26,7 +26,7 @@ from ..flash.operands import head_index, padded, padded_operand
 from ..flash.programs import SAME, evaluate, scored
 from ..flash.tile_sizes import TileSizes
 from ..problem import DROPOUT, Config, Inputs, Residue
-from .steps import MOST, Place, SharedWalk, Steps, Walk
+from .steps import MOST, Place, SharedWalk, Walk
 
 # --- sizes ----------------------------------------------------------------------------------------
 
@@ -381,7 +381,6 @@ def launch(
     sizes: KernelSizes,
     path: Walk | SharedWalk,
     states: Array,
-    steps: Callable[[Array], Steps],
     heads: tuple[int, int],
     given: dict[str, Any],
     results: Sequence[Result],
@@ -395,7 +394,6 @@ def launch(
       options, sizes: of the kernel.
       path: how a program finds its place.
       states: of tiles by rows of tiles, `[b, heads, rows, columns]`.
-      steps: from some rows of them to their lists.
       heads: the numbers of batch rows and heads of the grid.
       given: what the kernel reads.
       results: what it writes.
@@ -404,17 +402,18 @@ def launch(
     b, h, rows, columns = states.shape
     most = min(max(MOST // (b * h * columns), 1), rows)
     path = replace(path, length=most * columns)
-    is_given = {"is_leaf": lambda leaf: isinstance(leaf, Given)}
-    arrays = jax.tree.map(lambda leaf: leaf.array, given, **is_given)
 
-    def place(b: Any, head: Any, step: Any, inner: Any, words: Any, first: Any) -> Place:
-        return path.place(b, head, step, inner, words, first)
+    def of_given(fn: Callable[[Given], Any]) -> Any:
+        return jax.tree.map(fn, given, is_leaf=lambda leaf: isinstance(leaf, Given))
+
+    arrays = of_given(lambda leaf: leaf.array)
 
     def where(result: Result) -> Callable[..., tuple[Any, ...]]:
-        return lambda b, head, *rest: result.where(b, head, place(b, head, *rest))
+        return lambda b, head, *rest: result.where(b, head, path.place(b, head, *rest))
 
     def body(words: Any, first: Any, refs: Any, *rest: Any) -> None:
-        at = place(*(pl.program_id(axis) for axis in range(4)), words, first)
+        b, head, step, inner = (pl.program_id(axis) for axis in range(4))
+        at = path.place(b, head, step, inner, words, first)
         kernel(at, refs, rest[: len(results)], rest[len(results) :])
 
     def struct(result: Result) -> jax.ShapeDtypeStruct:
@@ -424,13 +423,13 @@ def launch(
         return jax.ShapeDtypeStruct(tuple(shape), result.dtype, **_varying_as(arrays["scale"]))
 
     def some(first: Any, states: Array) -> tuple[Array, ...]:
-        words, count = steps(states)
+        words, most_steps = path.steps(states)
         run = pl.pallas_call(
             body,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2,
-                grid=(*heads, count, path.inner),
-                in_specs=[jax.tree.map(lambda leaf: leaf.spec(sizes, place), given, **is_given)],
+                grid=(*heads, most_steps, path.inner),
+                in_specs=[of_given(lambda leaf: leaf.spec(sizes, path.place))],
                 out_specs=[pl.BlockSpec(result.block, where(result)) for result in results],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
             ),
