@@ -15,7 +15,7 @@ endif
 
 .PHONY: test test-deep check format experiment language-model long-context monitor chat heads tune \
 	embed compare-models explain see gallery docs faults chosen-blocks benchmark benchmark-gpu peers \
-	peers-llama compile-gpu compile-parallel clean
+	peers-llama compile-gpu compile-parallel compile-tpu clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -134,6 +134,9 @@ compile-parallel: .venv-gpu/parallel  ## see what hides the transfers of a ring 
 .venv-gpu/parallel: .venv-gpu/ready
 	.venv-gpu/bin/python -m pip install --progress-bar on libtpu rich tyro
 	touch $@
+
+compile-tpu: .venv-gpu/parallel  ## compile the kernels for TPUs, on a machine without one
+	.venv-gpu/bin/python experiments/compile_tpu.py $(ARGS)
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info
