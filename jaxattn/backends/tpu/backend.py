@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 WHY = fused.WHY
 
-LIMITS: tuple[str, ...] = ()
+LIMITS: tuple[str, ...] = (
+    "these kernels were interpreted and compiled, and have never run on a TPU; if they fail or are "
+    "slow, backend='tiled' is the way out",
+)
 
 prepare = unchanged
 
