@@ -6,6 +6,7 @@ other cache, and knows nothing of it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -39,9 +40,9 @@ class Forgetting(ja.KVCache):
         made = cls.create(1, budget + chunk, heads, head_dim)
         return replace(made, budget=budget, recent=round(budget * cls.share))
 
+    @abstractmethod
     def worth(self) -> Float[Array, "B S"]:
         """What decides among the older tokens."""
-        raise NotImplementedError
 
     def step(self, *given: Any, **options: Any) -> Any:
         out, after = super().step(*given, **options)

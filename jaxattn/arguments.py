@@ -48,7 +48,7 @@ def checked_call(
     dropout_rate: Any = 0.0,
     dropout_seed: Any = None,
     precision: Any = None,
-    stats: Any = (),
+    stats: Any = None,
 ) -> Call:
     """The arguments of `attention` as a `Call`; arguments without a batch become one row.
 

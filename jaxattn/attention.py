@@ -14,7 +14,6 @@ from .checks.foreign_names import with_remedies
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
-from .stats import statistics
 
 
 @overload
@@ -101,15 +100,15 @@ def attention(
         seed and on absolute positions.
       precision: the precision of matrix products, as in `jax.lax.dot_general`; by default float32
         inputs are multiplied in true float32 on every platform.
-      stats: a pytree of statistics of the weights (`jaxattn.stats`): the same pytree of arrays is
-        returned last.
+      stats: a pytree of statistics of the weights (`jaxattn.stats`).
       backend: "auto", or the name of a backend. A named backend runs, or raises its reason.
       return_lse: also return the LSE.
 
     Returns:
       The output `[B, T, N, Hv]` in the query's dtype; with `return_lse`, also the natural-log sum
       of exponentials of the final logits (after scale and scores, without sinks), `[B, T, N]`,
-      float32 (float64 for float64). A query that sees no key has output 0 and LSE -inf.
+      float32 (float64 for float64). A query that sees no key has output 0 and LSE -inf. With
+      `stats`, their pytree of values is the last result.
 
     Logits, softmax and sums are float32 (float64 for float64). Differentiable in query, key,
     value, score parameters, sinks, and through the LSE, in both modes and any number of times
@@ -156,8 +155,6 @@ def attention(
     results = dispatch(call, backend, with_lse=return_lse)
     if np.ndim(query) == 3:
         results = jax.tree.map(lambda each: each[0], results)
-    if stats is not None and not statistics(stats):
-        results = (*results, stats)
     return results if len(results) > 1 else results[0]
 
 

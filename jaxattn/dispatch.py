@@ -119,7 +119,7 @@ def _attend(call: Call, backend: str, with_lse: bool) -> tuple[Any, ...]:
         share = _share(lse, call.sinks)
         out = out.astype(lse.dtype) * share
     results = (out.astype(call.query.dtype), *((lse,) if with_lse else ()))
-    if not statistics(call.stats):
+    if call.stats is None:
         return results
     return (*results, _statistics(call, backend, lse, columns, share))
 
@@ -154,7 +154,7 @@ def _received(call: Call, backend: str, lse: Array, left: Array, weight: Array) 
     B, T, S, N, *_ = call.sizes
     if _is_empty(call):
         return jnp.zeros((B, S, N), lse.dtype)
-    call = replace(call, dropout=None, stats=(), means=(), maxima=(), largest=())
+    call = replace(call, dropout=None, stats=None, means=(), maxima=(), largest=())
     weight = left * jnp.broadcast_to(weight.astype(lse.dtype), (B, T, N))
     received = BACKENDS[backend].STATISTICS.received
     assert received is not None

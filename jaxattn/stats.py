@@ -106,12 +106,14 @@ class Stat(ByStructure):
         """The statistic of each query."""
 
     def __repr__(self) -> str:
-        parts = [getattr(self, each.name) for each in dataclasses.fields(cast(Any, self))]
+        fields = dataclasses.fields(cast(Any, self))
+        pairs = [(getattr(self, each.name), each.default) for each in fields]
         given = [
             part.name if isinstance(part, Cell)
             else repr(part) if isinstance(part, (Mask, Score))
             else leaf_repr(part)
-            for part in parts
+            for part, default in pairs
+            if part is not default
         ]  # fmt: skip
         return f"{type(self).__name__.lower()}({', '.join(given)})"
 
@@ -193,6 +195,7 @@ def _cell(given: Any, where: str) -> Score:
 
 
 def logit(x: Scalar, b: Scalar, h: Scalar, q: Scalar, k: Scalar) -> Scalar:
+    """The final logit itself."""
     return x
 
 
@@ -278,14 +281,15 @@ def argmax() -> Stat:
 class Received(Stat):
     """The statistic that `received` makes."""
 
-    weight: Any
+    # A number and not an array, so that it may be an attribute of a module.
+    weight: Any = 1.0
 
     @property
     def queries(self) -> tuple[Any, ...]:
-        return (self.weight,)
+        return (jnp.asarray(self.weight),)
 
     def with_queries(self, moved: Callable[[Array], Array]) -> Stat:
-        return Received(moved(self.weight))
+        return Received(*map(moved, self.queries))
 
     def of(self, rows: Rows) -> Any:
         return rows.received[0]
@@ -294,14 +298,13 @@ class Received(Stat):
 def received(weight: Float[ArrayLike, "..."] | None = None) -> Stat:
     """What each key gets: the sum over queries of `weight * p`, `[B, S, N]`.
 
-    It takes a second pass, about as long as the first.
+    It takes a second pass, which is no longer than the first.
 
     Args:
       weight: of each query, floats that broadcast to `[B, T, N]`; 1 by default.
     """
     if weight is None:
-        # A NumPy number has a hash, as attributes of modules need one.
-        return Received(np.float32(1))
+        return Received()
     try:
         array = None if isinstance(weight, (str, bytes)) else jnp.asarray(weight)
     except (TypeError, ValueError):

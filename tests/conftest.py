@@ -47,6 +47,13 @@ def own_errors():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def as_users_run():
+    """JAX's own defaults: users, Flax and optax are not strict about promotion."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 class Compilations:
     """How many programs XLA compiled since `reset()`."""
 

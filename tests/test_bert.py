@@ -7,12 +7,11 @@ import json
 import math
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -28,6 +27,8 @@ import packing
 import weights
 from data import DataError
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 WORDS = [
     *("a", "the", "cat", "dog", "kitten", "sleeps", "runs", "market", "fell", "on", "sofa"),
     *("street", "in", "##s", "un", "##seen"),
@@ -35,13 +36,6 @@ WORDS = [
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
 D, LAYERS, HEADS, F, P, LONGEST = 8, 2, 2, 12, 40, 24
 EPSILON = 1e-12
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 # --- a tiny model in the files of a real one --------------------------------------------------------

@@ -14,18 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import chosen_blocks
 from chosen_blocks import Config
 
-pytestmark = pytest.mark.usefixtures("as_scripts_run")
+pytestmark = pytest.mark.usefixtures("as_users_run")
 TINY = Config(
     steps=2, batch=2, test=2, length=32, block=4, names=20, colours=3, heads=1, head_dim=8,
     counts=(1, 3), timed_length=1024, timed_block=256, timed_heads=1, turns=1,
 )  # fmt: skip
-
-
-@pytest.fixture
-def as_scripts_run():
-    """What scripts run under: optax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def test_each_block_of_questions_is_about_one_far_block():

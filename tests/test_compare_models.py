@@ -30,18 +30,13 @@ import measure_chat
 import weights
 from compare_models import Agreement
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 V, WIDTH = len(vocabulary()), 160
 SIZES = {
     "prompts": 3, "tokens": 8, "text": 60, "prefill": 20, "prompt": 4, "timed": 2, "batch": 2,
     "chunk": 32, "repeats": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

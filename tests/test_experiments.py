@@ -31,14 +31,7 @@ import translate  # noqa: E402
 from report import Report  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-scripts = pytest.mark.usefixtures("as_scripts_run")
-
-
-@pytest.fixture
-def as_scripts_run():
-    """What scripts run under: Flax's and optax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+scripts = pytest.mark.usefixtures("as_users_run")
 
 
 # ------------------------------------------------------------------------------------- the corpus

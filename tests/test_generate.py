@@ -31,15 +31,10 @@ from data import DataError
 from generate import NONE, Sampling, Writer, greedy
 from serve import Request, Server
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 CHUNK, CAPACITY = 8, 160
 Tokens = list[int]
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,9 @@ import heads
 import llama
 import measure_chat
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 T, CHUNK = 24, 4
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import io
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib.image
 import matplotlib.pyplot as plt
@@ -22,14 +21,7 @@ import how_masking_works as how
 
 import jaxattn as ja
 
-pytestmark = pytest.mark.usefixtures("as_scripts_run")
-
-
-@pytest.fixture
-def as_scripts_run():
-    """What scripts run under: JAX's own defaults."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_run")
 
 
 def test_step_by_step() -> None:

@@ -21,12 +21,7 @@ import language_model
 import packing
 import training
 
-
-@pytest.fixture(autouse=True)
-def as_scripts_run():
-    """What scripts run under: Flax's and optax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("as_users_run")
 
 
 def documents(count: int, longest: int) -> list[np.ndarray]:

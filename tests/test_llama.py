@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,16 +23,11 @@ import packing
 import weights
 from data import DataError
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 V = len(vocabulary())
 # Of logits of about 1, in float32.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def texts(*lengths: int) -> list[np.ndarray]:

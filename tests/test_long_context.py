@@ -31,14 +31,9 @@ import packing
 import processes
 from long_context import Train
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 EXPERIMENTS = Path(long_context.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's and optax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture

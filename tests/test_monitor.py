@@ -23,14 +23,9 @@ import packing
 
 from jaxattn.nn.nnx import MultiHeadAttention
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 N, LAYERS = 4, 2
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run():
-    """What scripts run under: Flax's and optax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def model_of(kv_heads: int) -> decoder.Decoder:

@@ -31,13 +31,6 @@ GUIDES = [
 MODULES = sorted(m.name for m in pkgutil.walk_packages(ja.__path__, "jaxattn."))
 
 
-@pytest.fixture
-def as_users_run():
-    """JAX's own defaults: users have no strict promotion."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.M | re.S)
 
 

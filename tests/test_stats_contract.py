@@ -111,7 +111,9 @@ ROWS = [row for row in PAIRS if max(row["lengths"]) < 500]
             row, backend, id=f"{named(row)}-{backend}",
             marks=() if n % every == 0 else pytest.mark.deep,
         )
-        for n, row in enumerate(ROWS) for backend, every in (("tiled", 3), ("dense", 9))
+        for n, row in enumerate(ROWS)
+        for backend, every in (("tiled", 3), ("dense", 9), ("decode", 1))
+        if backend != "decode" or row["lengths"][0] * row["heads"][0] <= 16
     ],
 )  # fmt: skip
 def test_every_pair_of_features(backend: str, row: dict[str, Any]) -> None:
@@ -289,3 +291,7 @@ def test_no_statistics_are_an_empty_tree() -> None:
     out, seen = ja.attention(q, k, v, stats={})
     assert seen == {}
     np.testing.assert_array_equal(out, ja.attention(q, k, v))
+    cache = ja.KVCache.create(batch=2, capacity=24, heads=2, head_dim=8)
+    (out, seen), _ = cache.step(q, k, v, mask=masks.causal(), stats={})
+    assert seen == {}
+    assert out.shape == q.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ from adapters import ADAPTERS, PROJECTIONS
 from corpus import Pair
 from data import DataError
 
+pytestmark = pytest.mark.usefixtures("as_users_run")
+
 PAIRS = [Pair("um", "one", ""), Pair("o gato", "the cat", ""), Pair("12", "twelve", "")]
 # Of sums of float32 products, in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-@pytest.fixture(autouse=True)
-def as_scripts_run() -> Iterator[None]:
-    """What scripts run under: Flax's and optax's own code is not strict about promotion."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,8 @@ class Call:
       positions: each `None` where it is 0, 1, 2, ...; `q` and `k` have a batch axis, of extent 1
         where the batch rows share them.
       dropout: the rate and the seed; None without.
-      stats: a pytree of `Stat`, the statistics that are asked for, without their functions.
+      stats: a pytree of `Stat`, the statistics that are asked for, without their functions; None
+        where nobody asks.
       means, maxima, largest: functions of the final logit and the positions, of which each query
         wants the mean by the weights, the maximum over visible pairs, and the value at the pair
         with the largest logit: columns after the output's own. With any `largest` the last of
@@ -104,7 +105,7 @@ class Call:
     sinks: Float[Array, "N"] | None
     positions: Positions
     dropout: Dropout | None
-    stats: Any = ()
+    stats: Any = None
     means: tuple[Split[Score], ...] = ()
     maxima: tuple[Split[Score], ...] = ()
     largest: tuple[Split[Score], ...] = ()

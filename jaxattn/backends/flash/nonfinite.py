@@ -144,9 +144,9 @@ def _undefined(config: Config, flags: Array, out: Array) -> Array:
     """The output, NaN where flags are True; maxima over visible pairs are what they are."""
     flags = flags[..., None]
     if maxima := _maxima(config):
-        # Made by XLA: `custom_partitioning` of JAX 0.10 refuses arrays from around it.
-        column = lax.broadcasted_iota(jnp.int32, (1, 1, 1, out.shape[-1]), 3)
-        flags = flags & (column < out.shape[-1] - maxima)
+        # No array of NumPy: JAX 0.10's custom_partitioning refuses those.
+        columns = lax.broadcasted_iota(jnp.int32, (1, 1, 1, out.shape[-1]), 3)
+        flags = flags & (columns < out.shape[-1] - maxima)
     return _where(flags, jnp.nan, out)
 
 
