@@ -164,13 +164,13 @@ def ours(case: dict[str, Any], backend: str) -> Ready:
     tile = case.get("tile")
 
     def attend(q: Any, k: Any, v: Any, arrays: Any) -> Any:
-        if tile is None:
-            with interpreted_on_cpu(backend):
+        with interpreted_on_cpu(backend):
+            if tile is None:
                 return ja.attention(q, k, v, **make(**arrays), backend=backend)
-        from jaxattn.arguments import checked_call
+            from jaxattn.arguments import checked_call
 
-        module = importlib.import_module(f"jaxattn.backends.{backend}")
-        return module.run(checked_call(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
+            module = importlib.import_module(f"jaxattn.backends.{backend}")
+            return module.run(checked_call(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
 
     return jax_ready(attend, case, arrays, dtype)
 

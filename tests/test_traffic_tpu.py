@@ -116,6 +116,11 @@ def test_splash_does_not_skip_by_ids() -> None:
     assert {each.active for each in found.values()} == {int(shown("causal").sum())}
 
 
+def test_splash_refuses_what_it_is_not_given() -> None:
+    with pytest.raises(ValueError, match="splash has no alibi; here it is given full, causal"):
+        splash.splash("alibi", T, 1)
+
+
 def test_heads_share_lists_and_keys() -> None:
     """Four query heads write the gradients of one key head once."""
     one = traffic_tpu.ours(Config(head_dim=H), "causal", T)
