@@ -49,8 +49,8 @@ Passes = Literal["forward", "forward+backward"]
 # Norm of the error over the norm of the reference. Rounding inputs, weights and results to
 # bfloat16 gives 0.003 to 0.006; a tile left out or a mask off by one in a window of 1024, above.
 TOLERANCE = {"out": 0.01, "query": 0.02, "key": 0.02, "value": 0.02}
-# The shares of the time that checks may take, and that compiling a group of cases may.
-CHECKING, COMPILING = 0.3, 0.12
+# The share of the time that checks may take.
+CHECKING = 0.3
 # A contestant that was killed this many times is left out: its time goes to the others.
 STRIKES = 3
 
@@ -79,6 +79,7 @@ class GpuConfig:
     minutes: float = 8.0  # for the whole run
     timeout: float = 75.0  # seconds for a compilation; torch.compile's autotuning takes two minutes
     group: int = 3  # masks that are compiled at once
+    compiling: float = 0.12  # the share of the time that this may take
     tune: bool = False  # sweep the tiles of our kernels instead of comparing with peers
     tiles: tuple[int, ...] = (32, 64, 128, 256)
     device: Literal["gpu", "tpu", "cpu"] = "gpu"
@@ -286,7 +287,7 @@ def groups(config: GpuConfig) -> list[list[dict[str, Any]]]:
 def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """All contestants compile at the same time; then each is timed alone."""
 
-    until = time.monotonic() + COMPILING * 60 * crew.config.minutes
+    until = time.monotonic() + crew.config.compiling * 60 * crew.config.minutes
 
     def prepare(name: str) -> list[dict[str, Any]]:
         replies: list[dict[str, Any]] = []
@@ -373,6 +374,11 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         f"- FAILED: {c['contestant']} {c['mask']} {c['passes']}: {c['errors']}" for c in failed
     ]
+    lines += [
+        f"- not checked: {c['contestant']} {c['mask']} {c['passes']}: {c['error'][:150]}"
+        for c in report["checks"]
+        if "error" in c
+    ]
     keys = list(dict.fromkeys((c["T"], c["H"], c["passes"]) for c in report["cases"]))
     for T, H, passes in keys:
         cases = [c for c in report["cases"] if (c["T"], c["H"], c["passes"]) == (T, H, passes)]
@@ -390,6 +396,10 @@ def table(report: dict[str, Any]) -> str:
                 speeds.append("-" if speed is None else f"{speed:.3g}{share_of}")
             runs = [str(case["backend"])] if auto else []
             lines.append("| " + " | ".join([case["mask"], *speeds, *runs]) + " |")
+        lines.append("")
+        for case in cases:
+            errors = case["errors"].items()
+            lines += [f"- {name}, {case['mask']}: {error[:150]}" for name, error in errors]
     for row in report["tuning"]:
         said = f"{row['seconds'] * 1e3:.3g} ms" if "seconds" in row else row["error"][:80]
         at = f"{row['contestant']} {row['mask']} {row['passes']} T={row['T']} {row['tile']}"

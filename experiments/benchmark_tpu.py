@@ -34,6 +34,7 @@ class TpuConfig(GpuConfig):
     minutes: float = 10.0
     timeout: float = 60.0  # seconds for a compilation; for a measurement a third
     group: int = 1
+    compiling: float = 0.25  # one contestant after the other
     tiles: tuple[int, ...] = (256, 512, 1024)
     device: Literal["gpu", "tpu", "cpu"] = "tpu"
     output: Path = HERE / "results" / "benchmark-tpu.json"

@@ -165,9 +165,10 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("inside")
-def test_tiles_are_swept(tmp_path: Path) -> None:
-    config = GpuConfig(
-        masks=("causal",), passes=("forward",), lengths=(32,), contestants=("tiled", "auto"),
+@pytest.mark.parametrize(("suite", "name"), [(GpuConfig, "tiled"), (TpuConfig, "tpu")])
+def test_tiles_are_swept(suite: type[GpuConfig], name: str, tmp_path: Path) -> None:
+    config = suite(
+        masks=("causal",), passes=("forward",), lengths=(32,), contestants=(name, "auto"),
         batch=1, heads=2, head_dims=(8,), check=0, matmul=0, repeats=1, device="cpu", tune=True,
         tiles=(16,), output=tmp_path / "gpu.json",
     )  # fmt: skip
@@ -238,6 +239,8 @@ def test_the_tpu_suite_is_rehearsed(masks: Any, tmp_path: Path, monkeypatch: Any
     text = config.output.with_suffix(".md").read_text()
     assert "| mask | tpu | splash |" in text
     assert "PyTorch" not in text
+    assert ("- splash, alibi: splash has no alibi" in text) == ("alibi" in masks)
+    assert ("- not checked: splash alibi" in text) == ("alibi" in masks)
 
 
 def test_one_process_runs_all_contestants(tmp_path: Path, monkeypatch: Any) -> None:
