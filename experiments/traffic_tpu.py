@@ -72,6 +72,10 @@ class Traffic(NamedTuple):
     written: int
     flop: int
 
+    def __add__(self, other: Any) -> Traffic:
+        """The sum, as of one kernel after the other."""
+        return Traffic(*map(sum, zip(self, other, strict=True)))
+
     @property
     def intensity(self) -> float:
         """Bytes for each thousand operations."""
@@ -106,7 +110,6 @@ class Launched(NamedTuple):
         grid = tuple(int(n) for n in self.spec.grid)
         # In the order in which a core runs them: the last axis is the fastest.
         programs = [jnp.asarray(n.reshape(-1), jnp.int32) for n in np.indices(grid)]
-
         specs = jax.tree.leaves([self.spec.in_specs, self.spec.out_specs])
         arrays = jax.tree.leaves([self.arrays, self.results])
 
@@ -165,12 +168,14 @@ def recorded() -> Iterator[list[Launched]]:
 
 def ours(config: Config, mask: Mask, T: int) -> dict[str, Traffic]:
     """Of each kernel of jaxattn."""
-    launches: list[tuple[Any, ...]] = []
-    launch = tiles.launch
+    launch, launches = tiles.launch, list[tuple[Any, ...]]()
 
     def noted(*args: Any) -> Any:
-        launches.append(args)
-        return launch(*args)
+        before = len(found)
+        results = launch(*args)
+        # Several, where lists of tiles do not fit into one kernel's memory.
+        launches.extend([args] * (len(found) - before))
+        return results
 
     query, key = (
         jnp.zeros((1, T, heads, config.head_dim), config.dtype)
@@ -185,7 +190,7 @@ def ours(config: Config, mask: Mask, T: int) -> dict[str, Traffic]:
         out, lse = engine.forward(problem, inputs)
         engine.backward(problem, 1, inputs, out, lse, out, lse)
 
-    counted = {}
+    counted = dict.fromkeys(PRODUCTS, Traffic(0, 0, 0, 0, 0))
     for kernel, (_, name, _, sizes, path, *_) in zip(found, launches, strict=True):
         b, heads = path.extents
         walk = replace(path, length=kernel.prefetched[0].size // (b * heads))
@@ -194,7 +199,7 @@ def ours(config: Config, mask: Mask, T: int) -> dict[str, Traffic]:
             return walk.place(*place).state != EMPTY
 
         tile = 2 * sizes.tq * sizes.tk * config.head_dim
-        counted[name] = kernel.traffic(active, PRODUCTS[name] * tile)
+        counted[name] += kernel.traffic(active, PRODUCTS[name] * tile)
     return counted
 
 

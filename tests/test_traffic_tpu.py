@@ -103,6 +103,17 @@ def test_every_active_tile_is_visited_once(mask: Any) -> None:
     )
 
 
+def test_kernels_in_parts_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for two rows of tiles, four kernels do the work of one."""
+    whole = traffic_tpu.ours(Config(head_dim=H), "causal", T)
+    monkeypatch.setattr(tiles, "MOST", 2 * T // SIDE)
+    parts = traffic_tpu.ours(Config(head_dim=H), "causal", T)
+    for name, each in parts.items():
+        assert each.flop == whole[name].flop
+        assert each.active == whole[name].active
+        assert each.written == whole[name].written
+
+
 @pytest.mark.parametrize("mask", ["causal", "window", "prefix"])
 def test_splash_multiplies_its_blocks_that_are_not_empty(mask: Any) -> None:
     found = traffic_tpu.splashes(Config(head_dim=H), mask, T)
