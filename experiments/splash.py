@@ -34,7 +34,7 @@ def splash(name: str, T: int, N: int, interpret: bool = False) -> Callable[..., 
 
 @lru_cache(maxsize=4)
 def _kernel(name: str, T: int, N: int, interpret: bool) -> Callable[..., Any]:
-    """Looks at every block on the host: a minute for 131072 tokens."""
+    """Splash looks at every tile on the host: one to two minutes for 131072 tokens."""
     from jax.experimental.pallas.ops.tpu import splash_attention as ops
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as given
 
