@@ -16,7 +16,15 @@ B, T, N, K = 2, 1024, 4, 2
 
 
 class Case(NamedTuple):
-    """A call to compile, and whether its kernels must fit into the registers."""
+    """A call to compile, and whether its kernels must fit into the registers.
+
+    Attributes:
+      name: of the case.
+      H, dtype, options: of the call.
+      fits: whether its kernels must fit into the registers.
+      backend: that computes it.
+      extents: batch rows and tokens of each.
+    """
 
     name: str
     H: int
@@ -24,6 +32,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
     fits: bool = True
     backend: str = "triton"
+    extents: tuple[int, int] = (B, T)
 
 
 def cases() -> Iterator[Case]:
@@ -85,6 +94,6 @@ def gradients(case: Case) -> Callable[..., Any]:
 def arguments(case: Case, device: Any) -> list[Any]:
     """What `gradients` takes, as shapes on a device."""
     where = jax.sharding.SingleDeviceSharding(device)
-    shapes = [(B, T, heads, case.H) for heads in (N, K, K)]
+    shapes = [(*case.extents, heads, case.H) for heads in (N, K, K)]
     arrays = [jax.ShapeDtypeStruct(shape, case.dtype, sharding=where) for shape in shapes]
     return [*arrays, case.options.get("score")]

@@ -3,11 +3,12 @@
     make compile-tpu                              # v5e and v6e
     make compile-tpu ARGS="v5p --schedule"
 
-Prints the seconds of each case, forward and backward together. With `--schedule` also what the
-compiler says of a step of each kernel: the vector memory beside arrays that it keeps there whole,
-the instructions, of which one is issued a cycle, and the share of the matrix units' slots that are
-filled. The steps of a PARTIAL and of a FULL tile are both in it, one after the other. The exit
-status is 1 if a case does not compile.
+Prints the seconds of each case, forward and backward together, and the memory of its temporary
+arrays. The last case is as long as lists of tiles can be, and fails if it needs much memory. With
+`--schedule` also what the compiler says of a step of each kernel: the vector memory beside arrays
+that it keeps there whole, the instructions, of which one is issued a cycle, and the share of the
+matrix units' slots that are filled. The steps of a PARTIAL and of a FULL tile are both in it, one
+after the other. The exit status is 1 if a case does not compile.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ import jax.numpy as jnp
 import tyro
 from compile_cases import Case, arguments, cases, gradients
 from jax.experimental import topologies
+
+from jaxattn import masks
 
 Kind = Literal["v5e", "v5p", "v6e"]
 TOPOLOGIES: dict[Kind, str] = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -67,7 +70,20 @@ class Kernel(NamedTuple):
         return f"{self.name} {memory}, {self.instructions} instructions, {self.busy:.0%} busy"
 
 
-def compile_for(device: jax.Device, case: Case) -> None:
+# Three batch rows, each with a mask of its own: as many steps as one call takes.
+ROWS, LENGTH = 3, 131072
+# Temporary arrays of that case, in sizes of its inputs.
+MOST = 5.0
+
+
+def long() -> Case:
+    """Documents in long rows."""
+    mask = masks.causal() & masks.segments(jnp.zeros((ROWS, LENGTH), jnp.int32))
+    options = {"mask": mask}
+    return Case("causal, documents", 128, jnp.bfloat16, options, extents=(ROWS, LENGTH))
+
+
+def compile_for(device: jax.Device, case: Case) -> jax.stages.Compiled:
     """Compiles a case; raises the compiler's errors."""
     kind = jax.sharding.AbstractDevice(
         device_kind=device.device_kind, num_cores=None, platform="tpu"
@@ -75,7 +91,7 @@ def compile_for(device: jax.Device, case: Case) -> None:
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(gradients(case)).trace(*arguments(case, device))
-    traced.lower(lowering_platforms=("tpu",)).compile()
+    return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
 def scheduled(folder: Path) -> list[Kernel]:
@@ -107,7 +123,7 @@ def main(config: Config) -> int:
             os.environ["LIBTPU_INIT_ARGS"] = dump
         for kind in config.kinds:
             topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[kind])
-            for case in cases():
+            for case in (*cases(), long()):
                 if case.backend == "triton":
                     failed += not reported(kind, topology.devices[0], case._replace(backend="tpu"))
                 for kernel in scheduled(Path(folder)):
@@ -117,15 +133,19 @@ def main(config: Config) -> int:
 
 def reported(kind: str, device: jax.Device, case: Case) -> bool:
     """Compiles a case, prints how that went, and returns whether it did."""
-    name = f"{kind}: {case.name}, {jnp.dtype(case.dtype).name}, head dimension {case.H}"
+    dtype, T = jnp.dtype(case.dtype).name, case.extents[1]
+    name = f"{kind}: {case.name}, {dtype}, head dimension {case.H}, T = {T}"
     start = time.perf_counter()
     try:
-        compile_for(device, case)
-        found = "ok"
+        memory = compile_for(device, case).memory_analysis()
+        assert memory is not None
+        times = memory.temp_size_in_bytes / memory.argument_size_in_bytes
+        much = case.extents[1] == LENGTH and times > MOST
+        found = f"{'FAILED' if much else 'ok'}: memory of {times:.1f} times its inputs"
     except jax.errors.JaxRuntimeError as error:
         found = f"FAILED: {str(error).splitlines()[0][:100]}"
-    print(f"{name:66} {time.perf_counter() - start:5.1f} s  {found}", flush=True)
-    return found == "ok"
+    print(f"{name:74} {time.perf_counter() - start:5.1f} s  {found}", flush=True)
+    return found.startswith("ok")
 
 
 if __name__ == "__main__":

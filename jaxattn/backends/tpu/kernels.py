@@ -38,7 +38,7 @@ from .tiles import Given, KernelOptions, KernelSizes, KernelTile, Result, dot
 def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, K, G, Hv]` with the columns, and natural-log LSE `[B, T, K, G]`."""
     sizes = options.sizes(config, x)
-    given = tiles.given_to(config, sizes, x, "q", "k", "vT")
+    given = tiles.given_to(config, sizes, x)
 
     def kernel(at: Place, refs: Any, results: Any, scratch: Any) -> None:
         tile = KernelTile(config, sizes, refs, at)
@@ -71,7 +71,7 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
             for ref, column in zip(column_refs, columns, strict=True):
                 ref[...] = column
             (kept,) = tile.dropped(p) if config.dropout else (p,)
-            more = dot(config, refs["vT"][...], kept.astype(config.dtype), 1, 0)
+            more = dot(config, refs["v"][...], kept.astype(config.dtype), 0, 0)
             acc_ref[...] = acc_ref[...] * fade + more
             top_ref[...] = top
 
@@ -208,7 +208,7 @@ def _d_queries(
     options: KernelOptions, config: Config, sizes: KernelSizes, x: Inputs, more: dict[str, Given]
 ) -> tuple[Array, Array, dict[int, Array]]:
     """Gradients of the queries, of the scale `[B]`, and of rows, heads and diagonals."""
-    given = tiles.given_to(config, sizes, x, "q", "k", "kT", "v") | more
+    given = tiles.given_to(config, sizes, x) | more
     lines, diagonals = _learned(config, "row", "head"), _learned(config, "diagonal")
     nq, nk = sizes.counts
 
@@ -229,7 +229,7 @@ def _d_queries(
 
         def step(masked: bool) -> None:
             _, ds, parts = _slopes(tile, masked)
-            dq_ref[...] += dot(config, refs["kT"][...], ds.astype(config.dtype), 1, 0)
+            dq_ref[...] += dot(config, refs["k"][...], ds.astype(config.dtype), 0, 0)
             for n, ref in zip(lines, line_refs, strict=True):
                 ref[...] += parts[n].sum(0, keepdims=True)
             for n, ref in zip(diagonals, diagonal_refs, strict=True):
@@ -259,7 +259,7 @@ def _d_keys(
     options: KernelOptions, config: Config, sizes: KernelSizes, x: Inputs, more: dict[str, Given]
 ) -> tuple[Array, Array, dict[int, Array]]:
     """Gradients of keys and values, summed over the queries of a key head, and of columns."""
-    given = tiles.given_to(config, sizes, x, "q", "k", "v") | more
+    given = tiles.given_to(config, sizes, x) | more
     learned = _learned(config, "column")
 
     def kernel(at: Place, refs: Any, results: Any, scratch: Any) -> None:
@@ -317,7 +317,7 @@ def _d_table(
     A tile of it is summed over the batch rows and heads that share it: another order would need
     memory for a table of each head.
     """
-    given = tiles.given_to(config, sizes, x, "q", "k", "v") | more
+    given = tiles.given_to(config, sizes, x) | more
     eb, ek, eg, *_ = x.score[n].shape
     extents = groups if eb == 1 else sizes.B, ek * eg
 

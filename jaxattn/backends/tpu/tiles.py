@@ -1,8 +1,8 @@
 """What a kernel for TPUs knows of a tile: its size, operands, mask, score and dropout.
 
 Tiles of logits are `[tk, tq]`, keys first. Numbers of queries then lie along lanes, `[1, tq]`, as
-they do in memory, sums over keys need no exchange between lanes, and so do all products, given
-keys and values with their length first or last as each kernel wants them.
+they do in memory, and sums over keys need no exchange between lanes. Where a product wants a factor
+transposed, that is a block of keys or values, never a tile.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class KernelSizes(TileSizes):
 class Given(NamedTuple):
     """An array `[B|1, heads, ..., ...]` that a kernel reads, and which block of it a tile needs.
 
-    The kind says which: "queries" `[T, H]`, "keys" `[S, H]`, "across" `[H, S]`, "lines" `[n, T]`;
-    an operand "row" `[1, T]`, "column" `[1, S]`, "head" `[1, 1]`, "grid" `[S, T]`, and "diagonal",
-    of which two blocks of `[1, T + S]` follow each other.
+    The kind says which: "queries" `[T, H]`, "keys" `[S, H]`, "lines" `[n, T]`; an operand "row"
+    `[1, T]`, "column" `[1, S]`, "head" `[1, 1]`, "grid" `[S, T]`, and "diagonal", of which two
+    blocks of `[1, T + S]` follow each other.
     """
 
     array: Array
@@ -111,7 +111,6 @@ class Given(NamedTuple):
         block = {
             "queries": (tq, width),
             "keys": (tk, width),
-            "across": (height, tk),
             "lines": (height, tq),
             "row": (1, tq),
             "column": (1, tk),
@@ -122,11 +121,10 @@ class Given(NamedTuple):
 
         def where(*args: Any) -> tuple[Any, ...]:
             at = place(*args)
-            head = at.k if self.kind in ("keys", "across") else at.n
+            head = at.k if self.kind == "keys" else at.n
             tail = {
                 "queries": (at.i, 0),
                 "keys": (at.j, 0),
-                "across": (0, at.j),
                 "lines": (0, at.i),
                 "row": (0, at.i),
                 "column": (0, at.j),
@@ -145,27 +143,21 @@ def heads_first(array: Array, length: int, dtype: Any) -> Array:
     return padded(jnp.swapaxes(whole, 1, 2), {2: length})
 
 
-def given_to(config: Config, sizes: KernelSizes, x: Inputs, *wanted: str) -> dict[str, Any]:
-    """The arrays that a kernel reads: those of `wanted`, and the operands of its functions.
+def given_to(config: Config, sizes: KernelSizes, x: Inputs) -> dict[str, Any]:
+    """The arrays that every kernel reads: queries, keys, values, and operands of functions."""
 
-    "q", "k" and "v" are wanted by these names, transposed keys and values as "kT" and "vT".
-    """
-    found: dict[str, Any] = {}
-    for name in wanted:
-        source = {"q": x.query, "k": x.key, "v": x.value}[name[0]]
-        length = sizes.Tp if name == "q" else sizes.Sp
-        array = heads_first(source, length, config.dtype)
-        if name.endswith("T"):
-            found[name] = Given(jnp.swapaxes(array, 2, 3), "across")
-        else:
-            found[name] = Given(array, "queries" if name == "q" else "keys")
+    def heads(array: Array, kind: str, length: int) -> Given:
+        return Given(heads_first(array, length, config.dtype), kind)
 
     def operands(kinds: Sequence[Kind], arrays: Sequence[Array]) -> tuple[tuple[Given, ...], ...]:
         pairs = zip(kinds, arrays, strict=True)
         return tuple(_operand(sizes, kind, array) for kind, array in pairs)
 
     scale = x.scale.astype(jnp.float32).reshape(-1, 1, 1, 1)
-    return found | {
+    return {
+        "q": heads(x.query, "queries", sizes.Tp),
+        "k": heads(x.key, "keys", sizes.Sp),
+        "v": heads(x.value, "keys", sizes.Sp),
         "scale": Given(scale, "head"),
         "mask": () if config.mask is None else operands(config.mask.kinds, x.mask),
         "score": operands(config.kinds, x.score),
