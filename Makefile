@@ -12,8 +12,9 @@ $(foreach verb,$(filter $(WITHOUT_ARGS),$(MAKECMDGOALS)),$(error make $(verb) ta
 endif
 
 .PHONY: test test-deep check format experiment language-model long-context monitor chat heads tune \
-	embed compare-models explain see gallery pictures docs docs-serve faults chosen-blocks benchmark benchmark-gpu peers \
-	peers-llama compile-gpu compile-parallel clean
+	embed compare-models explain see gallery pictures docs docs-serve faults chosen-blocks benchmark \
+	benchmark-gpu benchmark-tpu peers peers-llama compile-gpu compile-parallel compile-tpu \
+	traffic-tpu clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -109,6 +110,9 @@ benchmark: $(VENV)/ready  ## compare speed with jax.nn and, after `make peers`, 
 benchmark-gpu: $(VENV)/ready  ## check the kernels on one GPU, then time them beside the same peers
 	$(BIN)/python experiments/benchmark.py --suite gpu $(ARGS)
 
+benchmark-tpu: $(VENV)/ready  ## check the kernels on one TPU, then time them beside splash attention
+	$(BIN)/python experiments/benchmark.py --suite tpu $(ARGS)
+
 peers: .venv-peers/ready  ## install PyTorch and transformers, in an environment of its own
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
@@ -140,6 +144,12 @@ compile-parallel: .venv-gpu/parallel  ## see what hides the transfers of a ring 
 .venv-gpu/parallel: .venv-gpu/ready
 	.venv-gpu/bin/python -m pip install --progress-bar on libtpu rich tyro
 	touch $@
+
+compile-tpu: .venv-gpu/parallel  ## compile the kernels for TPUs, on a machine without one
+	.venv-gpu/bin/python experiments/compile_tpu.py $(ARGS)
+
+traffic-tpu: $(VENV)/ready  ## count what kernels for TPUs read, write and multiply, without one
+	$(BIN)/python experiments/traffic_tpu.py $(ARGS)
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* build *.egg-info

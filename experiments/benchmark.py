@@ -5,6 +5,7 @@
     python experiments/benchmark.py --suite shapes        # 40 ordinary shapes: benchmark_shapes.py
     python experiments/benchmark.py --suite stats         # statistics: benchmark_stats.py
     python experiments/benchmark.py --suite gpu           # kernels on a GPU: benchmark_gpu.py
+    python experiments/benchmark.py --suite tpu           # kernels on a TPU: benchmark_tpu.py
 
 Every contestant runs in a process of its own. They take turns: one call to warm up, then a timed
 one. Each ratio compares two calls that ran one after the other, so that a busy machine slows both;
@@ -27,11 +28,12 @@ from typing import Any, Literal
 
 import tyro
 from benchmark_gpu import GpuConfig
-from benchmark_gpu import main as measure_gpu
+from benchmark_gpu import main as measure_kernels
 from benchmark_shapes import ShapesConfig
 from benchmark_shapes import main as measure_shapes
 from benchmark_stats import StatsConfig
 from benchmark_stats import main as measure_stats
+from benchmark_tpu import TpuConfig
 from contestant import Contestant
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -61,8 +63,9 @@ PEERS = {"jax.nn": False, "torch-sdpa": True, "torch-flex": True}  # name -> is 
 class Config:
     """What to measure."""
 
-    suite: Literal["cpu", "gpu", "shapes", "stats"] = "cpu"
+    suite: Literal["cpu", "gpu", "tpu", "shapes", "stats"] = "cpu"
     gpu: GpuConfig = field(default_factory=GpuConfig)  # for `--suite gpu`, which reads only this
+    tpu: TpuConfig = field(default_factory=TpuConfig)  # likewise for `--suite tpu`
     shapes: ShapesConfig = field(default_factory=ShapesConfig)  # likewise for `--suite shapes`
     stats: StatsConfig = field(default_factory=StatsConfig)  # likewise for `--suite stats`
     masks: tuple[Mask, ...] = (
@@ -152,7 +155,7 @@ def measure(config: Config, console: Console) -> dict[str, Any]:
         "config": {
             name: value
             for name, value in asdict(config).items()
-            if name not in ("suite", "gpu", "shapes", "stats")
+            if name not in ("suite", "gpu", "tpu", "shapes", "stats")
         }
         | {"output": str(config.output.name)},
         "cases": [],
@@ -282,8 +285,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def main(config: Config) -> None:
     """Measure, print, and write JSON, Markdown and a plot."""
-    if config.suite == "gpu":
-        measure_gpu(config.gpu)
+    if config.suite in ("gpu", "tpu"):
+        measure_kernels(config.gpu if config.suite == "gpu" else config.tpu)
         return
     if config.suite == "shapes":
         measure_shapes(config.shapes)

@@ -4,10 +4,11 @@
     python experiments/benchmark_gpu.py --lengths 8192 --masks causal window --minutes 3
     python experiments/benchmark_gpu.py --device cpu --lengths 128 --matmul 256 ...   # a rehearsal
 
-The most important cases come first. When the time budget is spent, the run ends between two groups
-of cases. Results are written as JSON, Markdown and a plot after every group. Every contestant runs
-in a process of its own. All contestants compile a group of cases at the same time; then each is
-timed alone. A request that takes too long is killed. A contestant is left out after three kills.
+The most important cases come first. When the time budget is spent, the run ends between two cases;
+`--resume` measures the others. Results are written as JSON and Markdown after every case. Every
+contestant runs in a process of its own. All contestants compile a group of cases at the same time;
+then each is timed alone. A request that takes too long is killed. A contestant is left out after
+three kills.
 
 TFLOP/s count the pairs that the mask allows: `4 * H` operations for each pair and head forward (two
 products, with a multiplication and an addition each), 3.5 times as many forward+backward (five more
@@ -27,10 +28,11 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from benchmark_gpu_worker import visible
@@ -47,10 +49,8 @@ Passes = Literal["forward", "forward+backward"]
 # Norm of the error over the norm of the reference. Rounding inputs, weights and results to
 # bfloat16 gives 0.003 to 0.006; a tile left out or a mask off by one in a window of 1024, above.
 TOLERANCE = {"out": 0.01, "query": 0.02, "key": 0.02, "value": 0.02}
-# Bytes of logits, weights and their gradients in float32 that plain XLA may hold: half of a GPU.
-MOST_DENSE = 40e9
-# The shares of the time that checks may take, and that compiling a group of cases may.
-CHECKING, COMPILING = 0.3, 0.12
+# The share of the time that checks may take.
+CHECKING = 0.3
 # A contestant that was killed this many times is left out: its time goes to the others.
 STRIKES = 3
 
@@ -70,18 +70,24 @@ class GpuConfig:
     )  # fmt: skip
     batch: int = 2
     heads: int = 16
-    head_dim: int = 128
+    head_dims: tuple[int, ...] = (128,)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     check: int = 2048  # length at which results are compared with the reference; 0: none
     matmul: int = 8192  # extent of the matrix product that is measured; 0: none
     repeats: int = 5  # samples of 50 ms or a call; the median ignores two disturbances
+    most_dense: float = 40e9  # bytes of float32 logits that plain XLA may hold: half of a GPU
     minutes: float = 8.0  # for the whole run
     timeout: float = 75.0  # seconds for a compilation; torch.compile's autotuning takes two minutes
-    group: int = 3  # masks that are compiled at once; the budget ends the run between groups
+    group: int = 3  # masks that are compiled at once
+    compiling: float = 0.12  # the share of the time that this may take
     tune: bool = False  # sweep the tiles of our kernels instead of comparing with peers
     tiles: tuple[int, ...] = (32, 64, 128, 256)
-    device: Literal["gpu", "cpu"] = "gpu"
+    device: Literal["gpu", "tpu", "cpu"] = "gpu"
+    resume: bool = False  # measure what the run that wrote `output` did not reach
     output: Path = HERE / "results" / "benchmark-gpu.json"
+
+    # Whether one process runs all contestants, one after the other.
+    together: ClassVar[bool] = False
 
 
 class Crew:
@@ -104,14 +110,23 @@ class Crew:
             return {"error": f"left out: killed or died {STRIKES} times"}
         if self.left() <= 0:
             return {"error": "out of time"}
-        if name not in self.running or not self.running[name].alive:
-            self.running[name] = self._start(name)
+        process = "everyone" if self.config.together else name
+        if process not in self.running or not self.running[process].alive:
+            self.running[process] = self._start(process)
+            # A start has a time of its own: it is no part of what is asked.
+            limit = min(self.config.timeout, self.left())
+            self.running[process].ask(limit, contestant=name, hello=True)
         seconds = min(timeout or self.config.timeout, self.left())
-        reply = self.running[name].ask(seconds, **request)
+        reply = self.running[process].ask(seconds, contestant=name, **request)
         if reply.pop("killed", False):
             self.strikes[name] = self.strikes.get(name, 0) + 1
-            reply["error"] += self._last_words(name)
+            reply["error"] += self._last_words(process)
         return reply
+
+    @property
+    def workers(self) -> int:
+        """How many contestants may be asked at the same time."""
+        return 1 if self.config.together else 1 + len(self.config.contestants)
 
     def _start(self, name: str) -> Contestant:
         environment = {
@@ -120,6 +135,9 @@ class Crew:
             # The library of this checkout, installed or not.
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         }
+        if self.config.together:
+            # What a killed process compiled for others is not lost.
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(self.folder / "compiled")
         if self.config.device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         return Contestant(
@@ -151,7 +169,7 @@ def python_of(name: str) -> str | Path:
 
 def case_of(config: GpuConfig, mask: str, passes: str, T: int, **more: Any) -> dict[str, Any]:
     """A case in the form that workers read."""
-    size = {"B": config.batch, "N": config.heads, "H": config.head_dim, "dtype": config.dtype}
+    size = {"B": config.batch, "N": config.heads, "H": config.head_dims[0], "dtype": config.dtype}
     return {"mask": mask, "passes": passes, "T": T, **size, **more}
 
 
@@ -161,19 +179,19 @@ def work(case: dict[str, Any]) -> float:
     return forward * (1 if case["passes"] == "forward" else 3.5)
 
 
-def unfit(name: str, case: dict[str, Any]) -> str | None:
+def unfit(name: str, case: dict[str, Any], most_dense: float) -> str | None:
     """Why a contestant is not asked to run a case, or None."""
     logits = 4 * case["B"] * case["N"] * case["T"] ** 2
     # Logits and weights, and their gradients.
     held = logits * (2 if case["passes"] == "forward" else 4)
-    if name == "jax.nn" and held > MOST_DENSE:
+    if name == "jax.nn" and held > most_dense:
         return f"would hold {held / 1e9:.0f} GB"
     given = {"torch-sdpa": ("alibi",), "jax.nn-cudnn": ("alibi",)}.get(name, ())
-    if case["mask"] in given and logits / 2 > MOST_DENSE / 4:
+    if case["mask"] in given and logits / 2 > most_dense / 4:
         return f"would need a bias of {logits / 2 / case['B'] / 1e9:.0f} GB"
     # PyTorch makes the array of a mask operation by operation, in int64.
     made = 32 * case["T"] ** 2
-    if name == "torch-sdpa" and case["mask"] not in ("full", "causal") and made > MOST_DENSE / 2:
+    if name == "torch-sdpa" and case["mask"] not in ("full", "causal") and made > most_dense / 2:
         return f"would need {made / 1e9:.0f} GB to make its mask"
     return None
 
@@ -187,7 +205,7 @@ def contestants(crew: Crew, said: dict[str, Any]) -> list[str]:
             beside = importlib.util.find_spec("torch") is not None
             if beside or PEERS_PYTHON.exists():
                 found.append(name)
-        elif name in ours or name in ("auto", "jax.nn", "jax.nn-cudnn"):
+        elif name in ours or name in ("auto", "jax.nn", "jax.nn-cudnn", "splash"):
             found.append(name)
     return found
 
@@ -198,10 +216,10 @@ def contestants(crew: Crew, said: dict[str, Any]) -> list[str]:
 def check(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
     """Compares output and gradients of every contestant with the definition in float32."""
     config = crew.config
+    # One process has no time for both: the last one contains the other.
+    checked = config.passes[-1:] if config.together else config.passes[::-1]
     cases = [
-        case_of(config, mask, passes, config.check)
-        for passes in reversed(config.passes)
-        for mask in config.masks
+        case_of(config, mask, passes, config.check) for passes in checked for mask in config.masks
     ]
     until = time.monotonic() + CHECKING * crew.left()
 
@@ -218,9 +236,10 @@ def check(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
         return replies
 
     everyone = ["reference", *names]
-    with ThreadPoolExecutor(len(everyone)) as pool:
+    with ThreadPoolExecutor(crew.workers) as pool:
         found = dict(zip(everyone, pool.map(results, everyone), strict=True))
-    crew.running.pop("reference").kill()
+    if "reference" in crew.running:
+        crew.running.pop("reference").kill()
     for name in names:
         for case, got, gold in zip(cases, found[name], found["reference"], strict=True):
             row: dict[str, Any] = {"contestant": name, "mask": case["mask"]}
@@ -258,29 +277,29 @@ def groups(config: GpuConfig) -> list[list[dict[str, Any]]]:
     """Groups of cases, the most important first."""
     masks = [config.masks[i : i + config.group] for i in range(0, len(config.masks), config.group)]
     return [
-        [case_of(config, mask, passes, T) for mask in some for passes in config.passes]
+        [case_of(config, mask, passes, T, H=H) for mask in some for passes in config.passes]
         for T in config.lengths
+        for H in config.head_dims
         for some in masks
     ]
 
 
-def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """All contestants compile at the same time; then each is timed alone."""
 
-    until = time.monotonic() + COMPILING * 60 * crew.config.minutes
+    until = time.monotonic() + crew.config.compiling * 60 * crew.config.minutes
 
     def prepare(name: str) -> list[dict[str, Any]]:
         replies: list[dict[str, Any]] = []
         for case in cases:
-            why = unfit(name, case)
+            why = unfit(name, case, crew.config.most_dense)
             if time.monotonic() > until:
                 why = "not compiled in time"
             replies.append({"error": why} if why else crew.ask(name, prepare=case))
         return replies
 
-    with ThreadPoolExecutor(len(names)) as pool:
+    with ThreadPoolExecutor(crew.workers) as pool:
         prepared = dict(zip(names, pool.map(prepare, names), strict=True))
-    rows = []
     for i, case in enumerate(cases):
         row: dict[str, Any] = {**case, "flop": work(case), "seconds": {}, "errors": {}}
         row["backend"] = prepared.get("auto", [{}] * len(cases))[i].get("backend")
@@ -296,16 +315,18 @@ def measure(crew: Crew, names: list[str], cases: list[dict[str, Any]]) -> list[d
                 row["errors"][name] = reply["error"]
             else:
                 row["seconds"][name] = reply["seconds"]
+        if crew.left() <= 0:
+            return
         row["tflops"] = {name: row["flop"] / s / 1e12 for name, s in row["seconds"].items()}
-        rows.append(row)
         speeds = ", ".join(f"{n} {t:.3g}" for n, t in row["tflops"].items())
-        head = f"{case['mask']:>14} {case['passes']:<17} T={case['T']:<6}"
-        print(f"{head} TFLOP/s: {speeds or '-'}  ({row['backend']})", flush=True)
+        head = f"{case['mask']:>14} {case['passes']:<17} T={case['T']:<6} H={case['H']:<3}"
+        auto = f"  (auto runs {row['backend']})" if "auto" in names else ""
+        print(f"{head} TFLOP/s: {speeds or '-'}{auto}", flush=True)
+        yield row
     for name in names:
         # Cases compiled for the checks are timed later.
         if cases[0]["T"] != crew.config.check:
             crew.ask(name, forget=cases[0]["T"])
-    return rows
 
 
 def tune(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
@@ -340,8 +361,10 @@ def tune(crew: Crew, names: list[str], report: dict[str, Any]) -> None:
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    lines = [f"{report['machine']['device']}, JAX {report['machine'].get('jax')}, PyTorch "
-             f"{report['machine'].get('torch')}, {report['machine']['date']}.", ""]  # fmt: skip
+    machine = report["machine"]
+    versions = [f"JAX {machine['jax']}"]
+    versions += [f"PyTorch {machine['torch']}"] if machine.get("torch") else []
+    lines = [", ".join([machine["device"], *versions, machine["date"]]) + ".", ""]
     bound = report.get("matmul_tflops")
     if bound:
         lines += [f"A matrix product reaches {bound:.0f} TFLOP/s.", ""]
@@ -351,12 +374,18 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         f"- FAILED: {c['contestant']} {c['mask']} {c['passes']}: {c['errors']}" for c in failed
     ]
-    keys = list(dict.fromkeys((c["T"], c["passes"]) for c in report["cases"]))
-    for T, passes in keys:
-        cases = [c for c in report["cases"] if (c["T"], c["passes"]) == (T, passes)]
+    lines += [
+        f"- not checked: {c['contestant']} {c['mask']} {c['passes']}: {c['error'][:150]}"
+        for c in report["checks"]
+        if "error" in c
+    ]
+    keys = list(dict.fromkeys((c["T"], c["H"], c["passes"]) for c in report["cases"]))
+    for T, H, passes in keys:
+        cases = [c for c in report["cases"] if (c["T"], c["H"], c["passes"]) == (T, H, passes)]
         names = [n for n in report["contestants"] if any(n in c["tflops"] for c in cases)]
-        header = ["mask", *names, "auto runs"]
-        lines += ["", f"**{passes}, T={T}, TFLOP/s**", "", "| " + " | ".join(header) + " |"]
+        auto = ["auto runs"] if "auto" in names else []
+        header = ["mask", *names, *auto]
+        lines += ["", f"**{passes}, T={T}, H={H}, TFLOP/s**", "", "| " + " | ".join(header) + " |"]
         lines += ["|---" * len(header) + "|"]
         for case in cases:
             speeds = []
@@ -365,7 +394,12 @@ def table(report: dict[str, Any]) -> str:
                 share = bound and speed and case["mask"] == "causal"
                 share_of = f" ({speed / bound:.0%})" if share else ""
                 speeds.append("-" if speed is None else f"{speed:.3g}{share_of}")
-            lines.append("| " + " | ".join([case["mask"], *speeds, str(case["backend"])]) + " |")
+            runs = [str(case["backend"])] if auto else []
+            lines.append("| " + " | ".join([case["mask"], *speeds, *runs]) + " |")
+        lines.append("")
+        for case in cases:
+            errors = case["errors"].items()
+            lines += [f"- {name}, {case['mask']}: {error[:150]}" for name, error in errors]
     for row in report["tuning"]:
         said = f"{row['seconds'] * 1e3:.3g} ms" if "seconds" in row else row["error"][:80]
         at = f"{row['contestant']} {row['mask']} {row['passes']} T={row['T']} {row['tile']}"
@@ -374,7 +408,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Speed by mask and contestant, at the length that was measured first."""
+    """Speed by mask and contestant, at the length and head dimension that were measured first."""
     if importlib.util.find_spec("matplotlib") is None or not report["cases"]:
         return
     import matplotlib
@@ -385,9 +419,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
     passes = list(dict.fromkeys(c["passes"] for c in report["cases"]))
     size = {"figsize": (13, 4 * len(passes)), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(len(passes), 1, **size)
-    T = report["cases"][0]["T"]
+    T, H = report["cases"][0]["T"], report["cases"][0]["H"]
     for axis, which in zip(axes[:, 0], passes, strict=True):
-        cases = [c for c in report["cases"] if (c["T"], c["passes"]) == (T, which)]
+        cases = [c for c in report["cases"] if (c["T"], c["H"], c["passes"]) == (T, H, which)]
         names = [n for n in report["contestants"] if any(n in c["tflops"] for c in cases)]
         for i, name in enumerate(names):
             at = [x + i * 0.8 / len(names) for x in range(len(cases))]
@@ -395,7 +429,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axis.bar(at, heights, 0.8 / len(names), label=name)
         axis.set_xticks(range(len(cases)), [c["mask"] for c in cases])
         axis.set_ylabel("TFLOP/s of visible pairs")
-        axis.set_title(f"{which}, {report['config']['dtype']}, T={T}")
+        axis.set_title(f"{which}, {report['config']['dtype']}, T={T}, H={H}")
         axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -406,6 +440,32 @@ def write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, default=str) + "\n")
     path.with_suffix(".md").write_text(table(report))
+
+
+def name_of(case: dict[str, Any]) -> tuple[str, str, int, int]:
+    """What tells the cases of a run apart."""
+    return case["mask"], case["passes"], case["T"], case["H"]
+
+
+def without(cases: list[dict[str, Any]], done: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cases that are not done."""
+    names = {name_of(case) for case in done}
+    return [case for case in cases if name_of(case) not in names]
+
+
+def resume(path: Path, report: dict[str, Any]) -> None:
+    """Takes over the checks and cases that an earlier run on this machine wrote."""
+    if not path.exists():
+        raise SystemExit(f"nothing to resume: {path} does not exist")
+    old = json.loads(path.read_text())
+    same = [("machine", name) for name in ("device", "jax")]
+    same += [("config", name) for name in ("batch", "heads", "dtype")]
+    for what, name in same:
+        before, now = old[what][name], report[what][name]
+        if before != now:
+            raise SystemExit(f"can't resume {path.name}: its {name} is {before}, now {now}")
+    names = dict.fromkeys([*old["contestants"], *report["contestants"]])
+    report |= {"checks": old["checks"], "cases": old["cases"], "contestants": list(names)}
 
 
 def main(config: GpuConfig) -> dict[str, Any]:
@@ -424,10 +484,11 @@ def suite(crew: Crew) -> dict[str, Any]:
     said = crew.ask("auto", hello=True)
     if "error" in said:
         raise SystemExit(f"jaxattn does not start: {said['error']}")
-    if config.device == "gpu" and said["platform"] != "gpu":
+    device = config.device
+    if device not in ("cpu", said["platform"]):
         raise SystemExit(
-            f"no GPU: JAX computes on {said['platform']}; for a rehearsal on CPU give "
-            "--gpu.device cpu, or --device cpu to benchmark_gpu.py"
+            f"no {device.upper()}: JAX computes on {said['platform']}; for a rehearsal on CPU give "
+            f"--{device}.device cpu, or --device cpu to benchmark_{device}.py"
         )
     names = contestants(crew, said)
     torch = next((n for n in names if n.startswith("torch")), None)
@@ -446,24 +507,28 @@ def suite(crew: Crew) -> dict[str, Any]:
         "tuning": [],
         "not_reached": [],
     }
+    if config.resume:
+        resume(config.output, report)
     print(f"{said['device']}, JAX {said['jax']}: {', '.join(names)}", flush=True)
     if config.matmul:
         reply = crew.ask("auto", matmul=config.matmul, dtype=config.dtype)
         if "seconds" in reply:
             report["matmul_tflops"] = 2 * config.matmul**3 / reply["seconds"] / 1e12
             print(f"matrix product: {report['matmul_tflops']:.4g} TFLOP/s", flush=True)
-    if config.check:
+    if config.check and not report["checks"]:
         check(crew, names, report)
         write(report, config.output)
     if config.tune:
         mine = [n for n in names if n.split(":")[0] in said["tiled"]]
         tune(crew, mine, report)
     else:
-        waiting = groups(config)
-        while waiting and crew.left() > 0:
-            report["cases"] += measure(crew, names, waiting.pop(0))
-            write(report, config.output)
-        report["not_reached"] = [[c["mask"], c["passes"], c["T"]] for some in waiting for c in some]
+        for some in groups(config):
+            left = without(some, report["cases"])
+            for row in measure(crew, names, left) if left and crew.left() > 0 else ():
+                report["cases"].append(row)
+                write(report, config.output)
+        left = without([case for some in groups(config) for case in some], report["cases"])
+        report["not_reached"] = [list(name_of(case)) for case in left]
         if report["not_reached"]:
             print(f"out of time: {len(report['not_reached'])} cases not reached", flush=True)
     write(report, config.output)
@@ -472,11 +537,16 @@ def suite(crew: Crew) -> dict[str, Any]:
     return report
 
 
-if __name__ == "__main__":
-    # A machine with a GPU may lack tyro: then the defaults are used.
+def start(kind: type[GpuConfig], description: str | None) -> None:
+    """Runs the suite with the options of the command line."""
+    # A machine with an accelerator may lack tyro: then the defaults are used.
     if importlib.util.find_spec("tyro") is None:
-        main(GpuConfig())
+        main(kind())
     else:
         import tyro
 
-        main(tyro.cli(GpuConfig, description=__doc__))
+        main(tyro.cli(kind, description=description))
+
+
+if __name__ == "__main__":
+    start(GpuConfig, __doc__)

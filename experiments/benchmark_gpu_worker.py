@@ -1,7 +1,7 @@
-"""One contestant of the GPU suite, in a process of its own; started by `benchmark_gpu.py`.
+"""Contestants of the GPU and TPU suites, in a process of their own; see `benchmark_gpu.py`.
 
-It reads requests as JSON lines, and answers each with one line. A case is
-`{"mask", "passes", "T", "B", "N", "H", "dtype"}`:
+It reads requests as JSON lines, and answers each with one line. Each names its `"contestant"`. A
+case is `{"mask", "passes", "T", "B", "N", "H", "dtype"}`:
 
 - `{"hello": true}` answers with the device and the versions;
 - `{"prepare": case}` compiles and warms up, and answers with the seconds that took;
@@ -11,12 +11,13 @@ It reads requests as JSON lines, and answers each with one line. A case is
 - `{"matmul": n, "dtype": d}` answers with the seconds of an n x n x n product.
 
 The name of the contestant chooses the kernels: `auto` or a backend of jaxattn (`tiled`, `cudnn`,
-...), `reference` (jaxattn's `dense` in float32), `jax.nn`, `jax.nn-cudnn`, `torch-sdpa` or
-`torch-flex`.
+...), `reference` (jaxattn's `dense` in float32), `jax.nn`, `jax.nn-cudnn`, `splash`, `torch-sdpa`
+or `torch-flex`. Kernels for TPUs are interpreted on CPU.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -163,14 +164,44 @@ def ours(case: dict[str, Any], backend: str) -> Ready:
     tile = case.get("tile")
 
     def attend(q: Any, k: Any, v: Any, arrays: Any) -> Any:
-        if tile is None:
-            return ja.attention(q, k, v, **make(**arrays), backend=backend)
-        from jaxattn.arguments import checked_call
+        with interpreted_on_cpu(backend):
+            if tile is None:
+                return ja.attention(q, k, v, **make(**arrays), backend=backend)
+            from jaxattn.arguments import checked_call
 
-        module = importlib.import_module(f"jaxattn.backends.{backend}")
-        return module.run(checked_call(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
+            module = importlib.import_module(f"jaxattn.backends.{backend}")
+            return module.run(checked_call(q, k, v, **make(**arrays)), tile=tuple(tile))[0]
 
     return jax_ready(attend, case, arrays, dtype)
+
+
+def on_cpu() -> bool:
+    import jax
+
+    return bool(jax.default_backend() == "cpu")
+
+
+def interpreted_on_cpu(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, kernels for TPUs can be rehearsed."""
+    if backend != "tpu" or not on_cpu():
+        return contextlib.nullcontext()
+    from jaxattn.backends import tpu
+
+    return tpu.interpreted()
+
+
+def splash(case: dict[str, Any]) -> Ready:
+    import jax
+    import jax.numpy as jnp
+    from splash import splash as made
+
+    one = made(case["mask"], case["T"], case["N"], interpret=on_cpu())
+
+    def attend(q: Any, k: Any, v: Any, arrays: Any) -> Any:
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * case["H"] ** -0.5, k, v))
+        return jnp.swapaxes(jax.vmap(one)(*heads_first), 1, 2)
+
+    return jax_ready(attend, case, {}, case["dtype"])
 
 
 def jax_nn(case: dict[str, Any], implementation: str) -> Ready:
@@ -321,6 +352,7 @@ def torch_flex(case: dict[str, Any]) -> Ready:
 PEERS: dict[str, Callable[[dict[str, Any]], Ready]] = {
     "jax.nn": lambda case: jax_nn(case, "xla"),
     "jax.nn-cudnn": lambda case: jax_nn(case, "cudnn"),
+    "splash": splash,
     "torch-sdpa": torch_sdpa,
     "torch-flex": torch_flex,
 }
@@ -445,5 +477,19 @@ class Worker:
         return {"saved": True}
 
 
+class Workers:
+    """All contestants of a process."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Worker] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer of the contestant that a request names."""
+        name = request.pop("contestant")
+        if name not in self.by_name:
+            self.by_name[name] = Worker(name)
+        return self.by_name[name].answer(request)
+
+
 if __name__ == "__main__":
-    serve(Worker(sys.argv[1]).answer)
+    serve(Workers().answer)

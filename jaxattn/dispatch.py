@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
-from .backends import base, costs, cudnn, decode, dense, mosaic, rows, tiled, triton
+from .backends import base, costs, cudnn, decode, dense, mosaic, rows, tiled, tpu, triton
 from .backends.base import Backend, Call
 from .checks import foreign_names
 from .mesh import automatic
@@ -39,12 +39,13 @@ BACKENDS: dict[str, Backend] = {
     "cudnn": cudnn,
     "triton": triton,
     "mosaic": mosaic,
+    "tpu": tpu,
 }
 # Those that only an accelerator has.
-ACCELERATED = ("cudnn", "triton", "mosaic")
+ACCELERATED = ("cudnn", "triton", "mosaic", "tpu")
 # "auto" takes the first of these that can compute a call. Mosaic's kernels have been interpreted
 # and compiled, but never timed on a GPU. Until they are, "auto" takes Triton's, which are older.
-_AUTOMATIC = ("cudnn", "triton")
+_AUTOMATIC = ("cudnn", "triton", "tpu")
 _UNTIMED = "not yet timed on a GPU: 'auto' takes triton until it is"
 # Old names of backends, and the backends that run for them.
 _RENAMED = {"pallas_gpu": "triton"}
@@ -282,6 +283,7 @@ def choose(call: Call, backend: str) -> Choice:
         "mosaic": mosaic.refuse(call) or _UNTIMED,
     }
     here = {name: BACKENDS[name].refuse(call) for name in _AUTOMATIC}
+    here["tpu"] = here["tpu"] or tpu.not_compiled(call)
     others |= {
         name: why or f"slower below {_FUSED} logits a head, by published figures"
         for name, why in here.items()
@@ -301,6 +303,8 @@ def choose(call: Call, backend: str) -> Choice:
     if fit and (each >= _FUSED or logits > _SMALL_ACCELERATED):
         name, *second = fit
         why = f"faster from {_FUSED} logits a head on by published figures; not measured here"
+        if name == "tpu":
+            why = f"taken from {_FUSED} logits a head on; compiled for this TPU, and never timed"
         others |= dict.fromkeys(second, f"{name} comes first; neither was timed on a GPU")
         others["tiled"] = f"loops of plain XLA, slower on {platform}"
         others["dense"] = f"O(T * S) memory; {name} is {why}"

@@ -1,5 +1,6 @@
 """The benchmarks: their arithmetic, their patience, and rehearsals on CPU."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ import benchmark_gpu  # noqa: E402
 import benchmark_gpu_worker as worker  # noqa: E402
 import benchmark_shapes  # noqa: E402
 import compile_parallel  # noqa: E402
+import splash  # noqa: E402
 from benchmark_gpu import GpuConfig  # noqa: E402
 from benchmark_shapes import SHAPES, ShapesConfig  # noqa: E402
+from benchmark_tpu import TpuConfig  # noqa: E402
 from contestant import Contestant  # noqa: E402
 
 pytestmark = pytest.mark.no_cover
@@ -47,7 +50,7 @@ def test_operations_are_of_visible_pairs() -> None:
 def test_what_does_not_fit_is_not_tried() -> None:
     def why(name: str, mask: str, T: int) -> str | None:
         case = benchmark_gpu.case_of(GpuConfig(), mask, "forward+backward", T)
-        return benchmark_gpu.unfit(name, case)
+        return benchmark_gpu.unfit(name, case, GpuConfig.most_dense)
 
     assert why("jax.nn", "causal", 8192) is None
     assert "would hold" in str(why("jax.nn", "causal", 32768))
@@ -71,6 +74,7 @@ sys.path.insert(0, {path!r})
 from contestant import serve
 
 def answer(request):
+    request.pop("contestant", None)
     if "hang" in request:
         time.sleep(60)
     if "die" in request:
@@ -113,13 +117,16 @@ def test_who_hangs_too_often_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Inside:
-    """A contestant in this process: the worker itself, without the start of another JAX."""
+    """A contestant in this process: the workers themselves, without the start of another JAX."""
 
-    def __init__(self, name: str) -> None:
-        self.worker, self.alive = worker.Worker(name), True
+    def __init__(self) -> None:
+        self.workers, self.alive = worker.Workers(), True
 
     def ask(self, timeout: float, **request: Any) -> dict[str, Any]:
-        return json.loads(json.dumps(self.worker.answer(json.loads(json.dumps(request)))))
+        try:
+            return json.loads(json.dumps(self.workers.answer(json.loads(json.dumps(request)))))
+        except ValueError as error:
+            return {"error": str(error)}
 
     def kill(self) -> None:
         self.alive = False
@@ -127,7 +134,7 @@ class Inside:
 
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_gpu.Crew, "_start", lambda crew, name: Inside(name))
+    monkeypatch.setattr(benchmark_gpu.Crew, "_start", lambda crew, name: Inside())
     # What was drawn for a shape is kept for the next case, not for the next test.
     yield
     worker.jax_inputs.cache_clear()
@@ -138,7 +145,7 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """Checks, times and writes, on the smallest of cases."""
     config = GpuConfig(
         masks=("causal", "documents"), passes=("forward+backward",), lengths=(32,),
-        contestants=("auto", "dense", "absent"), batch=2, heads=2, head_dim=8, check=32, matmul=32,
+        contestants=("auto", "dense", "absent"), batch=2, heads=2, head_dims=(8,), check=32, matmul=32,
         repeats=1, device="cpu", output=tmp_path / "gpu.json",
     )  # fmt: skip
     report = benchmark_gpu.main(config)
@@ -158,10 +165,11 @@ def test_a_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("inside")
-def test_tiles_are_swept(tmp_path: Path) -> None:
-    config = GpuConfig(
-        masks=("causal",), passes=("forward",), lengths=(32,), contestants=("tiled", "auto"),
-        batch=1, heads=2, head_dim=8, check=0, matmul=0, repeats=1, device="cpu", tune=True,
+@pytest.mark.parametrize(("suite", "name"), [(GpuConfig, "tiled"), (TpuConfig, "tpu")])
+def test_tiles_are_swept(suite: type[GpuConfig], name: str, tmp_path: Path) -> None:
+    config = suite(
+        masks=("causal",), passes=("forward",), lengths=(32,), contestants=(name, "auto"),
+        batch=1, heads=2, head_dims=(8,), check=0, matmul=0, repeats=1, device="cpu", tune=True,
         tiles=(16,), output=tmp_path / "gpu.json",
     )  # fmt: skip
     report = benchmark_gpu.main(config)
@@ -170,7 +178,7 @@ def test_tiles_are_swept(tmp_path: Path) -> None:
 
 
 def test_a_budget_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two groups, with what was measured written and the rest named."""
+    """Between two cases, with what was measured written and the rest named; another goes on."""
     config = GpuConfig(contestants=("auto",), check=0, matmul=0, output=tmp_path / "gpu.json")
 
     def ask(crew: Any, name: str, timeout: Any = None, **request: Any) -> dict[str, Any]:
@@ -181,17 +189,91 @@ def test_a_budget_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(benchmark_gpu.Crew, "ask", ask)
     report = benchmark_gpu.main(config)
-    # 472 s at 50 a case, six cases a group.
-    assert len(report["cases"]) == 12
-    assert len(report["not_reached"]) == 42
-    assert json.loads(config.output.read_text())["not_reached"][0] == [
-        "neighbourhood",
-        "forward",
-        8192,
-    ]
+    # 472 s at 50 a case: nine, and a tenth that came too late.
+    assert len(report["cases"]) == 9
+    assert len(report["not_reached"]) == 45
+    left = json.loads(config.output.read_text())["not_reached"]
+    assert left[0] == ["prefix", "forward+backward", 8192, 128]
+    again = benchmark_gpu.main(dataclasses.replace(config, resume=True))
+    assert again["cases"][:9] == json.loads(json.dumps(report["cases"]))
+    assert list(benchmark_gpu.name_of(again["cases"][9])) == left[0]
+    assert len(again["cases"]) == 18
+    with pytest.raises(SystemExit, match="its batch is 2, now 3"):
+        benchmark_gpu.main(dataclasses.replace(config, resume=True, batch=3))
+    with pytest.raises(SystemExit, match="nothing to resume"):
+        benchmark_gpu.main(dataclasses.replace(config, resume=True, output=tmp_path / "none"))
     monkeypatch.setattr(benchmark_gpu.Crew, "ask", lambda *_, **__: {"platform": "cpu"})
     with pytest.raises(SystemExit, match="no GPU: JAX computes on cpu"):
         benchmark_gpu.main(config)
+
+
+def test_without_a_tpu_the_suite_ends_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "tpu.json"
+    with pytest.raises(SystemExit, match=r"no TPU: JAX computes on cpu; .* --tpu\.device cpu"):
+        benchmark_gpu.main(TpuConfig(output=output))
+    assert not output.exists()
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize(
+    "masks",
+    [("documents",), pytest.param(("full", "window", "prefix", "alibi"), marks=pytest.mark.deep)],
+)
+def test_the_tpu_suite_is_rehearsed(masks: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Splash and the library's kernels are interpreted: one block, and tiles of 16."""
+    for module in (worker, splash):
+        monkeypatch.setattr(module, "WINDOW", 50)
+        monkeypatch.setattr(module, "DOCUMENT", 40)
+    config = TpuConfig(
+        masks=masks, passes=("forward+backward",), lengths=(128,), contestants=("tpu", "splash"),
+        heads=2, head_dims=(64,), check=128, matmul=32, repeats=1, device="cpu",
+        output=tmp_path / "tpu.json",
+    )  # fmt: skip
+    report = benchmark_gpu.main(config)
+    assert len(report["checks"]) == 2 * len(masks)
+    failed = [(row["contestant"], row["mask"]) for row in report["checks"] if "error" in row]
+    assert failed == [("splash", mask) for mask in masks if mask == "alibi"]
+    assert all(row["passed"] for row in report["checks"] if "error" not in row)
+    for row in report["cases"]:
+        assert row["seconds"].keys() | row["errors"].keys() == {"tpu", "splash"}
+    text = config.output.with_suffix(".md").read_text()
+    assert "| mask | tpu | splash |" in text
+    assert "PyTorch" not in text
+    assert ("- splash, alibi: splash has no alibi" in text) == ("alibi" in masks)
+    assert ("- not checked: splash alibi" in text) == ("alibi" in masks)
+
+
+def test_one_process_runs_all_contestants(tmp_path: Path, monkeypatch: Any) -> None:
+    """After a kill another one goes on; the strike is that of the contestant that hung."""
+    script = tmp_path / "worker.py"
+    script.write_text(HANGS.format(path=str(EXPERIMENTS)))
+    crew, started = benchmark_gpu.Crew(TpuConfig(device="cpu"), tmp_path), []
+
+    def start(name: str) -> Contestant:
+        started.append(name)
+        return Contestant(name, script, log=crew._log(name))
+
+    monkeypatch.setattr(crew, "_start", start)
+    assert crew.ask("one", 5, a=1) == crew.ask("two", 5, a=1) == {"a": 1}
+    assert len(started) == 1
+    assert "killed" in crew.ask("two", 0.2, hang=True)["error"]
+    assert crew.ask("one", 5, a=1) == {"a": 1}
+    assert len(started) == 2
+    assert crew.strikes == {"two": 1}
+    assert crew.workers == 1
+    crew.close()
+
+
+def test_the_most_valuable_cells_come_first() -> None:
+    order = [
+        benchmark_gpu.name_of(case) for group in benchmark_gpu.groups(TpuConfig()) for case in group
+    ]
+    assert order[:2] == [
+        ("causal", "forward", 8192, 128),
+        ("causal", "forward+backward", 8192, 128),
+    ]
+    assert len(order) == len(set(order)) == 5 * 2 * 2 * 5
+    assert {T for _, _, T, _ in order} == {2048, 4096, 8192, 16384, 32768}
 
 
 def test_a_worker_of_its_own(tmp_path: Path) -> None:

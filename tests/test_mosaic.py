@@ -50,10 +50,10 @@ def make(mask: Any = None, score: Any = None, *, sizes: Any = None, **more: Any)
 
 def run(call: Call, tile: Any, interpreted: bool = True) -> Any:
     engine = mosaic.INTERPRETED if interpreted else mosaic.ENGINE
-    return (_directly if interpreted else transforms.attend)(*mosaic.build(call, engine, tile))
+    return (directly if interpreted else transforms.attend)(*mosaic.build(call, engine, tile))
 
 
-def _directly(plan: Any, x: Any) -> Any:
+def directly(plan: Any, x: Any) -> Any:
     """Attention without what lies around engines: the interpreter's callbacks have effects, which
     operations of the library have not."""
 
@@ -355,7 +355,7 @@ def test_all_operations_lower() -> None:
     assert mosaic.obstacle(call) is None
     lower(call, (64, 64))
     used = {step.prim.name for step in program.steps}
-    missing = programs.OPERATIONS - programs._SAME - used
+    missing = programs.OPERATIONS - programs.SAME - used
     assert missing <= {"add_any", "one_minus_square", "square", "shift_right_logical"}, missing
 
 

@@ -20,7 +20,7 @@ from test_attention import many_tiles
 
 import jaxattn as ja
 from jaxattn import Positions, masks, parallel, scores, stats
-from jaxattn.backends import triton
+from jaxattn.backends import tpu, triton
 
 __all__ = ["many_tiles"]
 
@@ -231,8 +231,11 @@ def test_backends(backend: str, check: bool) -> None:
     close(got, slopes(partial(ja.attention, backend="dense"), case, x), 2e-5)
 
 
-@pytest.mark.parametrize("schedule", ["ring", pytest.param("halo", marks=pytest.mark.deep)])
-def test_kernels_for_gpus(schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "schedule"),
+    [("triton", "ring"), ("tpu", "ring"), pytest.param("triton", "halo", marks=pytest.mark.deep)],
+)
+def test_kernels(backend: str, schedule: str) -> None:
     """Operands keep their kinds: kernels are given a bias, and distances, as on one device."""
     x = {
         **inputs(CASES["none"](rng(2))),
@@ -247,8 +250,8 @@ def test_kernels_for_gpus(schedule: str) -> None:
             score=scores.chain(scores.bias(x["bias"]), scores.alibi(x["slopes"])),
         ),
     )
-    with triton.interpreted():
-        got = slopes(spread(case, schedule, None, check=False, backend="triton"), case, x)
+    with {"triton": triton, "tpu": tpu}[backend].interpreted():
+        got = slopes(spread(case, schedule, None, check=False, backend=backend), case, x)
     close(got, slopes(partial(ja.attention, backend="dense"), case, x), 2e-4)
 
 

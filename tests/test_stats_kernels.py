@@ -1,4 +1,4 @@
-"""Statistics in the kernels for GPUs, interpreted here: those of the weights, as on a CPU."""
+"""Statistics in the kernels for GPUs and TPUs, interpreted here: those of the weights."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from test_stats import B, H, N, S, T
 import jaxattn as ja
 from jaxattn import masks, scores, stats
 from jaxattn.arguments import checked_call
-from jaxattn.backends import triton
+from jaxattn.backends import tpu, triton
 
 pytestmark = pytest.mark.no_cover
-NAME = "triton"
+ENGINES: dict[str, Any] = {"triton": triton, "tpu": tpu}
 
 
-@pytest.fixture(autouse=True)
-def interpreted() -> Any:
-    with triton.interpreted():
-        yield
+@pytest.fixture(params=ENGINES)
+def backend(request: Any) -> Any:
+    with ENGINES[request.param].interpreted():
+        yield request.param
 
 
-def test_statistics_are_those_of_the_weights() -> None:
-    laws.test_statistics_are_those_of_the_weights("sinks", NAME)
+def test_statistics_are_those_of_the_weights(backend: str) -> None:
+    laws.test_statistics_are_those_of_the_weights("sinks", backend)
 
 
-def test_gradients_of_means_are_those_of_the_formula() -> None:
-    laws.test_gradients_of_means_are_those_of_the_formula("empty rows", NAME)
+def test_gradients_of_means_are_those_of_the_formula(backend: str) -> None:
+    laws.test_gradients_of_means_are_those_of_the_formula("empty rows", backend)
 
 
-def test_nothing_that_is_hidden_is_felt() -> None:
-    laws.test_nothing_that_is_hidden_is_felt(NAME)
+def test_nothing_that_is_hidden_is_felt(backend: str) -> None:
+    laws.test_nothing_that_is_hidden_is_felt(backend)
 
 
-def test_arrays_in_functions_learn_under_vmap() -> None:
+def test_arrays_in_functions_learn_under_vmap(backend: str) -> None:
     """Arrays of every kind, with a score that learns, and dropout, which statistics do not feel."""
     draw = rng(23)
     shapes = {"column": (S,), "row": (B, T), "head": (N,), "grid": (T, S), "diagonal": (64,)}
@@ -58,10 +58,10 @@ def test_arrays_in_functions_learn_under_vmap() -> None:
             stats.mean(lambda x, b, h, q, k: a["diagonal"][q - k + S]),
         ]
 
-    def loss(backend: str, query: Any, learned: Any, seed: Any) -> Any:
+    def loss(name: str, query: Any, learned: Any, seed: Any) -> Any:
         out, seen = ja.attention(
             query, k, v, mask=masks.causal(5), score=scores.soft_cap(learned["score"]),
-            stats=functions(learned), dropout_rate=0.3, dropout_seed=seed, backend=backend,
+            stats=functions(learned), dropout_rate=0.3, dropout_seed=seed, backend=name,
         )  # fmt: skip
         return (out * out).sum() + sum((s * w).sum() for s, w in zip(seen, weight, strict=True))
 
@@ -73,16 +73,17 @@ def test_arrays_in_functions_learn_under_vmap() -> None:
         jnp.arange(2),
     )
     found = [
-        jax.jit(jax.vmap(jax.grad(partial(loss, name), (0, 1))))(*two) for name in (NAME, "dense")
+        jax.jit(jax.vmap(jax.grad(partial(loss, name), (0, 1))))(*two)
+        for name in (backend, "dense")
     ]
     for one, other in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=5e-5)
 
 
-def test_sums_are_float32_for_16_bits() -> None:
+def test_sums_are_float32_for_16_bits(backend: str) -> None:
     arrays = laws.inputs(jnp.bfloat16)
     asked = laws.asked()
-    out, seen = ja.attention(*arrays, stats=asked, backend=NAME)
+    out, seen = ja.attention(*arrays, stats=asked, backend=backend)
     _, exact = ja.attention(*(a.astype(np.float32) for a in arrays), stats=asked, backend="dense")
     assert out.dtype == jnp.bfloat16
     for name, array in seen.items():
@@ -92,13 +93,13 @@ def test_sums_are_float32_for_16_bits() -> None:
         np.testing.assert_allclose(array, exact[name], rtol=rtol, atol=1e-5, err_msg=name)
 
 
-def test_kernels_refuse_what_they_cannot_evaluate() -> None:
+def test_kernels_refuse_what_they_cannot_evaluate(backend: str) -> None:
     def reason(stat: stats.Stat) -> str:
         q, k, v = (jax.ShapeDtypeStruct((1, 4, n, H), np.float32) for n in (2, 1, 1))
-        return triton.refuse(checked_call(q, k, v, stats=stat)) or ""
+        return ENGINES[backend].refuse(checked_call(q, k, v, stats=stat)) or ""
 
     def bent(x: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
-        return jax.lax.erf(x)
+        return jax.lax.lgamma(x)
 
     assert not reason(stats.received())
     assert "function of a statistic can't be computed in a kernel" in reason(stats.mean(bent))

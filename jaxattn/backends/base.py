@@ -251,6 +251,12 @@ def capability(call: Call) -> tuple[int, int] | None:
     return int(major), int(minor or 0)
 
 
+def device_kind(call: Call) -> str:
+    """What the device of the inputs is called; the name of a platform where that is all we know."""
+    device = _device(call)
+    return str(getattr(device, "device_kind", device))
+
+
 def _device(call: Call) -> Any:
     """The device of the inputs, or the name of a platform."""
     if not isinstance(call.query, (jax.core.Tracer, jax.ShapeDtypeStruct)):

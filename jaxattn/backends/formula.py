@@ -315,18 +315,11 @@ def _weigh(
     if seen is None:
         return _values(products, weights, value)
 
-    def some(value: Array) -> Array:
-        flags = kinds(products.layout.with_heads_first(value))
-        found = added(reach(seen, flags, weights.shape[1]), weights.dtype)
-        return products.layout.with_heads_first(found)
-
     def with_nonfinite() -> Array:
-        # Some channels at a time: XLA reserves memory for this branch, though it is rarely taken.
         # The product is that of the other branch, so that it rounds in the same way.
-        groups = math.gcd(value.shape[-1], _GROUPS)
-        parts = jnp.moveaxis(value.reshape(*value.shape[:-1], groups, -1), -2, 0)
-        found = jnp.moveaxis(lax.map(some, parts), 0, -2)
-        found = found.reshape(*found.shape[:-2], -1)
+        by_head = products.layout.with_heads_first(value)
+        found = nonfinite_sums(seen, by_head, weights.shape[1], weights.dtype)
+        found = products.layout.with_heads_first(found)
         return _values(products, weights, base.finite(value)) + found
 
     N, T, S = weights.shape[1:]
@@ -438,6 +431,21 @@ def reach(
 def _counted(layout: str, a: Array, b: Array) -> Bool[Array, "..."]:
     """Whether any term of a product of flags is True."""
     return jnp.einsum(layout, a.astype(jnp.float32), b.astype(jnp.float32)) > 0
+
+
+def nonfinite_sums(
+    seen: Bool[Array, "#B #N T S"], value: Float[Array, "B K S Hv"], N: int, dtype: Any
+) -> Float[Array, "B N T Hv"]:
+    """What visible values that are not finite add to the sums of queries: 0, NaN, inf or -inf."""
+
+    def some(value: Array) -> Array:
+        return added(reach(seen, kinds(value), N), dtype)
+
+    # Some channels at a time: XLA reserves memory for them, though they are rarely computed.
+    groups = math.gcd(value.shape[-1], _GROUPS)
+    parts = jnp.moveaxis(value.reshape(*value.shape[:-1], groups, -1), -2, 0)
+    found = jnp.moveaxis(lax.map(some, parts), 0, -2)
+    return found.reshape(*found.shape[:-2], -1)
 
 
 def kinds(value: Float[Array, "B K S Hv"]) -> Bool[Array, "B K S kinds"]:

@@ -1,4 +1,5 @@
-"""What the engines share that compute attention tile by tile: `tiled`, `triton` and `mosaic`.
+"""What the engines share that compute attention tile by tile: `tiled`, `triton`, `mosaic`
+and `tpu`.
 
 `rows` shares it too, with one tile of all queries and keys.
 
@@ -19,6 +20,7 @@ Read in this order:
 - `nonfinite`: engines see finite numbers only; NaN and infinities are put back afterwards.
 - `exchange`: where devices share a sequence, each of them has two tokens of the example, say, and
   all of `ids`. It computes its own rows of tiles while keys come from the other devices.
-- `gpu`: what the two engines of GPU kernels share.
+- `fused`, `programs`: what the engines that are kernels share: columns of statistics, and residues
+  as programs of operations that a kernel has.
 - `transforms`: derivatives, `vmap` and sharding around an engine's forward and backward.
 """

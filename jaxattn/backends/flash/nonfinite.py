@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ...mesh import constant
 from ...shapes import Array, Bool
@@ -38,13 +39,10 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
 
     def with_nonfinite(x: Inputs, start: Any, rows: int, found: Any) -> Any:
         out, lse = found
-        # One more channel, of NaN, says whether a query sees any key.
-        value = padded(x.value, {3: x.value.shape[3] + 1}, jnp.nan)
-        flags = formula.kinds(jnp.moveaxis(value, 1, 2))
-        more = formula.added(_reached(config, x, flags, start, rows), out.dtype)
+        seen = _seen(config, x, start, rows)
         # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
-        nothing = (lse == -jnp.inf) & jnp.isnan(more[..., -1])
-        out = out + padded(more[..., :-1], {3: out.shape[3]})
+        nothing = (lse == -jnp.inf) & jnp.swapaxes(seen.any(-1), 1, 2)
+        out = _with_values(x, seen, out)
         return _undefined(config, nothing, out), _where(nothing, jnp.nan, lse)
 
     wrong = ~base.all_finite(x.value) | _doubtful(config, x, lse)
@@ -59,9 +57,7 @@ def of_some_keys(config: Config, x: Inputs) -> tuple[Array, Array, Bool[Array, "
     out, lse = _by_engine(config, x)
 
     def with_nonfinite(x: Inputs, start: Any, rows: int, out: Any) -> Any:
-        flags = formula.kinds(jnp.moveaxis(x.value, 1, 2))
-        more = formula.added(_reached(config, x, flags, start, rows), out.dtype)
-        return out + padded(more, {3: out.shape[3]})
+        return _with_values(x, _seen(config, x, start, rows), out)
 
     out = _corrected(x, ~base.all_finite(x.value), with_nonfinite, out)
     return out, lse, _doubtful(config, x, lse)
@@ -140,6 +136,15 @@ def _corrected(
     return lax.fori_loop(np.int32(0), rounds, body, results)
 
 
+def _in_order(array: Array) -> Array:
+    """The same array, with its last axis last in memory.
+
+    On TPUs XLA would give whole results the layout that suits a few rows: with heads last, and
+    memory for 128 of them.
+    """
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+
+
 def _undefined(config: Config, flags: Array, out: Array) -> Array:
     """The output, NaN where flags are True; maxima over visible pairs are what they are."""
     flags = flags[..., None]
@@ -174,10 +179,21 @@ def _reached(
     config: Config, x: Inputs, flags: Bool[Array, "B K S C"], start: Any, rows: int
 ) -> Bool[Array, "B rows N C"]:
     """For each of some queries, whether any visible key has a flag."""
-    N, S = x.query.shape[2], x.key.shape[1]
+    seen = _seen(config, x, start, rows)
+    return jnp.moveaxis(formula.reach(seen, flags, x.query.shape[2]), 1, 2)
+
+
+def _seen(config: Config, x: Inputs, start: Any, rows: int) -> Bool[Array, "#B #N rows S"]:
+    """The mask of some queries."""
     seen = formula.visible(config, x, start, rows)
-    seen = jnp.ones((1, 1, rows, S), bool) if seen is None else seen
-    return jnp.moveaxis(formula.reach(seen, flags, N), 1, 2)
+    return jnp.ones((1, 1, rows, x.key.shape[1]), bool) if seen is None else seen
+
+
+def _with_values(x: Inputs, seen: Bool[Array, "#B #N rows S"], out: Array) -> Array:
+    """The output `[B, rows, N, Hv]`, with what visible values that are not finite add to it."""
+    value, N = jnp.moveaxis(x.value, 1, 2), x.query.shape[2]
+    more = jnp.moveaxis(formula.nonfinite_sums(seen, value, N, out.dtype), 1, 2)
+    return out + padded(more, {3: out.shape[3]})
 
 
 def backward(

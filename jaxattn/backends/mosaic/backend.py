@@ -21,7 +21,7 @@ from ...tracing.dependence import Kind
 from ...tracing.split import Split
 from .. import base, problem
 from ..base import Call, unchanged
-from ..flash import gpu, tile_lists, transforms
+from ..flash import fused, tile_lists, transforms
 from ..flash.operands import (
     backward_rows,
     cropped_gradient,
@@ -30,6 +30,7 @@ from ..flash.operands import (
     padded_operand,
     summed_gradient,
 )
+from ..flash.programs import scored
 from ..problem import Config, Engine, Gradients, Inputs, Residue
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ TILE = 128, 128
 # The largest head dimension.
 WIDEST = 128
 
-WHY, LIMITS = gpu.WHY, gpu.LIMITS
+WHY, LIMITS = fused.WHY, fused.LIMITS
 
 # Sums over queries are gradients of values, which are written in 16 bits.
 STATISTICS = base.Statistics(columns=True)
@@ -66,7 +67,7 @@ def obstacle(call: Call) -> str | None:
         return f"Mosaic GPU kernels need JAX 0.11 or later; this is {jax.__version__}"
     if _miscompiled():
         return "CUDA 12.8.0 to 12.9.0 compile masks in Mosaic GPU kernels wrongly"
-    unknown = STATISTICS.missing(call) or gpu.unknown_sizes(call)
+    unknown = STATISTICS.missing(call) or fused.unknown_sizes(call)
     if unknown is not None:
         return unknown
     dtypes = {jnp.dtype(a.dtype).name for a in (call.query, call.key, call.value)}
@@ -79,7 +80,7 @@ def obstacle(call: Call) -> str | None:
         return (
             f"head dimensions wider than {WIDEST} leave no registers for the backward; got {widest}"
         )
-    return gpu.unfit(call, _unfit)
+    return fused.unfit(call, _unfit)
 
 
 def _miscompiled() -> bool:
@@ -101,14 +102,14 @@ def _unfit(parts: Split[Any], learns: bool) -> str | None:
         return programs.unsupported(residue.program)
     if learns and any(residue.kinds[n] == "grid" for n in learned(residue)):
         return "the gradient of an array [.., T, S] is not computed by the kernels"
-    return programs.unsupported(programs.scored(residue, slopes=learns))
+    return programs.unsupported(scored(residue, slopes=learns))
 
 
 def footprint(call: Call) -> int:
     """Bytes of the sums of rows, of the lists of tiles, and of inputs that have to be padded."""
     from . import tiles
 
-    return gpu.footprint(call, TILE, tiles.width)
+    return fused.footprint(call, TILE, tiles.width)
 
 
 def run(
@@ -158,7 +159,7 @@ def forward(interpret: bool, config: Config, x: Inputs) -> tuple[Array, Array]:
     sizes = _sizes(config, x)
     given = _kernel_inputs(config, sizes, x, False)
     out, lse, columns = kernels.forward(config, interpret, sizes, given)
-    return gpu.forward_results(sizes, out.astype(x.query.dtype), lse, columns)
+    return fused.forward_results(sizes, out.astype(x.query.dtype), lse, columns)
 
 
 def _sizes(config: Config, x: Inputs) -> KernelSizes:
@@ -254,10 +255,10 @@ def backward(
         return padded(array.reshape(B, sizes.N, T), {2: sizes.Tp}, value)
 
     far, delta = backward_rows(out, lse, d_out, d_lse)
-    means = gpu.cotangents_of_means(config, Hv, d_out)
+    means = fused.cotangents_of_means(config, Hv, d_out)
     d_out = d_out[..., :Hv] if config.columns else d_out
     # Padded queries take no part.
-    far, *others = line(far * gpu.LOG2E, math.inf), *(line(each, 0) for each in (delta, *means))
+    far, *others = line(far * fused.LOG2E, math.inf), *(line(each, 0) for each in (delta, *means))
     lines = jnp.stack([far, *others], 2)
     more = BackwardInputs(_matrix(sizes, d_out, sizes.Tp, sizes.Hvp), lines)
 

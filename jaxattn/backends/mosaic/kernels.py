@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...shapes import Array
-from ..flash import gpu
-from ..flash.gpu import LOG2E
+from ..flash import fused
+from ..flash.fused import LOG2E
 from ..problem import Config
 from .memory import (
     ROWS,
@@ -104,8 +104,8 @@ def forward(
                 fade = jnp.exp2(m - level)
                 p = jnp.exp2(s - across(level, sizes.tk))
                 l = l * fade + p.sum(axis=1)
-                tile = gpu.Weighed(shown, s, p, fade, m, top)
-                sums = gpu.added(config, tile, [each for (each,) in functions], sums)
+                tile = fused.Weighed(shown, s, p, fade, m, top)
+                sums = fused.added(config, tile, [each for (each,) in functions], sums)
                 if config.dropout:
                     p = p * tile_row.dropout_factors(column, p.shape)
                 acc = acc * across(fade, sizes.Hvp)
@@ -124,7 +124,7 @@ def forward(
             o_smem.at[wg][...] = out.astype(sizes.dtype)
             lse = (m + jnp.log2(total)) * (1 / LOG2E)
             lse_smem.at[wg][...] = jnp.where(seen, lse, jnp.full_like(lse, -jnp.inf))
-            for ref, found in zip(sums_ref, gpu.reduced(config, sums, total), strict=True):
+            for ref, found in zip(sums_ref, fused.reduced(config, sums, total), strict=True):
                 put(ref.at[b, h, rows], found)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h])

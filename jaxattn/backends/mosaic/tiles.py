@@ -20,12 +20,12 @@ from ...shapes import Array
 from ...tracing.dependence import Kind
 from ...tracing.program import Program
 from .. import base
-from ..flash.gpu import LOG2E
+from ..flash.fused import LOG2E
 from ..flash.operands import head_index
+from ..flash.programs import evaluate, scored
 from ..flash.tile_sizes import TileSizes
 from ..problem import Config, Residue
 from .memory import ROWS, WGMMA, across, load, plgpu
-from .programs import evaluate, scored
 
 LOW = float("-inf")
 

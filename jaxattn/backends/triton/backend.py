@@ -19,13 +19,13 @@ from ...tiles.tile_map import TileStates
 from ...tracing.split import Split
 from .. import base, problem
 from ..base import Call, unchanged
-from ..flash import gpu, transforms
+from ..flash import fused, transforms
 from ..problem import Config, Inputs
 
 if TYPE_CHECKING:
     from .tiles import KernelOptions
 
-WHY, LIMITS = gpu.WHY, gpu.LIMITS
+WHY, LIMITS = fused.WHY, fused.LIMITS
 
 prepare = unchanged
 
@@ -51,7 +51,7 @@ def interpreted() -> Iterator[None]:
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: platform, sizes, dtype, mask or score."""
-    unknown = STATISTICS.missing(call) or gpu.unknown_sizes(call)
+    unknown = STATISTICS.missing(call) or fused.unknown_sizes(call)
     if unknown is not None:
         return unknown
     if not _interpreted.get():
@@ -68,7 +68,7 @@ def refuse(call: Call) -> str | None:
     widest = max(call.sizes.H, call.sizes.Hv)
     if widest > tiles.WIDEST:
         return f"head dimensions up to {tiles.WIDEST} fit in its kernels; got {widest}"
-    return gpu.unfit(call, _unfit)
+    return fused.unfit(call, _unfit)
 
 
 def _unfit(parts: Split[Any], learns: bool) -> str | None:
@@ -85,7 +85,7 @@ def footprint(call: Call) -> int:
     from . import tiles
 
     tile = _smallest(call, tiles.KernelOptions(_interpreted.get()))
-    return gpu.footprint(call, tile, tiles.width)
+    return fused.footprint(call, tile, tiles.width)
 
 
 def run(

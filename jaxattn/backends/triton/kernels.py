@@ -26,8 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ...shapes import Array, Float
-from ..flash import gpu, tile_lists
-from ..flash.gpu import LOG2E
+from ..flash import fused, tile_lists
+from ..flash.fused import LOG2E
 from ..flash.operands import (
     backward_rows,
     cropped_gradient,
@@ -66,7 +66,9 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
             level = jnp.where(top == -jnp.inf, 0.0, top)
             p, fade = jnp.exp2(s - level[:, None]), jnp.exp2(m - level)
             l = l * fade + p.sum(1)
-            columns = gpu.added(config, gpu.Weighed(shown, s, p, fade, m, top), functions, columns)
+            columns = fused.added(
+                config, fused.Weighed(shown, s, p, fade, m, top), functions, columns
+            )
             if config.dropout:
                 p = tile.dropped(p)
             acc = acc * fade[:, None] + tiles.dot(config, p.astype(v.dtype), v, 1, 0)
@@ -83,7 +85,7 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
         out = jnp.where(seen[:, None], acc / total[:, None], 0.0)
         out_ref[...] = out.astype(out_ref.dtype)
         lse_ref[...] = jnp.where(seen, m * (1 / LOG2E) + jnp.log(total), -jnp.inf)
-        for ref, column in zip(column_refs, gpu.reduced(config, columns, total), strict=True):
+        for ref, column in zip(column_refs, fused.reduced(config, columns, total), strict=True):
             ref[...] = column
 
     shape = sizes.B, sizes.Tp, sizes.N, sizes.Hvp
@@ -92,7 +94,7 @@ def _forward(options: KernelOptions, config: Config, x: Inputs) -> tuple[Array, 
     results += [line] * len(config.columns)
     grid = sizes.Tp // sizes.tq, sizes.N, sizes.B
     out, lse, *found = tiles.launch(kernel, "forward", options, block, grid, given, results)
-    return gpu.forward_results(sizes, out, lse, found)
+    return fused.forward_results(sizes, out, lse, found)
 
 
 def _blocks(options: KernelOptions, config: Config, x: Inputs) -> tiles.Blocks:
@@ -179,7 +181,7 @@ def _backward(
     """Cotangents of the inputs; see `Engine`."""
     lse, delta = backward_rows(out, lse, d_out, d_lse)
     Hv = x.value.shape[-1]
-    columns = gpu.cotangents_of_means(config, Hv, d_out)
+    columns = fused.cotangents_of_means(config, Hv, d_out)
     d_out = lax.slice_in_dim(d_out, 0, Hv, axis=4) if config.columns else d_out
     given = tiles.Cotangents(d_out.astype(config.dtype), lse * LOG2E, delta, columns)
     score: list[Array | None] = [None] * len(x.score)

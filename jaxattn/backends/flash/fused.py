@@ -1,13 +1,13 @@
-"""What the two engines for NVIDIA GPUs share, beside what all tile engines do.
+"""What the engines that are kernels share, beside what all tile engines do.
 
-Both are kernels that keep logits in powers of 2, as GPUs compute `2^x` faster than `e^x`, and that
-see arrays whose lengths and head dimensions are rounded up.
+Those for NVIDIA GPUs keep logits in powers of 2, as GPUs compute `2^x` faster than `e^x`. All see
+arrays whose lengths are rounded up to whole tiles.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,6 +32,13 @@ def unknown_sizes(call: Call) -> str | None:
     if base.symbolic(*call.sizes):
         return "sizes are symbolic, and kernels are compiled for known ones"
     return base.nothing_to_compute(call)
+
+
+def functions(call: Call) -> Iterator[Split[Any]]:
+    """The mask, the score and the functions of statistics of a call."""
+    for part in (call.mask, call.score, *call.means, *call.maxima, *call.largest):
+        if part is not None:
+            yield part
 
 
 def unfit(call: Call, reason: Callable[[Split[Any], bool], str | None]) -> str | None:
@@ -91,11 +98,14 @@ def forward_results(
 
 
 class Weighed(NamedTuple):
-    """What the forward of a tile knows, `[tq, tk]`, and of its queries, `[tq]`.
+    """What the forward of a tile knows, and of its queries.
+
+    Arrays of the tile are `[tq, tk]` and those of its queries `[tq]`, or, with keys first,
+    `[tk, tq]` and `[1, tq]`.
 
     Attributes:
       shown: the mask; None in a FULL tile.
-      s: logits in powers of 2, -inf where masked.
+      s: logits, -inf where masked.
       p: weights, measured from the largest logits so far.
       fade: what sums of earlier tiles are multiplied by.
       before, top: the largest logits of earlier tiles, and those with this one.
@@ -108,6 +118,16 @@ class Weighed(NamedTuple):
     before: Array
     top: Array
 
+    def over_keys(self, reduce: Callable[..., Array], values: Array) -> Array:
+        """`reduce` over the keys: a number for each query."""
+        keys_first = self.top.ndim == values.ndim
+        return reduce(values, axis=0, keepdims=True) if keys_first else reduce(values, axis=1)
+
+    def spread(self, line: Array) -> Array:
+        """A number of each query, in all of its places of the tile."""
+        axes = tuple(range(line.ndim))
+        return lax.broadcast_in_dim(line, self.s.shape, axes)
+
 
 def added(
     config: Config, tile: Weighed, functions: Sequence[Array], columns: Sequence[Array]
@@ -119,26 +139,27 @@ def added(
             # A weight of 0 takes no part, whatever the function is there: 0 * inf is NaN.
             none = tile.p == jnp.zeros_like(tile.p)
             values = jnp.where(none, jnp.zeros_like(values), values) * tile.p
-            found.append(old * tile.fade + values.sum(axis=1))
+            found.append(old * tile.fade + tile.over_keys(jnp.sum, values))
         elif column.reduce == "max":
             if tile.shown is not None:
                 values = jnp.where(tile.shown, values, jnp.full_like(values, -jnp.inf))
             # Triton's maximum passes over NaN, a sum does not.
-            nan = jnp.where(jnp.isnan(values), values, jnp.zeros_like(values)).sum(axis=1)
-            most = jnp.maximum(old, values.max(axis=1)) + nan
+            nan = jnp.where(jnp.isnan(values), values, jnp.zeros_like(values))
+            most = jnp.maximum(old, tile.over_keys(jnp.max, values))
+            most = most + tile.over_keys(jnp.sum, nan)
             found.append(jnp.where(jnp.isnan(old), old, most))
         else:
             far = jnp.full_like(old, jnp.inf)
-            here = tile.s == lax.broadcast_in_dim(tile.top, tile.s.shape, (0,))
-            least = jnp.where(here, values, jnp.full_like(values, jnp.inf)).min(axis=1)
+            here = tile.s == tile.spread(tile.top)
+            least = tile.over_keys(jnp.min, jnp.where(here, values, jnp.full_like(values, jnp.inf)))
             least = jnp.minimum(least, jnp.where(tile.before == tile.top, old, far))
             found.append(jnp.where(tile.top == -far, old, least))
     return found
 
 
 def reduced(
-    config: Config, columns: Sequence[Array], total: Float[Array, "tq"]
-) -> list[Float[Array, "tq"]]:
+    config: Config, columns: Sequence[Array], total: Float[Array, "..."]
+) -> list[Float[Array, "..."]]:
     """The columns after the last tile, from the sums of weights."""
     pairs = zip(config.columns, columns, strict=True)
     return [sums / total if column.mean else sums for column, sums in pairs]
