@@ -866,6 +866,29 @@ ERRORS = {
         lambda: parallel.explain(*[jax.ShapeDtypeStruct((1, 30, 4, 8), "float32")] * 3, ranks=4),
         "query: got 30 tokens, expected a multiple of ranks = 4: pad",
     ),
+    "no ranks": (
+        lambda: parallel.explain(*[jnp.zeros((1, 8, 2, 4))] * 3, ranks=(0, 8)),
+        r"parallel.explain\(ranks\[0\]\): got 0, expected at least 1",
+    ),
+    "ranks that are no number": (
+        lambda: parallel.explain(*[jnp.zeros((1, 8, 2, 4))] * 3, ranks=2.0),
+        r"parallel.explain\(ranks\): got 2.0, expected one integer",
+    ),
+    "no axes": (
+        lambda: parallel.explain(*[jnp.zeros((1, 8, 2, 4))] * 3, ranks=()),
+        r"parallel.explain\(ranks\): got no sizes, expected a number of devices",
+    ),
+    "a layout of no ranks": (
+        lambda: parallel.layout(masks.causal(), 8, ranks=0),
+        r"parallel.layout\(ranks\): got 0, expected at least 1",
+    ),
+    "stripes for no ranks": (
+        lambda: parallel.striped(8, 0), r"parallel.striped\(ranks\): got 0, expected at least 1"
+    ),
+    "zigzag for ranks of two axes": (
+        lambda: parallel.zigzag(8, (2, 2)),
+        r"parallel.zigzag\(ranks\): got \(2, 2\), expected one integer",
+    ),
     "a layout of a length that ranks don't divide": (
         lambda: parallel.zigzag(30, 4), "Layout.length: got 30, expected a multiple of the 8 blocks"
     ),

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..checks import integers
 from ..checks.foreign_names import unexpected
 from ..dispatch import choose
 from ..masks import full
@@ -115,7 +116,8 @@ def explain(
       A `Plan`, to print or to read by field.
 
     Raises:
-      TypeError, ValueError: as `parallel.attention`; for lengths that the ranks don't divide.
+      TypeError, ValueError: as `parallel.attention`; for ranks that are no positive integers, or
+        that don't divide the lengths.
 
     Example:
       >>> import jax
@@ -128,7 +130,7 @@ def explain(
     if unknown:
         raise unexpected("parallel.explain", unknown, _OPTIONS)
     options.pop("return_lse", None)
-    sizes = (ranks,) if isinstance(ranks, int) else tuple(ranks)
+    sizes = _sizes(ranks)
     schedules = schedules_of(schedule, len(sizes))
     total = math.prod(sizes)
     arrays = zip(("query", "key", "value"), (query, key, value), strict=True)
@@ -167,6 +169,20 @@ def explain(
     )
 
 
+def _sizes(ranks: Any) -> tuple[int, ...]:
+    """The sizes of the mesh axes, the first of which may be the only one."""
+    if not isinstance(ranks, (tuple, list)):
+        return (integers.plain(ranks, "parallel.explain(ranks)", 1),)
+    if not ranks:
+        raise ValueError(
+            "parallel.explain(ranks): got no sizes, expected a number of devices, or one for each "
+            "mesh axis"
+        )
+    return tuple(
+        integers.plain(size, f"parallel.explain(ranks[{i}])", 1) for i, size in enumerate(ranks)
+    )
+
+
 def _sum(a: Sent, b: Sent) -> Sent:
     return Sent(a.forward + b.forward, a.backward + b.backward)
 
@@ -177,7 +193,7 @@ def _part(name: str, array: Any, ranks: int) -> Any:
     if len(shape) not in (3, 4):
         # Left for the check of arguments, which says what is expected.
         return array
-    if ranks < 1 or shape[-3] % ranks:
+    if shape[-3] % ranks:
         raise ValueError(
             f"{name}: got {shape[-3]} tokens, expected a multiple of ranks = {ranks}: pad the "
             "sequence, and mask the padding"

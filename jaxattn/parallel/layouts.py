@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks import integers
 from ..masks.mask import MaskLike
 from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
@@ -151,6 +152,7 @@ def contiguous(length: int, ranks: int) -> Layout:
       length: of the sequence, in tokens.
       ranks: their number.
     """
+    ranks = integers.plain(ranks, "parallel.contiguous(ranks)", 1)
     return Layout(tuple((rank,) for rank in range(ranks)), length)
 
 
@@ -163,6 +165,7 @@ def zigzag(length: int, ranks: int) -> Layout:
 
     Source: Zhu 2024, github.com/zhuzilin/ring-flash-attention.
     """
+    ranks = integers.plain(ranks, "parallel.zigzag(ranks)", 1)
     return Layout(tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks)), length)
 
 
@@ -174,6 +177,7 @@ def cyclic(length: int, ranks: int, blocks: int | None = None) -> Layout:
       ranks: their number.
       blocks: of a rank; by default the largest divisor of the length of its part up to 32.
     """
+    ranks = integers.plain(ranks, "parallel.cyclic(ranks)", 1)
     count = _divisor(length, ranks, _CYCLIC) if blocks is None else blocks
     rows = tuple(tuple(rank + n * ranks for n in range(count)) for rank in range(ranks))
     return Layout(rows, length)
@@ -188,7 +192,8 @@ def striped(length: int, ranks: int) -> Layout:
 
     Source: Brandon et al. 2023, arXiv 2311.09431.
     """
-    return cyclic(length, ranks, blocks=length // ranks if ranks else 0)
+    ranks = integers.plain(ranks, "parallel.striped(ranks)", 1)
+    return cyclic(length, ranks, blocks=length // ranks)
 
 
 def layout(
@@ -216,13 +221,14 @@ def layout(
       batch, heads: numbers of batch rows and heads, for masks that depend on them.
 
     Raises:
-      ValueError: for a length that the ranks don't divide.
+      TypeError, ValueError: for ranks that are no positive integer, or don't divide the length.
 
     Example:
       >>> from jaxattn import masks, parallel
       >>> parallel.layout(masks.causal(), 4096, ranks=2, blocks=2).blocks
       ((0, 3), (1, 2))
     """
+    ranks = integers.plain(ranks, "parallel.layout(ranks)", 1)
     given = list(masks) if isinstance(masks, (list, tuple)) else [masks]
     whole = [mask for mask in map(plain, given) if mask is not None]
     count = _divisor(length, ranks, _BLOCKS) if blocks is None else blocks
@@ -266,7 +272,7 @@ def _dealt(work: np.ndarray, ranks: int, length: int) -> Layout:
 
 def _divisor(length: int, ranks: int, most: int) -> int:
     """The largest number of blocks up to `most` that a rank's part can be cut into."""
-    if ranks < 1 or length % ranks or length <= 0:
+    if length % ranks or length <= 0:
         raise ValueError(
             f"length: got {length}, expected a multiple of the {ranks} ranks: pad the sequence, "
             "and mask the padding"
