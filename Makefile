@@ -96,6 +96,7 @@ docs: $(VENV)/ready  ## run the guides and build the site: build/docs/index.html
 
 docs-serve: $(VENV)/ready  ## the same, shown in a browser and built again on every change
 	$(BIN)/python -m sphinx_autobuild --doctree-dir build/docs-cache/pages --watch jaxattn \
+		--watch experiments/README.md --watch CONTRIBUTING.md --watch CHANGELOG.md \
 		docs build/docs $(ARGS)
 
 faults: $(VENV)/ready  ## train small models with wrong masks, and see which measure shows it

@@ -53,7 +53,11 @@ def _from_docs(target: Path) -> str:
 
 def bring_in(app: Sphinx, name: str, content: list[str]) -> None:
     """Replaces the text of a page by the whole of it, before it is read."""
-    content[0] = whole(Path(app.env.doc2path(name)))
+    path = Path(app.env.doc2path(name))
+    for included in _INCLUDE.findall(content[0]):
+        # The page is read again when the file changes.
+        app.env.note_dependency(str((path.parent / included).resolve()))
+    content[0] = whole(path)
 
 
 # --- blocks as cells ------------------------------------------------------------------------------
