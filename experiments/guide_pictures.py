@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import tyro
+from how_masking_works import WIDE
 from rich.console import Console
 
 import jaxattn as ja
@@ -42,8 +43,6 @@ from blocks import blocks
 
 ROOT = Path(__file__).parents[1]
 
-# As wide as a column of text, in inches. On a phone letters of 9 points are 8 pixels high.
-WIDE = 5.2
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 9.5,

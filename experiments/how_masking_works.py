@@ -30,6 +30,7 @@ from jaxattn.shapes import Array, Bool, Float
 
 matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
 
 OUT = Path(__file__).parent / "results" / "how_masking_works"
 
@@ -40,6 +41,11 @@ QUERY = jnp.array([[0, 0, 10]], jnp.float32)
 IGNORED = jnp.array([[0, 0, 0, 1]], jnp.float32)  # 1 where a key is ignored, as the tutorial has it
 
 TYPES = jnp.float32, jnp.bfloat16, jnp.float16
+
+# The width of figures, in inches, and the size of their letters, in points: on a phone, where a
+# figure is 340 pixels wide, letters of 9 points are 8 pixels high.
+WIDE = 5.2
+STYLE = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8}
 
 
 # --- the ways to mask --------------------------------------------------------------------------
@@ -384,16 +390,17 @@ def figures(out: Path) -> list[Path]:
         "gradients.png": lambda: draw_ways(gradients(), "d loss / d ..."),
         "conventions.png": draw_conventions,
     }
-    for name, draw in drawn.items():
-        figure = draw()
-        figure.savefig(out / name, dpi=120)
-        plt.close(figure)
+    with plt.rc_context(STYLE):
+        for name, draw in drawn.items():
+            figure = draw()
+            figure.savefig(out / name, dpi=140)
+            plt.close(figure)
     return [out / name for name in drawn]
 
 
 def draw_steps() -> Any:
     """Each step of attention, without and with the mask."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(WIDE, 2.4), layout="constrained")
     for axis, name in zip(axes, ("masked", "exponentials", "weights"), strict=True):
         for n, (steps, label) in enumerate(
             ((step_by_step(0.0), "no mask"), (step_by_step(), "key 3 masked"))
@@ -401,15 +408,19 @@ def draw_steps() -> Any:
             axis.bar(np.arange(4) + 0.4 * n - 0.2, getattr(steps, name)[0], 0.4, label=label)
         axis.set(title=name, xlabel="key", xticks=range(4))
     axes[0].set_yscale("symlog")
-    axes[0].set_ylim(-1e10, 1e3)
-    axes[0].set_title("logits + mask * -1e9")
-    axes[2].legend()
+    axes[0].set(title="logits + mask * -1e9", ylim=(-1e10, 1e3), yticks=[-1e9, -1e6, -1e3, 0, 100])
+    _legend_below(figure, axes[2], columns=2)
     return figure
+
+
+def _legend_below(figure: Any, axis: Any, columns: int) -> None:
+    """One legend for all axes, where it hides no bar."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 def draw_underflow() -> Any:
     """exp of a distance in each type, down to where it is 0."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     distance = jnp.arange(0, 120, 0.25)
     for dtype in TYPES:
         e = np.asarray(jnp.exp(-distance.astype(dtype)), np.float64)
@@ -425,30 +436,41 @@ def draw_underflow() -> Any:
 def draw_ways(found: dict[str, dict[str, np.ndarray]], label: str) -> Any:
     """The results of each way for the same logits; a cross is NaN."""
     figure, axes = plt.subplots(
-        1, len(found), figsize=(4.2 * len(found), 3.2), layout="constrained", sharey=True
+        1, len(found), figsize=(WIDE, 2.8), layout="constrained", sharey=True
     )
     for axis, (name, ways) in zip(np.ravel(axes), found.items(), strict=True):
         for n, (way, values) in enumerate(ways.items()):
             at = np.arange(len(values)) + 0.14 * (n - 2.5)
             axis.bar(at, np.nan_to_num(values), 0.14, label=way)
-            axis.plot(at[np.isnan(values)], [0.02] * int(np.isnan(values).sum()), "kx")
+            axis.plot(
+                at[np.isnan(values)], [0.02] * int(np.isnan(values).sum()), "kx", markersize=4
+            )
         axis.set(title=name, xlabel="key", xticks=range(3))
     np.ravel(axes)[0].set_ylabel(f"{label} (x: NaN)")
-    np.ravel(axes)[-1].legend(fontsize=7)
+    _legend_below(figure, np.ravel(axes)[-1], columns=3)
     return figure
 
 
 def draw_conventions() -> Any:
     """The arrays of the libraries, and the mask that all of them mean."""
     spelled = conventions()
-    figure, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(WIDE, 8.6), layout="constrained")
+    # Of what is below 0, 0 and above: pale, so that the numbers are read.
+    pale = ListedColormap(["#c9ddf2", "#f7f7f7", "#f8d3b8"])
     for axis, each in zip(np.ravel(axes), spelled, strict=False):
         array = each.array.reshape(-1, 3, 3)[0].astype(np.float64)
-        axis.imshow(np.sign(array), cmap="coolwarm", vmin=-1, vmax=1)
+        axis.imshow(np.sign(array), cmap=pale, vmin=-1, vmax=1)
         for (i, j), x in np.ndenumerate(each.array.reshape(-1, 3, 3)[0]):
-            axis.text(j, i, f"{x}" if each.array.dtype == bool else f"{x:.2g}", ha="center")
+            axis.text(
+                j,
+                i,
+                f"{x}" if each.array.dtype == bool else f"{x:.2g}",
+                ha="center",
+                va="center",
+                size=8,
+            )
         axis.set(title=f'{each.library}\nfrom_array(..., "{each.how}")', xticks=[], yticks=[])
-        axis.title.set_fontsize(8)
+        axis.title.set_fontsize(7.5)
     masks.causal().plot(np.ravel(axes)[-1], T=3)
     return figure
 
