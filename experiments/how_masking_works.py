@@ -454,21 +454,15 @@ def draw_ways(found: dict[str, dict[str, np.ndarray]], label: str) -> Any:
 def draw_conventions() -> Any:
     """The arrays of the libraries, and the mask that all of them mean."""
     spelled = conventions()
-    figure, axes = plt.subplots(4, 2, figsize=(WIDE, 8.6), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(WIDE, 9.2), layout="constrained")
     # Of what is below 0, 0 and above: pale, so that the numbers are read.
     pale = ListedColormap(["#c9ddf2", "#f7f7f7", "#f8d3b8"])
     for axis, each in zip(np.ravel(axes), spelled, strict=False):
         array = each.array.reshape(-1, 3, 3)[0].astype(np.float64)
         axis.imshow(np.sign(array), cmap=pale, vmin=-1, vmax=1)
         for (i, j), x in np.ndenumerate(each.array.reshape(-1, 3, 3)[0]):
-            axis.text(
-                j,
-                i,
-                f"{x}" if each.array.dtype == bool else f"{x:.2g}",
-                ha="center",
-                va="center",
-                size=8,
-            )
+            number = f"{x}" if each.array.dtype == bool else f"{x:.2g}"
+            axis.text(j, i, number, ha="center", va="center", size=7.5)
         axis.set(title=f'{each.library}\nfrom_array(..., "{each.how}")', xticks=[], yticks=[])
         axis.title.set_fontsize(7.5)
     masks.causal().plot(np.ravel(axes)[-1], T=3)
