@@ -119,6 +119,9 @@ def test_copies_in_markdown_stand_beside_the_pages(site: Path) -> None:
         assert copy.startswith("# "), name
         assert "{toctree}" not in copy, name
         assert "{include}" not in copy, name
+        prose = re.sub(r"^(`{3,}).*?^\1$", "", copy, flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#:\s]+)[)#]", prose):
+            assert (site / target).exists(), f"{name}: {target}"
     assert "### jaxattn.masks.causal\n" in (site / "reference.html.md").read_text()
     overview = (site / "llms.txt").read_text()
     assert overview.startswith("# jaxattn\n\n> ")

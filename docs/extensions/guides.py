@@ -33,7 +33,8 @@ PAGES = {
 }
 
 _INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.M)
-_LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
+# The file that a link of Markdown names.
+LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 
 
 # --- the text of a page ---------------------------------------------------------------------------
@@ -42,7 +43,7 @@ _LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 def whole(path: Path) -> str:
     """The text of a page, with what it includes, and with links that lead from `docs/`."""
     text = _INCLUDE.sub(lambda found: whole(path.parent / found[1]), path.read_text())
-    return _LINK.sub(lambda found: _from_docs(path.parent / found[1]), text)
+    return LINK.sub(lambda found: _from_docs(path.parent / found[1]), text)
 
 
 def _from_docs(target: Path) -> str:

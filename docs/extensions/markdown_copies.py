@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from guides import whole
+from guides import LINK, whole
 from reference import written_out
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -30,7 +30,18 @@ def write(app: Sphinx, failure: Exception | None) -> None:
 def plain(app: Sphinx, name: str) -> str:
     """A page as Markdown alone: directives are replaced by what they stand for."""
     text = whole(Path(app.env.doc2path(name)))
+    text = LINK.sub(lambda found: _on_the_site(app, found[1]), text)
     return written_out(_TOCTREE.sub(lambda found: _links(app, found[1]), text))
+
+
+def _on_the_site(app: Sphinx, target: str) -> str:
+    """Where a copy of a page, a picture or another file stands."""
+    for folder, files in ((app.builder.imagedir, app.env.images), ("_downloads", app.env.dlfiles)):
+        names = {str(path): name for path, (_, name) in files.items()}
+        if target in names:
+            return f"{folder}/{names[target]}"
+    page = target.removesuffix(".md")
+    return f"{page}.html.md" if page != target else target
 
 
 def _links(app: Sphinx, names: str) -> str:
