@@ -72,7 +72,7 @@ class Kernel(NamedTuple):
 
 
 # Temporary arrays of a case of long rows, in sizes of its inputs.
-MOST = 5.0
+MOST = 6.0
 
 
 def long_rows() -> Iterator[Case]:
