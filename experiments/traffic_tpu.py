@@ -12,8 +12,8 @@ each kernel of jaxattn and of JAX's splash attention:
 - FLOPs: `2 tq tk H` for each matrix product of a tile, in the steps that multiply.
 
 A mask needs these products for its visible pairs alone, each input read once, and each output
-written once. What XLA computes before and after a kernel is not counted: jaxattn transposes keys
-and values, splash repeats statistics of queries.
+written once. What XLA computes before and after a kernel is not counted: both put heads before
+lengths, and splash repeats statistics of queries.
 """
 
 from __future__ import annotations

@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import test_attention as contract
 import test_tiled as small
-from cases import MASKS
+from cases import MASKS, SQUARE
 from test_mosaic import directly
 from test_triton import LEARNED, ROWS, B, N, S, T, make
 
 import jaxattn as ja
 from jaxattn import masks, scores, stats
-from jaxattn.backends import dense, formula, tpu
+from jaxattn.backends import base, dense, formula, tpu
 from jaxattn.backends.base import Call
 from jaxattn.backends.tpu import backend, steps
 from jaxattn.dispatch import BACKENDS
+from jaxattn.masks.mask import as_mask
 from jaxattn.tiles.tile_map import EMPTY, tile_map
 
 pytestmark = pytest.mark.no_cover
@@ -169,7 +170,38 @@ def test_steps_are_the_active_tiles_row_by_row(across: bool, extents: Any) -> No
 # --- the interpreter of TPUs ----------------------------------------------------------------------
 
 
-RACES = {
+def without_races(call: Call) -> None:
+    """Output and gradients, interpreted as a TPU runs kernels: copies in flight, memory unset."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    interpreter = pltpu.InterpretParams(
+        detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
+    )
+
+    def run(call: Call) -> Any:
+        return directly(*backend.build(call, interpreter=interpreter))
+
+    small.close(jax.jit(partial(small.everything, run))(call), small.dense_all(call))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.deep] if n % 24 else [])
+        for n, name in enumerate(MASKS)
+    ],
+)
+def test_no_mask_has_races(name: str) -> None:
+    extents = {"T": 32, "S": 32} if name in SQUARE else {}
+    case = MASKS[name](B, N, extents.get("T", T), extents.get("S", S))
+    call = make(as_mask(case.mask), **extents)
+    with tpu.interpreted():
+        if reason := tpu.refuse(call):
+            pytest.skip(reason)
+    without_races(call)
+
+
+SCORES = {
     "rows, heads, a table of distances": (
         masks.segments(small.IDS[:, :T], small.IDS[:, :S]) & masks.causal(5),
         LEARNED["pairs, queries, distances"],
@@ -181,19 +213,14 @@ RACES = {
 }
 
 
-@pytest.mark.parametrize("name", RACES)
-def test_no_race_and_no_read_of_what_was_not_written(name: str) -> None:
-    from jax.experimental.pallas import tpu as pltpu
+@pytest.mark.parametrize("name", SCORES)
+def test_no_score_has_races(name: str) -> None:
+    without_races(make(*SCORES[name], scale=jnp.float32(-0.3)))
 
-    interpreter = pltpu.InterpretParams(
-        detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan"
-    )
 
-    def run(call: Call) -> Any:
-        return directly(*backend.build(call, interpreter=interpreter))
-
-    call = make(*RACES[name])
-    small.close(jax.jit(partial(small.everything, run))(call), small.dense_all(call))
+def test_dropout_has_no_races() -> None:
+    dropout = base.Dropout(jnp.float32(0.3), jnp.asarray([17, 0], jnp.uint32))
+    without_races(make(masks.causal(5), dropout=dropout))
 
 
 # --- what is refused ------------------------------------------------------------------------------

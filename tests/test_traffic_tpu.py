@@ -96,7 +96,7 @@ def test_every_active_tile_is_visited_once(mask: Any) -> None:
         n * (BLOCK + of_row) + runs(tile_of) * (2 * BLOCK + of_column) + lists
     )
     assert found["queries"].read == (
-        n * (2 * BLOCK + of_row + 2 * LINE) + runs(tile_of) * (3 * BLOCK + of_column) + lists
+        n * (2 * BLOCK + of_row + 2 * LINE) + runs(tile_of) * (2 * BLOCK + of_column) + lists
     )
     assert found["keys"].read == (
         n * (2 * BLOCK + of_column) + runs(tile_of.T) * (2 * BLOCK + of_row + 2 * LINE) + lists
