@@ -55,19 +55,35 @@ def as_users_run():
 
 
 class Compilations:
-    """How many programs XLA compiled since `reset()`."""
+    """How many programs XLA compiled since `reset()`, and how many JAX keeps at most."""
 
     count = 0
+    kept = 0
 
     def reset(self) -> None:
         self.count = 0
 
     def heard(self, event: str, *_: object, **__: object) -> None:
-        self.count += event.endswith("backend_compile_duration")
+        compiled = event.endswith("backend_compile_duration")
+        self.count += compiled
+        self.kept += compiled
+
+    def forget(self) -> None:
+        jax.clear_caches()
+        self.kept = 0
 
 
 _compilations = Compilations()
 jax.monitoring.register_event_duration_secs_listener(_compilations.heard)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """JAX forgets programs in time: each takes some of the 65530 maps of memory that Linux grants a
+    process, and without one left XLA crashes."""
+    yield
+    if _compilations.kept > 1500:
+        _compilations.forget()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""The kernels for TPUs: interpreted here, against the contract, and lowered for real ones.
+"""The kernels for TPUs: their lists, races, what they refuse, and lowered for real TPUs.
 
-Tiles are 16 x 16 where kernels are interpreted, so that small shapes have lists of every kind.
+`test_kernels.py` holds them, interpreted, to the contract.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_attention as contract
 import test_tiled as small
 from cases import MASKS, SQUARE
+from test_kernels import LEARNED, B, N, S, T, make
 from test_mosaic import directly
-from test_triton import LEARNED, ROWS, B, N, S, T, make
 
 import jaxattn as ja
 from jaxattn import masks, scores, stats
-from jaxattn.backends import base, dense, formula, tpu
+from jaxattn.backends import base, formula, tpu
 from jaxattn.backends.base import Call
 from jaxattn.backends.tpu import backend, steps
 from jaxattn.dispatch import BACKENDS
 from jaxattn.masks.mask import as_mask
-from jaxattn.tiles.tile_map import EMPTY, tile_map
+from jaxattn.tiles.tile_map import EMPTY
 
 pytestmark = pytest.mark.no_cover
 NAME = "tpu"
@@ -38,90 +37,7 @@ def interpreted() -> Any:
         yield
 
 
-# --- the contract, interpreted --------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.deep] if n % 6 != 3 else [])
-        for n, name in enumerate(MASKS)
-    ],
-)
-def test_every_mask(name: str) -> None:
-    contract.test_every_mask(NAME, name)
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "row",
-    [row for row in ROWS if "float16" not in row],
-    ids=lambda row: "-".join(map(str, row)),
-)
-def test_features(row: Any) -> None:
-    names = ("lengths", "head_dim", "heads", "dtype", "mask", "score", "extra")
-    contract.run_row(NAME, dict(zip(names, row, strict=True)))
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "law",
-    [
-        partial(contract.test_nan_in_what_nobody_sees, name="by head", features="all"),
-        partial(contract.test_a_query_that_sees_nothing, kind="score"),
-        contract.test_a_nan_cotangent_of_a_dead_row_goes_nowhere,
-        contract.test_pairs_that_may_not_meet_do_not,
-        partial(contract.test_large_logits_stay_finite, dtype="bfloat16"),
-        contract.test_float32_products_are_true_float32,
-        contract.test_a_score_never_meets_a_masked_logit,
-        contract.test_scores_cannot_unmask,
-    ],
-    ids=lambda law: getattr(law, "func", law).__name__.removeprefix("test_"),
-)
-def test_laws(law: Any) -> None:
-    law(NAME)
-
-
-# --- gradients of scores, vmap, shards, maps ------------------------------------------------------
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", LEARNED)
-def test_scores_learn(name: str) -> None:
-    call = make(masks.causal(5), LEARNED[name], scale=jnp.float32(-0.3))
-    got = jax.jit(partial(small.everything, tpu.run))(call)
-    small.close(got, small.dense_all(call))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_vmap_is_a_loop() -> None:
-    ids = small.IDS[:, :T], small.IDS[:, :S]
-    table = scores.relative_bias(small.normal(9, N, 8), max_distance=12)
-    call = make(masks.segments(*ids), table)
-    two = jnp.stack([call.query, 2 * call.query])
-    scales = jnp.asarray([0.3, -0.4], jnp.float32)
-
-    def one(run: Any, query: Any, scale: Any) -> Any:
-        return small.everything(run, dataclasses.replace(call, query=query, scale=scale))
-
-    got = jax.jit(jax.vmap(partial(one, tpu.run)))(two, scales)
-    alone = jax.jit(partial(one, dense.run))
-    each = [alone(q, c) for q, c in zip(two, scales, strict=True)]
-    small.close(got, jax.tree.map(lambda *x: jnp.stack(x), *each), 5e-5)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_sharded_inputs_stay_where_they_are() -> None:
-    contract.test_sharded_inputs_stay_where_they_are(NAME, "batch", "auto")
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("tile", [16, 32, 40])
-def test_a_tile_map_is_reused(tile: int) -> None:
-    mask = masks.causal(5)
-    known = tile_map(mask, (B, T, N, small.H), (B, S, 2, small.H), tile=tile)
-    small.close(jax.jit(tpu.run)(make(known)), jax.jit(dense.run)(make(mask)))
+# --- steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -133,9 +49,6 @@ def test_lists_that_do_not_fit_are_computed_in_parts(monkeypatch: Any) -> None:
     monkeypatch.setattr("jaxattn.backends.tpu.tiles.MOST", 2 * -(-S // 16))
     got = jax.jit(partial(small.everything, tpu.run))(call)
     small.close(got, expected)
-
-
-# --- steps ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
-"""The kernels for NVIDIA GPUs: interpreted here, against the contract, and lowered for real ones.
+"""The kernels for NVIDIA GPUs: their lists, what they refuse, and lowered for real GPUs.
 
-Tiles are 16 x 16 where kernels are interpreted, so that small shapes have lists of every kind.
+`test_kernels.py` holds them, interpreted, to the contract.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_attention as contract
-import test_tiled as small
-from cases import MASKS
+from test_kernels import make
 
 import jaxattn as ja
 from jaxattn import masks, scores, stats
 from jaxattn.arguments import checked_call
-from jaxattn.backends import base, dense, formula, triton
+from jaxattn.backends import base, formula, triton
 from jaxattn.backends.base import Call
 from jaxattn.backends.flash import tile_lists
 from jaxattn.backends.triton import tiles
@@ -36,118 +34,6 @@ NAME = "triton"
 def interpreted() -> Any:
     with triton.interpreted():
         yield
-
-
-# --- the contract, interpreted --------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.deep] if n % 6 != 2 else [])
-        for n, name in enumerate(MASKS)
-    ],
-)
-def test_every_mask(name: str) -> None:
-    contract.test_every_mask(NAME, name)
-
-
-ROWS = [
-    ((23, 35), 8, (4, 2), "float32", "padding_left", "t5_both", "sinks"),
-    ((32, 48), 64, (2, 2), "bfloat16", None, "chain", "dropout"),
-    ((40, 17), 80, (3, 1), "float16", "window_per_head", None, "positions"),
-    ((17, 33), 96, (4, 2), "float32", "nobody_sees_some", "bias_full", "scale"),
-    ((1, 40), 31, (8, 2), "float32", "dense_full", "alibi", "dropout"),
-]
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
-def test_features(row: Any) -> None:
-    names = ("lengths", "head_dim", "heads", "dtype", "mask", "score", "extra")
-    contract.run_row(NAME, dict(zip(names, row)))
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", ["by head"])
-def test_nan_in_what_nobody_sees(name: str) -> None:
-    contract.test_nan_in_what_nobody_sees(NAME, name, "all")
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize(
-    "law",
-    [
-        partial(contract.test_a_query_that_sees_nothing, kind="score"),
-        contract.test_a_nan_cotangent_of_a_dead_row_goes_nowhere,
-        contract.test_pairs_that_may_not_meet_do_not,
-        partial(contract.test_large_logits_stay_finite, dtype="bfloat16"),
-        contract.test_float32_products_are_true_float32,
-        contract.test_a_score_never_meets_a_masked_logit,
-        contract.test_scores_cannot_unmask,
-    ],
-    ids=lambda law: getattr(law, "func", law).__name__.removeprefix("test_"),
-)
-def test_laws(law: Any) -> None:
-    law(NAME)
-
-
-# --- gradients of scores, vmap, shards, maps ------------------------------------------------------
-
-B, T, S, N = 2, 23, 35, 4
-make = partial(small.make, T=T, S=S)
-# One operand of each kind, of each extent: shared by rows, by heads, by all, or by none.
-LEARNED = {
-    "pairs, keys, a number": scores.chain(
-        scores.bias(small.normal(7, 1, N, T, S)),
-        scores.bias(small.normal(8, 1, N, 1, S)),
-        scores.soft_cap(jnp.float32(1.5)),
-    ),
-    "pairs, queries, distances": scores.chain(
-        scores.bias(small.normal(7, T, S)),
-        scores.bias(small.normal(8, B, 1, T, 1)),
-        scores.relative_bias(small.normal(9, N, 8), max_distance=12),
-    ),
-}
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("name", LEARNED)
-def test_scores_learn(name: str) -> None:
-    call = make(masks.causal(5), LEARNED[name], scale=jnp.float32(-0.3))
-    got = jax.jit(partial(small.everything, triton.run))(call)
-    small.close(got, small.dense_all(call))
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_vmap_is_a_loop() -> None:
-    ids = small.IDS[:, :T], small.IDS[:, :S]
-    table = scores.relative_bias(small.normal(9, N, 8), max_distance=12)
-    call = make(masks.segments(*ids), table)
-    two = jnp.stack([call.query, 2 * call.query])
-    scales = jnp.asarray([0.3, -0.4], jnp.float32)
-
-    def one(run: Any, query: Any, scale: Any) -> Any:
-        return small.everything(run, dataclasses.replace(call, query=query, scale=scale))
-
-    got = jax.jit(jax.vmap(partial(one, triton.run)))(two, scales)
-    alone = jax.jit(partial(one, dense.run))
-    each = [alone(q, c) for q, c in zip(two, scales)]
-    small.close(got, jax.tree.map(lambda *x: jnp.stack(x), *each), 5e-5)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_sharded_inputs_stay_where_they_are() -> None:
-    contract.test_sharded_inputs_stay_where_they_are(NAME, "batch", "auto")
-
-
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("tile", [16, 32, 40])
-def test_a_tile_map_is_reused(tile: int) -> None:
-    mask = masks.causal(5)
-    known = tile_map(mask, (B, T, N, small.H), (B, S, 2, small.H), tile=tile)
-    small.close(jax.jit(triton.run)(make(known)), jax.jit(dense.run)(make(mask)))
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -176,6 +62,16 @@ def test_lists_have_mixed_tiles_first() -> None:
     tile, ends = tile_lists.rows(states[None, None, None])
     np.testing.assert_array_equal(tile[0, 0, 0, 0, :4], [2, 4, 0, 3])
     np.testing.assert_array_equal(ends[0, 0, 0], [[2, 4], [0, 0], [5, 5]])
+
+
+# --- float16 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_float16() -> None:
+    row = {"lengths": (40, 17), "head_dim": 80, "heads": (3, 1), "dtype": "float16"}
+    features = {"mask": "window_per_head", "score": None, "extra": "positions"}
+    contract.run_row(NAME, row | features)
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from ...shapes import Array, Float
 from ...tracing.split import Split
@@ -25,6 +28,26 @@ WHY = "kernels that compute only the tiles that the mask allows, in O(T + S) mem
 LIMITS: tuple[str, ...] = ("logits are held in powers of 2: below -2.3e38 they are -inf",)
 
 LOG2E = math.log2(math.e)
+
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Inside, kernels run on any platform, interpreted by JAX in tiles of 16: for tests."""
+    token = _interpreted.set(True)
+    try:
+        # JAX keeps what it has traced under a key that contains this label: interpreted kernels and
+        # compiled ones are then never mistaken for each other.
+        with set_xla_metadata(jaxattn="interpreted"):
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are interpreted here."""
+    return _interpreted.get()
 
 
 def unknown_sizes(call: Call) -> str | None:

@@ -12,12 +12,12 @@ Read in this order: `backend` (what is refused, which tile is taken), `steps` (t
 `tiles` (what is read and evaluated there), `kernels` (forward and backward).
 """
 
+from ..flash.fused import interpreted
 from .backend import (
     LIMITS,
     STATISTICS,
     WHY,
     footprint,
-    interpreted,
     not_compiled,
     prepare,
     refuse,

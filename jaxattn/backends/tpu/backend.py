@@ -5,15 +5,11 @@ The kernels are imported where they are used: Pallas would triple the time of `i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from ...shapes import Array, Float
 from ...tiles.tile_map import TileStates
@@ -38,26 +34,11 @@ prepare = unchanged
 # The kinds of TPU that the kernels have been compiled for: v5e, v5p and v6e.
 COMPILED = ("TPU v5 lite", "TPU v5", "TPU v6 lite")
 
-_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Inside, the kernels run on any platform, interpreted by JAX in tiles of 16: for tests."""
-    token = _interpreted.set(True)
-    try:
-        # JAX keeps what it has traced under a key that contains this label: interpreted kernels and
-        # compiled ones are then never mistaken for each other.
-        with set_xla_metadata(jaxattn="interpreted"):
-            yield
-    finally:
-        _interpreted.reset(token)
-
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: platform, sizes, dtype, mask or score."""
     where = base.platform(call)
-    if where != "tpu" and not _interpreted.get():
+    if where != "tpu" and not fused.is_interpreted():
         return f"runs on TPUs; inputs are on {where}"
     unknown = STATISTICS.missing(call) or fused.unknown_sizes(call)
     if unknown is not None:
@@ -78,7 +59,7 @@ def refuse(call: Call) -> str | None:
 def not_compiled(call: Call) -> str | None:
     """Why "auto" leaves a call to others that these kernels could compute, or None."""
     kind = base.device_kind(call)
-    if kind in COMPILED or _interpreted.get():
+    if kind in COMPILED or fused.is_interpreted():
         return None
     return f"its kernels were compiled for {', '.join(COMPILED)}; this is {kind}"
 
@@ -146,7 +127,7 @@ def build(
 def _options(tile: tuple[int, int] | None) -> KernelOptions:
     from .tiles import KernelOptions
 
-    return KernelOptions(_interpreted.get(), tile)
+    return KernelOptions(fused.is_interpreted(), tile)
 
 
 def _tile(

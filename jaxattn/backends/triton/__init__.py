@@ -13,12 +13,12 @@ Read in this order: `backend` (what is refused, which tile is taken), `tiles` (s
 a tile reads and evaluates, which operations Triton has), `kernels` (forward and backward).
 """
 
+from ..flash.fused import interpreted
 from .backend import (
     LIMITS,
     STATISTICS,
     WHY,
     footprint,
-    interpreted,
     prepare,
     refuse,
     run,

@@ -5,14 +5,10 @@ The kernels are imported where they are used: Pallas would triple the time of `i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from ...shapes import Array, Float
 from ...tiles.tile_map import TileStates
@@ -29,24 +25,10 @@ WHY, LIMITS = fused.WHY, fused.LIMITS
 
 prepare = unchanged
 
-_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
 
 # The largest tile of a given map that is used as it is. With larger ones every kernel would compute
 # more than a new map costs.
 _COARSEST = 256
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Inside, the kernels run on any platform, interpreted by JAX in tiles of 16: for tests."""
-    token = _interpreted.set(True)
-    try:
-        # JAX keeps what it has traced under a key that contains this label: interpreted kernels and
-        # compiled ones are then never mistaken for each other.
-        with set_xla_metadata(jaxattn="interpreted"):
-            yield
-    finally:
-        _interpreted.reset(token)
 
 
 def refuse(call: Call) -> str | None:
@@ -54,7 +36,7 @@ def refuse(call: Call) -> str | None:
     unknown = STATISTICS.missing(call) or fused.unknown_sizes(call)
     if unknown is not None:
         return unknown
-    if not _interpreted.get():
+    if not fused.is_interpreted():
         elsewhere = base.not_on_nvidia(call)
         if elsewhere is not None:
             return elsewhere
@@ -84,7 +66,7 @@ def footprint(call: Call) -> int:
     """Bytes of the sums of rows, of the lists of tiles, and of inputs that have to be padded."""
     from . import tiles
 
-    tile = _smallest(call, tiles.KernelOptions(_interpreted.get()))
+    tile = _smallest(call, tiles.KernelOptions(fused.is_interpreted()))
     return fused.footprint(call, tile, tiles.width)
 
 
@@ -116,7 +98,7 @@ def build(call: Call, tile: tuple[int, int] | None = None) -> tuple[Config, Inpu
     from . import kernels
     from .tiles import KernelOptions
 
-    options = KernelOptions(_interpreted.get(), tile)
+    options = KernelOptions(fused.is_interpreted(), tile)
     return problem.build(
         call, kernels.engine(options), call.query.dtype, partial(_tile, call, options)
     )
