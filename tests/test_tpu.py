@@ -20,6 +20,7 @@ from test_mosaic import directly
 
 import jaxattn as ja
 from jaxattn import masks, scores, stats
+from jaxattn.arguments import checked_call
 from jaxattn.backends import base, formula, tpu
 from jaxattn.backends.base import Call
 from jaxattn.backends.tpu import backend, steps
@@ -104,7 +105,7 @@ def without_races(call: Call) -> None:
         for n, name in enumerate(MASKS)
     ],
 )
-def test_no_mask_has_races(name: str) -> None:
+def test_masks_have_no_races(name: str) -> None:
     extents = {"T": 32, "S": 32} if name in SQUARE else {}
     case = MASKS[name](B, N, extents.get("T", T), extents.get("S", S))
     call = make(as_mask(case.mask), **extents)
@@ -127,13 +128,20 @@ SCORES = {
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_no_score_has_races(name: str) -> None:
+def test_scores_have_no_races(name: str) -> None:
     without_races(make(*SCORES[name], scale=jnp.float32(-0.3)))
 
 
 def test_dropout_has_no_races() -> None:
     dropout = base.Dropout(jnp.float32(0.3), jnp.asarray([17, 0], jnp.uint32))
     without_races(make(masks.causal(5), dropout=dropout))
+
+
+def test_statistics_have_no_races() -> None:
+    call = make()
+    arrays = call.query, call.key, call.value
+    asked = [stats.entropy(), stats.max(), stats.argmax(), stats.mean(lambda x, b, h, q, k: q - k)]
+    without_races(checked_call(*arrays, mask=masks.causal(5), stats=asked))
 
 
 # --- what is refused ------------------------------------------------------------------------------
