@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from ...mesh import constant
 from ...shapes import Array, Bool
@@ -134,15 +133,6 @@ def _corrected(
     fixed = lax.stop_gradient(x)
     rounds = _where(~wrong, 0, jnp.full_like(wrong, -(-T // size), jnp.int32))
     return lax.fori_loop(np.int32(0), rounds, body, results)
-
-
-def _in_order(array: Array) -> Array:
-    """The same array, with its last axis last in memory.
-
-    On TPUs XLA would give whole results the layout that suits a few rows: with heads last, and
-    memory for 128 of them.
-    """
-    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def _undefined(config: Config, flags: Array, out: Array) -> Array:
