@@ -256,8 +256,8 @@ def _devices(call: Call) -> tuple[str, ...]:
         even = call.sizes.T == call.sizes.S
         how = "travel around a ring of them" if even else "are gathered on each"
         notes.append(
-            f"lengths are split over {parts(lengths)} devices: with tiled, rows, triton and "
-            f"mosaic, keys and values {how}; parallel.explain says what moves"
+            f"lengths are split over {parts(lengths)} devices: with tiled, rows, triton, mosaic "
+            f"and tpu, keys and values {how}; parallel.explain says what moves"
         )
     return tuple(notes)
 

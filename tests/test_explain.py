@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxattn as ja
-from jaxattn import masks, scores
+from jaxattn import masks, scores, stats
 from jaxattn.arguments import checked_call
 from jaxattn.backends import costs
 from jaxattn.backends.tiled import backend as tiled
@@ -143,6 +143,14 @@ def test_memory_is_of_the_chosen_backend() -> None:
     twice = ja.explain(*[struct(2, 4096)] * 3, backend="tiled")
     assert tiled.bytes < dense.bytes / 4
     assert twice.bytes < 2.5 * tiled.bytes  # linear in T
+
+
+def test_memory_holds_the_columns_of_statistics() -> None:
+    asked = {"largest": stats.max(), "entropy": stats.entropy()}
+    plain, more = (ja.explain(*[LARGE] * 3, backend="tiled", stats=s) for s in (None, asked))
+    B, T, N, _ = LARGE.shape
+    # A maximum, and the mean of the logit: a float32 number for each query and head.
+    assert more.bytes - plain.bytes == 2 * B * T * N * 4
 
 
 def test_traced_leaves_leave_the_tiles_unknown() -> None:

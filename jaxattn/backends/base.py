@@ -123,6 +123,11 @@ class Call:
         return Sizes(B, T, S, N, K, H, Hv)
 
     @property
+    def columns(self) -> int:
+        """How many columns statistics add to the output's own."""
+        return len(self.means) + len(self.maxima) + len(self.largest)
+
+    @property
     def lengths(self) -> tuple[int, int]:
         """The numbers of queries and keys of the whole sequence."""
         ranks = 1 if self.shards is None else self.shards.ranks

@@ -95,7 +95,7 @@ def footprint(call: Call, tile: tuple[int, int], width: Callable[[int], int]) ->
         numbers = B * rows * tile[0] * N * width(H)
         numbers += B * columns * tile[1] * K * (width(H) + width(Hv))
         padded = numbers * jnp.dtype(call.query.dtype).itemsize
-    return int(4 * B * T * N + lists + padded)
+    return int(4 * B * T * N * (1 + call.columns) + lists + padded)
 
 
 def forward_results(

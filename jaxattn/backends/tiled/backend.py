@@ -36,7 +36,7 @@ def footprint(call: Call) -> int:
     B, T, S, N, K, H, Hv = call.sizes
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
     copies = (B * T * N * H + B * S * K * (H + Hv)) * jnp.dtype(bfloat16.factors(call)).itemsize
-    sums = B * T * N * (Hv + 2) * width
+    sums = B * T * N * (Hv + 2 + call.columns) * width
     return int(copies + sums + 2 * schedule.STEP_CELLS * width)
 
 
