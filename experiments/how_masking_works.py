@@ -422,12 +422,13 @@ def draw_underflow() -> Any:
     """exp of a distance in each type, down to where it is 0."""
     figure, axis = plt.subplots(figsize=(WIDE, 3), layout="constrained")
     distance = jnp.arange(0, 120, 0.25)
-    for dtype in TYPES:
+    # Each is thinner than the one before it, which it would hide: they have the same values.
+    for dtype, width in zip(TYPES, (6, 3.5, 1.5), strict=True):
         e = np.asarray(jnp.exp(-distance.astype(dtype)), np.float64)
         name = jnp.dtype(dtype).name
         alive = e > 0
-        (line,) = axis.semilogy(np.asarray(distance)[alive], e[alive], label=name)
-        axis.axvline(thresholds()[name][0], color=line.get_color(), linestyle=":")
+        (line,) = axis.semilogy(np.asarray(distance)[alive], e[alive], label=name, linewidth=width)
+        axis.axvline(thresholds()[name][0], color=line.get_color(), linestyle=":", linewidth=width)
     axis.set(xlabel="distance below the largest logit", ylabel="exp", title="dotted: 0 from here")
     axis.legend()
     return figure
