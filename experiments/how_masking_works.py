@@ -428,7 +428,9 @@ def draw_underflow() -> Any:
         name = jnp.dtype(dtype).name
         alive = e > 0
         (line,) = axis.semilogy(np.asarray(distance)[alive], e[alive], label=name, linewidth=width)
-        axis.axvline(thresholds()[name][0], color=line.get_color(), linestyle=":", linewidth=width)
+        axis.axvline(
+            thresholds()[name][0], color=line.get_color(), linestyle=":", linewidth=width / 2
+        )
     axis.set(xlabel="distance below the largest logit", ylabel="exp", title="dotted: 0 from here")
     axis.legend()
     return figure
