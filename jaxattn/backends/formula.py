@@ -381,8 +381,9 @@ def _weighing(products: Products) -> Rules:
         weights, value, key, out, *seen = fixed
         # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
         d_out = lax.optimization_barrier(cotangents[0])
+        # Of what is visible, values that are not finite are in the output; keys need not be.
         bad = ~jnp.isfinite(out).all(-1) | ~jnp.isfinite(d_out).all(-1)
-        keys = has_nonfinite(key, value)
+        keys = ~jnp.isfinite(key).all(-1)
         shown = seen[0] if seen else jnp.ones((1, 1, *weights.shape[2:]), bool)
         return lax.cond(
             base.anywhere(bad.any() | keys.any()),
@@ -394,11 +395,6 @@ def _weighing(products: Products) -> Rules:
 
 
 # --- what is not finite ---------------------------------------------------------------------------
-
-
-def has_nonfinite(key: Array, value: Array) -> Bool[Array, "..."]:
-    """Which keys have a number that is not finite, in the key or in the value."""
-    return ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
 
 
 def _without_gradient(

@@ -312,10 +312,10 @@ def _if(active: Bool[Array, ""] | None, compute: Callable[[], Any], otherwise: A
 
 
 def _without_gradient(config: Config, x: Inputs) -> Bool[Array, "B T N"]:
-    """The queries that see a key or a value, of any device, that is not finite."""
+    """The queries that see a key, of any device, that is not finite."""
     shards = _of(config)
     B, T, N, _ = x.query.shape
-    flags = ~base.all_finite(x.key, x.value, axis=-1)  # [B, S, K]
+    flags = ~base.all_finite(x.key, axis=-1)  # [B, S, K]
     none = constant(x.query, (B, T, N), bool)
 
     def found() -> Array:

@@ -198,13 +198,14 @@ def backward(
         # They have no gradient, and may be infinite.
         means = out.shape[-1] - maxima
         out, d_out = (padded(a[..., :means], {3: out.shape[-1]}) for a in (out, d_out))
+    # Of what is visible, values that are not finite are in the output; keys need not be.
     bad = ~jnp.isfinite(lse) | ~base.all_finite(out, d_out, axis=-1)
 
     def that_see_others(x: Inputs, start: Any, rows: int, bad: Array) -> Array:
-        keys = jnp.swapaxes(~base.all_finite(x.key, x.value, axis=-1), 1, 2)[..., None]
+        keys = jnp.swapaxes(~base.all_finite(x.key, axis=-1), 1, 2)[..., None]
         return bad | _reached(config, x, keys, start, rows)[..., 0]
 
-    bad = alive & _corrected(x, ~base.all_finite(x.key, x.value), that_see_others, bad)
+    bad = alive & _corrected(x, ~base.all_finite(x.key), that_see_others, bad)
     K = x.key.shape[2]
     given = x.grouped()
     out, lse, d_out, d_lse = (
