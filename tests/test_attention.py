@@ -44,6 +44,14 @@ def backend(request: Any) -> str:
     return str(request.param)
 
 
+# What a call says is read before a backend has it: laws about that are seen every day on the
+# definition and on the engine, and on the other backends by `make test-deep`.
+arguments = pytest.mark.parametrize(
+    "backend",
+    [pytest.param(b, marks=() if b in ("dense", "tiled") else pytest.mark.deep) for b in HERE],
+)
+
+
 def attention(*args: Any, **options: Any) -> Any:
     """`ja.attention`, a refusal turned into a skip."""
     try:
@@ -276,7 +284,15 @@ def features(names: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]
 # --- queries that see nothing ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "sinks", "score", "dropout"])
+# Every day each kind on two backends, and on each backend two kinds.
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        pytest.param(b, kind, marks=pytest.mark.deep if (n + m) % 2 else ())
+        for n, b in enumerate(HERE)
+        for m, kind in enumerate(["plain", "sinks", "score", "dropout"])
+    ],
+)
 def test_a_query_that_sees_nothing(backend: str, kind: str) -> None:
     """Output 0, LSE -inf, and not a trace of it in any gradient."""
     B, T, S, N = 2, 5, 6, 4
@@ -423,6 +439,7 @@ def test_unbatched(backend: str) -> None:
     assert ja.attention_weights(query[0], key[0]).shape == (4, 5, 6)
 
 
+@arguments
 def test_numpy_arrays_are_arrays(backend: str) -> None:
     query, key, value = (np.asarray(x) for x in qkv(1, 5, 6, 4, 2, 8))
     got = attention(query, key, value, mask=np.tri(5, 6, dtype=bool), backend=backend)
@@ -490,6 +507,7 @@ def test_float32_products_are_true_float32(backend: str) -> None:
             assert f"precision = [{expected}, {expected}]" in line
 
 
+@arguments
 def test_precision_takes_what_jax_takes(backend: str) -> None:
     inputs = qkv(1, 4, 4, 2, 2, 8)
     want = attention(*inputs, backend=backend)
@@ -533,6 +551,7 @@ def test_a_score_never_meets_a_masked_logit(backend: str) -> None:
     assert np.abs(slope).max() > 0
 
 
+@arguments
 def test_scale_may_be_traced(backend: str) -> None:
     inputs = qkv(1, 5, 5, 1, 1, 4)
     got = jax.jit(lambda s: attention(*inputs, scale=s, backend=backend))(0.3)
@@ -713,6 +732,7 @@ def test_dropout_rates_zero_and_one(backend: str) -> None:
     np.testing.assert_array_equal(slope, 0)
 
 
+@arguments
 def test_dropout_seeds(backend: str) -> None:
     """Python ints, NumPy and JAX uint32, typed and raw keys, traced or not."""
     run = jax.jit(lambda seed: dropped(backend, 6, 20, dropout_rate=0.5, dropout_seed=seed))
@@ -734,6 +754,7 @@ def test_dropout_seeds(backend: str) -> None:
     assert 0.2 < (np.asarray(rbg) != 0).mean() < 0.8
 
 
+@arguments
 def test_a_vmapped_axis_has_a_seed_for_each(backend: str) -> None:
     """One seed would drop the same weights in every example."""
     query, key, value = (x[:, None] for x in qkv(3, 5, 6, 2, 1, 8))
@@ -754,6 +775,7 @@ def test_a_vmapped_axis_has_a_seed_for_each(backend: str) -> None:
     np.testing.assert_allclose(same[2], run(query[2], jnp.uint32(1)), rtol=1e-4, atol=1e-5)
 
 
+@arguments
 def test_the_rate_of_dropout_has_no_gradient(backend: str) -> None:
     inputs = qkv(1, 5, 6, 2, 1, 8)
 
@@ -1008,6 +1030,7 @@ def test_values_never_retrace(backend: str, compilations: Any) -> None:
     assert (np.asarray(first) != np.asarray(later[0])).any()
 
 
+@arguments
 def test_a_mask_is_an_argument_of_jit(backend: str) -> None:
     """The user's function is traced once for all values of the mask's leaves."""
     inputs = qkv(2, 6, 6, 2, 2, 8)
@@ -1032,6 +1055,7 @@ def test_a_mask_is_an_argument_of_jit(backend: str) -> None:
         np.testing.assert_allclose(got[n - 1], want, rtol=1e-5, atol=1e-6)
 
 
+@arguments
 def test_a_fresh_lambda_is_compiled_once(backend: str, compilations: Any) -> None:
     inputs = qkv(2, 6, 6, 2, 2, 8)
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import everyday
-from jax.experimental.compilation_cache import compilation_cache
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
@@ -520,20 +519,6 @@ def test_help_names_the_verbs(script, capsys):
 
 
 @pytest.fixture
-def compiled_once(tmp_path_factory):
-    """Programs are kept on disk: runs that compile the same ones again find them there."""
-    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("programs")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture
 def small_corpus(monkeypatch):
     small = dict.fromkeys(corpus.CATEGORIES, 120)
     monkeypatch.setattr(corpus, "generate", lambda generate=corpus.generate: generate(0, small, 12))
@@ -546,7 +531,6 @@ def small_corpus(monkeypatch):
 # Every day the language model's run is stopped and goes on, by the same code.
 @pytest.mark.deep
 @scripts
-@pytest.mark.usefixtures("compiled_once")
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path, monkeypatch, capsys, small_corpus):
     """Ctrl-C saves, a kill loses one interval at most, and --resume goes on: the same bits, dropout
     and data order included."""
