@@ -103,13 +103,15 @@ def checked_call(
             tiles, mask = mask.for_call(B, N, T, S, positions), mask.mask
         mask = _mask(mask, B, N, T, S)
         _check_mask(mask, "mask", at, (B, N, T, S))
+    if mask is not None and not _has_nothing(mask, B, N, T, S):
         visible = split(mask, at)
         visible.check_extents(B, N, T, S)
         if positions is not None and tiles is None:
             visible = split(guarded(visible.given, positions, (B, N, T, S)), at)
-    if score is not None:
+    score = None if score is None else as_score(score)
+    if score is not None and not _has_nothing(score, B, N, T, S):
         logit = base.accumulator(query.dtype)
-        scored = split(as_score(score), at, logit=logit)
+        scored = split(score, at, logit=logit)
         scored.check_extents(B, N, T, S)
         if positions is not None:
             seen = None if visible is None else visible.given
@@ -265,6 +267,14 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
             )
         return mask
     return as_mask(given)
+
+
+def _has_nothing(part: Mask | Score, *sizes: int) -> bool:
+    """Whether a mask or score has an array without entries, for a call without pairs.
+
+    A function that reads such an array can't even be traced.
+    """
+    return 0 in sizes and any(0 in np.shape(leaf) for leaf in jax.tree.leaves(part))
 
 
 def _check_heads(mask: Mask, N: int, name: str) -> None:
