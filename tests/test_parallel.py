@@ -192,6 +192,7 @@ def combinations() -> list[Any]:
                     and (schedule == "ring" or (n + m) % 2)
                 )
                 today = today or (name == "fewer keys" and schedule != "gather")
+                today = today or (name, schedule, kind) == ("tile map", "heads", "contiguous")
                 marks = () if today else pytest.mark.deep
                 found.append(pytest.param(name, schedule, kind, marks=marks))
     return found
@@ -814,6 +815,14 @@ def _local(run: Callable[..., Any], length: int = T, heads: int = N) -> Any:
     return jax.jit(fn)(x, x, x)
 
 
+def _several(**options: Any) -> Any:
+    """Over two mesh axes, of which the second exchanges heads."""
+    x, axis = jnp.zeros((1, T, N, H)), ("pod", "seq")
+    run = partial(parallel.attention, axis=axis, schedule=("ring", "heads"), **options)
+    mesh, split = mesh_of(2, 2, names=axis), P(None, axis)
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split))(x, x, x)
+
+
 ERRORS = {
     "no shard_map": (
         lambda: parallel.attention(*[jnp.zeros((1, T, N, H))] * 3), "axis: .*inside jax.shard_map"
@@ -833,6 +842,13 @@ ERRORS = {
     "heads": (
         lambda: _local(partial(parallel.attention, schedule="heads"), heads=6),
         "schedule: 'heads' can't .*4 ranks don't divide the 6 query heads",
+    ),
+    "sinks of other heads": (
+        lambda: _several(sinks=jnp.zeros(N // 2)), r"sinks: got shape \[4\], expected \[N\] = \[8\]"
+    ),
+    "masks of other heads": (
+        lambda: _several(mask=masks.sliding_window(jnp.zeros(N // 2, jnp.int32))),
+        "got extent 4 .* expected N = 8",
     ),
     "halo": (
         lambda: _local(partial(parallel.attention, schedule="halo", mask=masks.causal())),
