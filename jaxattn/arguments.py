@@ -10,6 +10,7 @@ import numpy as np
 
 from .backends import base
 from .backends.base import Call
+from .checks.arrays import array_of
 from .checks.integers import as_given, concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
 from .masks.positions import Positions
@@ -233,12 +234,9 @@ def _one_row(array: Any) -> Any:
 
 
 def _array(name: str, given: Any) -> Any:
-    try:
-        if given is None or isinstance(given, (str, bytes)):
-            raise TypeError("not numbers")
-        array = given if isinstance(given, jax.ShapeDtypeStruct) else jnp.asarray(given)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: got {type(given).__name__}, expected an array") from error
+    array = given
+    if not isinstance(given, jax.ShapeDtypeStruct):
+        array = array_of(given, name, "an array")
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
         raise TypeError(
             f"{name}: got dtype {array.dtype}, expected float16, bfloat16, float32 or float64"
@@ -362,11 +360,7 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
 def _sinks(given: Any, heads: int) -> Array | None:
     if given is None:
         return None
-    try:
-        array = jnp.asarray(given)
-    except (TypeError, ValueError) as error:
-        got = type(given).__name__
-        raise TypeError(f"sinks: got {got}, expected floats [N] = [{heads}]") from error
+    array = array_of(given, "sinks", f"floats [N] = [{heads}]")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"sinks: got dtype {array.dtype}, expected floats [N] = [{heads}]")
     if array.shape != (heads,):
