@@ -10,6 +10,7 @@ import numpy as np
 
 from .backends import base
 from .backends.base import Call
+from .checks.arrays import array_of
 from .checks.integers import as_given, concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
 from .masks.positions import Positions
@@ -103,13 +104,15 @@ def checked_call(
             tiles, mask = mask.for_call(B, N, T, S, positions), mask.mask
         mask = _mask(mask, B, N, T, S)
         _check_mask(mask, "mask", at, (B, N, T, S))
+    if mask is not None and not _has_nothing(mask, B, N, T, S):
         visible = split(mask, at)
         visible.check_extents(B, N, T, S)
         if positions is not None and tiles is None:
             visible = split(guarded(visible.given, positions, (B, N, T, S)), at)
-    if score is not None:
+    score = None if score is None else as_score(score)
+    if score is not None and not _has_nothing(score, B, N, T, S):
         logit = base.accumulator(query.dtype)
-        scored = split(as_score(score), at, logit=logit)
+        scored = split(score, at, logit=logit)
         scored.check_extents(B, N, T, S)
         if positions is not None:
             seen = None if visible is None else visible.given
@@ -231,12 +234,9 @@ def _one_row(array: Any) -> Any:
 
 
 def _array(name: str, given: Any) -> Any:
-    try:
-        if given is None or isinstance(given, (str, bytes)):
-            raise TypeError("not numbers")
-        array = given if isinstance(given, jax.ShapeDtypeStruct) else jnp.asarray(given)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: got {type(given).__name__}, expected an array") from error
+    array = given
+    if not isinstance(given, jax.ShapeDtypeStruct):
+        array = array_of(given, name, "an array")
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
         raise TypeError(
             f"{name}: got dtype {array.dtype}, expected float16, bfloat16, float32 or float64"
@@ -265,6 +265,14 @@ def _mask(given: Any, B: int, N: int, T: int, S: int) -> Mask:
             )
         return mask
     return as_mask(given)
+
+
+def _has_nothing(part: Mask | Score, *sizes: int) -> bool:
+    """Whether a mask or score has an array without entries, for a call without pairs.
+
+    A function that reads such an array can't even be traced.
+    """
+    return 0 in sizes and any(0 in np.shape(leaf) for leaf in jax.tree.leaves(part))
 
 
 def _check_heads(mask: Mask, N: int, name: str) -> None:
@@ -352,11 +360,7 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
 def _sinks(given: Any, heads: int) -> Array | None:
     if given is None:
         return None
-    try:
-        array = jnp.asarray(given)
-    except (TypeError, ValueError) as error:
-        got = type(given).__name__
-        raise TypeError(f"sinks: got {got}, expected floats [N] = [{heads}]") from error
+    array = array_of(given, "sinks", f"floats [N] = [{heads}]")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"sinks: got dtype {array.dtype}, expected floats [N] = [{heads}]")
     if array.shape != (heads,):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -55,18 +56,18 @@ def scaled_dot_product_attention(
         if array.ndim < 2:
             raise ValueError(f"{name}: got shape {list(array.shape)}, expected (..., length, d)")
     lead = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
-    heads = lead[-1] if lead else 1
+    rows, heads = math.prod(lead[:-1]), lead[-1] if lead else 1
 
     def layout(array: Array) -> Array:
         """(..., T, d) as [B, T, N, d]."""
         full = jnp.broadcast_to(array, (*lead, *array.shape[-2:]))
-        return jnp.moveaxis(full.reshape(-1, heads, *array.shape[-2:]), 1, 2)
+        return jnp.moveaxis(full.reshape(rows, heads, *array.shape[-2:]), 1, 2)
 
     T, S = query.shape[-2], key.shape[-2]
     if hasattr(mask, "dtype") and hasattr(mask, "shape"):
         if mask.dtype == jnp.bool_:
             try:
-                mask = jnp.broadcast_to(mask, (*lead, T, S)).reshape(-1, heads, T, S)
+                mask = jnp.broadcast_to(mask, (*lead, T, S)).reshape(rows, heads, T, S)
             except ValueError as error:
                 raise ValueError(
                     f"mask: got shape {list(mask.shape)}, expected one that broadcasts to "
@@ -79,7 +80,7 @@ def scaled_dot_product_attention(
     weights = attention_weights(**call)
     # All weights are computed anyway, so the dense backend costs only one product more.
     output = attention(**call, value=layout(value), backend="dense")
-    output = jnp.moveaxis(output, 2, 1).reshape(*lead, T, -1)
+    output = jnp.moveaxis(output, 2, 1).reshape(*lead, T, value.shape[-1])
     return output, weights.reshape(*lead, T, S)
 
 
@@ -164,10 +165,11 @@ definition |
         backend="auto" if implementation in (None, "xla") else implementation,
         return_lse=return_residual,
     )
+    whole = (*shape[:-1], value.shape[-1])
     if isinstance(found, tuple):
         out, lse = found
-        return out.reshape(*shape[:-1], -1), lse.astype(key.dtype).reshape(shape[:-1])
-    return found.reshape(*shape[:-1], -1)
+        return out.reshape(whole), lse.astype(key.dtype).reshape(shape[:-1])
+    return found.reshape(whole)
 
 
 def _at_least_4d(array: Array) -> Array:

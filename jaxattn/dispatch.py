@@ -213,6 +213,9 @@ def _axes(array: Any) -> tuple[Any, Any, Any]:
 @jax.jit
 def weights_of(call: Call) -> Array:
     """The weights `[B, N, T, S]` of a checked call."""
+    if _is_empty(call):
+        B, T, S, N, *_ = call.sizes
+        return jnp.zeros((B, N, T, S), base.accumulator(call.query.dtype))
     weights, lse = dense.weights(call)
     return weights if call.sinks is None else weights * jnp.swapaxes(_share(lse, call.sinks), 1, 2)
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks.arrays import array_of
 from .checks.foreign_names import unknown_attribute
 from .checks.integers import check_exact, concrete
 from .checks.user_functions import call_user, named, one_float, uncalled
@@ -154,8 +155,9 @@ def _check_is_function(given: Any, where: str) -> None:
 
 def _parameter(given: Any, name: str, ranks: dict[int, str]) -> Any:
     """A float parameter: Python numbers stay as they are, everything else becomes a jax array."""
-    array = float(given) if isinstance(given, (int, float)) else jnp.asarray(given)
     expected = " or ".join(ranks.values())
+    number = isinstance(given, (int, float))
+    array = float(given) if number else array_of(given, name, f"floats {expected}")
     if not isinstance(array, float) and not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected floats {expected}")
     if np.ndim(array) not in ranks:

@@ -328,8 +328,11 @@ class Entropy(Stat):
         lse = jnp.where(empty, 0, rows.lse)
         if rows.sinks is None:
             return jnp.where(empty, 0, lse - rows.means[0])
-        level = jnp.logaddexp(lse, rows.sinks)
-        found = level - rows.share * rows.means[0] - (1 - rows.share) * rows.sinks
+        # A sink of -inf takes no part: 0 * inf is NaN.
+        limits = jnp.finfo(lse.dtype)
+        sinks = jnp.clip(rows.sinks, limits.min, limits.max)
+        level = jnp.logaddexp(lse, sinks)
+        found = level - rows.share * rows.means[0] - (1 - rows.share) * sinks
         return jnp.where(empty, 0, found)
 
 

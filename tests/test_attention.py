@@ -460,6 +460,17 @@ def test_empty_axes(backend: str, T: int, S: int, B: int) -> None:
     np.testing.assert_array_equal(grad(jnp.ones(shapes[0])), 0)
 
 
+@pytest.mark.parametrize(("T", "S", "B"), [(0, 3, 1), (3, 0, 1), (2, 3, 0)])
+def test_arrays_without_entries(T: int, S: int, B: int) -> None:
+    """As of the last batch of a data set that was filtered."""
+    query, key, value = map(jnp.ones, ((B, T, 2, 4), (B, S, 1, 4), (B, S, 1, 4)))
+    mask = masks.segments(np.ones((B, T), int), np.ones((B, S), int))
+    mask &= masks.key_padding(lengths=np.ones(B, int)) & masks.key_padding(np.ones((B, S), bool))
+    given: dict[str, Any] = {"mask": mask, "score": scores.bias(jnp.ones((B, 2, T, S)))}
+    assert ja.attention(query, key, value, **given).shape == (B, T, 2, 4)
+    assert ja.attention_weights(query, key, **given).shape == (B, 2, T, S)
+
+
 # --- precision ------------------------------------------------------------------------------------
 
 

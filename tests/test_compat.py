@@ -91,6 +91,19 @@ def test_any_leading_axes(lead: tuple[int, ...]) -> None:
         np.testing.assert_allclose(output, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("B", "T", "S"), [(0, 4, 5), (2, 0, 5), (2, 4, 0)])
+def test_empty_axes(B: int, T: int, S: int) -> None:
+    query, key, value = map(jnp.ones, ((B, 3, T, 8), (B, 3, S, 8), (B, 3, S, 5)))
+    keep = np.ones((B, 1, T, S), bool)
+    output, weights = ja.scaled_dot_product_attention(query, key, value, keep)
+    assert output.shape == (B, 3, T, 5)
+    assert weights.shape == (B, 3, T, S)
+    swapped = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
+    lengths = np.full(B, S, np.int32)
+    out = ja.dot_product_attention(*swapped, mask=keep, key_value_seq_lengths=lengths)
+    np.testing.assert_array_equal(out, jnp.swapaxes(output, 1, 2))
+
+
 @pytest.mark.parametrize(
     "shape", [(5,), (1, 5), (4, 1), (2, 1, 1, 5), (3, 1, 1), (2, 3, 4, 5)], ids=str
 )

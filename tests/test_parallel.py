@@ -178,12 +178,12 @@ def close(got: Any, wanted: Any, tolerance: float = 1e-11) -> None:
 
 
 # A ring of each case every day, with the layouts in turn, and the halo of each window. The other
-# schedules have three cases each, a layout each; the rest is left to `make test-deep`.
+# schedules have a few cases each, and a layout each; the rest is left to `make test-deep`.
 LAYOUTS = ("contiguous", "zigzag", "cyclic")
 TODAY = {
     "gather": {"bias": "contiguous", "captured": "zigzag", "ids": "cyclic"},
     "heads": {"dropout": "contiguous", "relative bias": "zigzag", "heads": "cyclic",
-              "fewer keys": "contiguous"},
+              "fewer keys": "contiguous", "tile map": "contiguous"},
 }  # fmt: skip
 
 
@@ -820,6 +820,14 @@ def _local(run: Callable[..., Any], length: int = T, heads: int = N) -> Any:
     return jax.jit(fn)(x, x, x)
 
 
+def _several(**options: Any) -> Any:
+    """Over two mesh axes, of which the second exchanges heads."""
+    x, axis = jnp.zeros((1, T, N, H)), ("pod", "seq")
+    run = partial(parallel.attention, axis=axis, schedule=("ring", "heads"), **options)
+    mesh, split = mesh_of(2, 2, names=axis), P(None, axis)
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split))(x, x, x)
+
+
 ERRORS = {
     "no shard_map": (
         lambda: parallel.attention(*[jnp.zeros((1, T, N, H))] * 3), "axis: .*inside jax.shard_map"
@@ -839,6 +847,13 @@ ERRORS = {
     "heads": (
         lambda: _local(partial(parallel.attention, schedule="heads"), heads=6),
         "schedule: 'heads' can't .*4 ranks don't divide the 6 query heads",
+    ),
+    "sinks of other heads": (
+        lambda: _several(sinks=jnp.zeros(N // 2)), r"sinks: got shape \[4\], expected \[N\] = \[8\]"
+    ),
+    "masks of other heads": (
+        lambda: _several(mask=masks.sliding_window(jnp.zeros(N // 2, jnp.int32))),
+        "got extent 4 .* expected N = 8",
     ),
     "halo": (
         lambda: _local(partial(parallel.attention, schedule="halo", mask=masks.causal())),

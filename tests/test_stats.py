@@ -100,6 +100,20 @@ def test_statistics_are_those_of_the_weights(case: str, backend: str) -> None:
         np.testing.assert_allclose(seen[name], array, rtol=2e-5, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("sink", [-np.inf, np.inf])
+def test_the_entropy_of_a_sink_without_weight_or_with_all_of_it(sink: float) -> None:
+    q, k, v = inputs()
+
+    def entropy(sinks: Any, q: Any) -> Any:
+        return ja.attention(q, k, v, sinks=sinks, stats=stats.entropy())[1]
+
+    plain = ja.attention(q, k, v, stats=stats.entropy())[1]
+    sinks = jnp.full(N, sink)
+    np.testing.assert_allclose(entropy(sinks, q), plain if sink < 0 else 0, rtol=2e-5)
+    for slope in jax.grad(lambda *given: entropy(*given).sum(), (0, 1))(sinks, q):
+        assert np.isfinite(slope).all()
+
+
 @pytest.mark.parametrize("backend", ["tiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_of_means_are_those_of_the_formula(case: str, backend: str) -> None:

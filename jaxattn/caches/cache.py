@@ -31,6 +31,7 @@ import numpy as np
 
 from ..arguments import checked_call
 from ..backends import decode
+from ..checks.arrays import array_of
 from ..checks.foreign_names import with_remedies
 from ..checks.integers import as_given, concrete, integers, is_integer, narrowed
 from ..dispatch import dispatch
@@ -105,7 +106,7 @@ def _shown(leaf: Any) -> str:
 def _counts(given: Any, B: int, T: int) -> Int[Array, "B"]:
     if given is None:
         return jnp.full(B, T, jnp.int32)
-    array = as_given(given)
+    array = array_of(given, "cache.append(counts)", f"integers [B] = [{B}]", as_given)
     if not is_integer(array) or array.shape != (B,):
         raise ValueError(
             f"cache.append(counts): got {array.dtype}{list(array.shape)}, expected integers [B] = "
@@ -140,7 +141,7 @@ def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
 
 def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
     """Numbers of rows of a cache, checked; their values only if they are known."""
-    order = jnp.asarray(rows)
+    order = array_of(rows, "cache.reorder(rows)", f"integers [B] = [{B}]")
     if not jnp.issubdtype(order.dtype, jnp.integer) or order.shape != (B,):
         raise ValueError(
             f"cache.reorder(rows): got {order.dtype}{list(order.shape)}, expected integers [B] = "
@@ -338,7 +339,7 @@ class Cache(ByStructure, ABC):
           TypeError: for queries of another dtype than that of the cache.
         """
         T = self._check_query("attend", query)
-        at, B = jnp.asarray(at), self.length.shape[0]
+        at, B = array_of(at, "cache.attend(at)", "integers [B, T]"), self.length.shape[0]
         if not jnp.issubdtype(at.dtype, jnp.integer) or at.shape not in ((T,), (1, T), (B, T)):
             raise ValueError(
                 f"cache.attend(at): got {at.dtype}{list(at.shape)}, expected integers [B, T] = "
@@ -411,8 +412,8 @@ class Cache(ByStructure, ABC):
         """New keys and values as they are stored, and the number of real ones in each row."""
         parts = []
         for name, given, held in (("key", key, self.key), ("value", value, self.value)):
-            array = jnp.asarray(given)
             expected = (self.length.shape[0], held[0].shape[1], held[0].shape[3])
+            array = array_of(given, f"cache.append({name})", "an array [B, T, K, H]")
             if array.ndim != 4 or (array.shape[0], *array.shape[2:]) != expected:
                 B, K, H = expected
                 raise ValueError(

@@ -5,6 +5,7 @@ and in one form, or an error that names the argument, what came, what was expect
 
 The files, in any order:
 
+- `arrays`: what is no array is an error.
 - `integers`: numbers that meet positions become int32, ids become arrays of one dtype; both exact.
 - `user_functions`: errors inside a user's function, in the user's words, with file and line.
 - `foreign_names`: names of other libraries, and what to write here instead.

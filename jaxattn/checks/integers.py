@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..shapes import Array
+from .arrays import array_of
 
 LEAST, MOST = -(2**31), 2**31 - 1
 
@@ -86,12 +87,12 @@ def narrowed(array: Any) -> Array:
 
 def _read(given: Any, name: str, shapes: Sequence[str]) -> Any:
     """An integer argument as an array, its dtype and rank checked."""
-    expected = f"expected integers {' or '.join(shapes)}"
+    expected = f"integers {' or '.join(shapes)}"
     if isinstance(given, (bool, np.bool_)) or given is None:
-        raise TypeError(f"{name}: got {given!r}, {expected}")
-    array = as_given(given)
+        raise TypeError(f"{name}: got {given!r}, expected {expected}")
+    array = array_of(given, name, expected, as_given)
     if not is_integer(array):
-        raise TypeError(f"{name}: got dtype {array.dtype}, {expected}")
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected {expected}")
     ranks = [0 if shape == "[]" else shape.count(",") + 1 for shape in shapes]
     if array.ndim not in ranks:
         raise ValueError(f"{name}: got shape {list(array.shape)}, expected {' or '.join(shapes)}")

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..checks.arrays import array_of
 from ..checks.integers import as_given, identifiers, integers, is_integer
 from ..pytrees import pytree
 from ..shapes import Array, ArrayLike, Bool, Int, Shaped
@@ -23,7 +24,7 @@ from .mask import BuiltInMask, Mask, Scalar, constructor, dense, entry
 
 def booleans(given: Any, name: str, shapes: Sequence[str]) -> Array:
     """A constructor's argument as an array of booleans, of one of these shapes."""
-    array = jnp.asarray(given)
+    array = array_of(given, name, f"booleans {' or '.join(shapes)}")
     if array.dtype != jnp.bool_:
         raise TypeError(
             f"{name}: got dtype {array.dtype}, expected booleans, True where it is real; "
@@ -257,7 +258,7 @@ def global_tokens(
     if counts is not None:
         n = integers(counts, "global_tokens(counts)", ("[]", "[B]"), 0)
         return GlobalTokens(counts=n)
-    array = as_given(tokens)
+    array = array_of(tokens, "global_tokens(tokens)", "an integer or booleans", as_given)
     if array.ndim == 0:
         return GlobalTokens(counts=integers(tokens, "global_tokens(n)", ("[]",), 0))
     if is_integer(array):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks.arrays import array_of
 from ..checks.integers import concrete, integers, plain
 from ..pytrees import pytree
 from ..shapes import Array, ArrayLike, Bool, Float, Int
@@ -91,7 +92,7 @@ def top_blocks(
       Array([[1, 1, 0, 0, 1, 1],
              [0, 0, 1, 1, 1, 1]], dtype=int32)
     """
-    array = jnp.asarray(block_scores)
+    array = array_of(block_scores, "top_blocks(block_scores)", "floats")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"top_blocks(block_scores): got dtype {array.dtype}, expected floats; a table of "

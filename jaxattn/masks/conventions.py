@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks.arrays import array_of
 from ..checks.integers import concrete
 from ..shapes import Array, Bool
 
@@ -22,7 +23,7 @@ def kept_pairs(array: Any, convention: str) -> Bool[Array, "..."]:
     if convention not in get_args(Convention):
         expected = ", ".join(map(repr, get_args(Convention)))
         raise ValueError(f"from_array(convention): got {convention!r}, expected one of {expected}")
-    values = jnp.asarray(array)
+    values = array_of(array, "from_array(array)", f"an array of the {convention!r} convention")
     _check_dtype(values, convention)
     numbers = concrete(values)
     if numbers is not None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks.arrays import array_of
 from ..checks.foreign_names import WORDS, unknown_method
 from ..checks.user_functions import call_user, named, one_bool, uncalled
 from ..pytrees import ByStructure, pytree, static
@@ -325,7 +326,7 @@ def dense(array: Bool[ArrayLike, "..."]) -> Mask:
         conventions of other libraries, `jaxattn.scores.bias(array)` adds one to the logits.
       ValueError: for any other rank.
     """
-    values = array if isinstance(array, jax.Array) else jnp.asarray(array)
+    values = array_of(array, "mask", "booleans [T, S] or [B|1, N|1, T|1, S|1]")
     if values.dtype != jnp.bool_:
         raise TypeError(
             f"mask: got an array of {values.dtype}, expected booleans (True: may attend); read it "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ..checks.arrays import array_of
 from ..checks.integers import as_given, beyond, is_integer, narrowed
 from ..pytrees import ByStructure, registered
 from ..shapes import Array, ArrayLike, Int
@@ -66,14 +67,14 @@ class Positions(ByStructure):
         def check(name: str, given: Any, *shapes: tuple[int, ...]) -> Array | None:
             if given is None:
                 return None
-            array = as_given(given)
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            array = array_of(given, f"positions.{name}", f"integers {expected}", as_given)
             if not is_integer(array):
                 raise TypeError(
                     f"positions.{name}: got dtype {array.dtype}, expected integers: use "
                     ".astype(jnp.int32)"
                 )
             if array.shape not in shapes:
-                expected = " or ".join(str(list(shape)) for shape in shapes)
                 raise ValueError(
                     f"positions.{name}: got shape {list(array.shape)}, expected {expected}"
                 )

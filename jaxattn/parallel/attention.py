@@ -213,10 +213,11 @@ def _over(
     """
     in_order, backend, with_lse = settings
     ranks = _ranks(axis)
+    # Checked before heads are exchanged: of those that a rank is given, positions say which.
+    call = call_of(arrays, ranks, options)
     if len(schedules) > 1:
         inner = partial(_over, axis=axis[:-1], schedules=schedules[:-1], settings=settings)
         return _by_heads(arrays, axis[-1:], options, inner)
-    call = call_of(arrays, ranks, options)
     chosen = plan.choose(call, plain(options["mask"]), schedules[0], ranks, in_order)
     if chosen.name == "heads" and ranks > 1:
 
@@ -338,9 +339,13 @@ def _by_heads(
 
     here = N // ranks
     first = lax.axis_index(axis) * here
-    given = options["positions"] or Positions()
-    heads = jnp.arange(N, dtype=jnp.int32) if given.h is None else jnp.asarray(given.h)
-    at = replace(given, h=lax.dynamic_slice_in_dim(heads, first, here))
+    at = options["positions"] or Positions()
+    heads = jnp.arange(N, dtype=jnp.int32) if at.h is None else jnp.asarray(at.h)
+    at = replace(at, h=lax.dynamic_slice_in_dim(heads, first, here))
+    mask = options["mask"]
+    if isinstance(mask, TileMap):
+        # Its tiles are those of all heads.
+        mask = mask.mask
     sinks = options["sinks"]
     if sinks is not None:
         sinks = lax.dynamic_slice_in_dim(jnp.asarray(sinks), first, here)
@@ -348,8 +353,8 @@ def _by_heads(
         options["stats"], lambda weight: to_heads(jnp.broadcast_to(weight, query.shape[:-1]))
     )
     parts = [to_heads(a) for a in (query, key, value)]
-    found = inner(parts, options=options | {"positions": at, "sinks": sinks, "stats": stats})
-    return jax.tree.map(to_lengths, found)
+    given = {"mask": mask, "positions": at, "sinks": sinks, "stats": stats}
+    return jax.tree.map(to_lengths, inner(parts, options=options | given))
 
 
 # --- checks ---------------------------------------------------------------------------------------
