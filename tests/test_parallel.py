@@ -293,6 +293,22 @@ def test_unbatched_and_without_lse() -> None:
     np.testing.assert_allclose(run(*parts), jax.jit(run)(*parts), atol=2e-6)
 
 
+def test_unbatched_weights_of_queries_may_have_a_row() -> None:
+    case = CASES["causal"](rng(3))
+    query, key, value = (inputs(case)[name][0] for name in ("query", "key", "value"))
+    weight = jnp.asarray(rng(6).normal(size=(1, T, N)), query.dtype)
+
+    def local(query: Any, key: Any, value: Any, weight: Any) -> Any:
+        asked = stats.received(weight)
+        return parallel.attention(query, key, value, schedule="heads", stats=asked)[1]
+
+    split = (P("seq"), P("seq"), P("seq"), SPLIT)
+    run = jax.shard_map(local, mesh=mesh_of(RANKS), in_specs=split, out_specs=P("seq"))
+    got = jax.jit(run)(query, key, value, weight)
+    wanted = ja.attention(query, key, value, stats=stats.received(weight))[1]
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
 def test_batch_sequence_and_heads() -> None:
     """A mesh of all three: positions say which batch rows and heads a device has."""
     mesh = mesh_of(2, 2, 2, names=("data", "seq", "model"))

@@ -349,9 +349,13 @@ def _by_heads(
     sinks = options["sinks"]
     if sinks is not None:
         sinks = lax.dynamic_slice_in_dim(jnp.asarray(sinks), first, here)
-    stats = with_queries(
-        options["stats"], lambda weight: to_heads(jnp.broadcast_to(weight, query.shape[:-1]))
-    )
+
+    def some(weight: Array) -> Array:
+        # Without a batch, weights may have an axis for its one row.
+        weight = weight[0] if weight.ndim == query.ndim else weight
+        return to_heads(jnp.broadcast_to(weight, query.shape[:-1]))
+
+    stats = with_queries(options["stats"], some)
     parts = [to_heads(a) for a in (query, key, value)]
     given = {"mask": mask, "positions": at, "sinks": sinks, "stats": stats}
     return jax.tree.map(to_lengths, inner(parts, options=options | given))
