@@ -278,7 +278,8 @@ def lower(call: Call, tile: Any = None) -> str:
         plan, x = mosaic.build(call, tile=tile)
         x = x.grouped()
         out, lse = plan.engine.forward(plan, x)
-        return plan.engine.backward(plan, 1, x, out, lse, out, lse)
+        far = lse.transpose(0, 2, 3, 1)
+        return plan.engine.backward(plan, 1, x, far, far, out)
 
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(compute).trace(structs)

@@ -30,8 +30,14 @@ def in_steps(call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> An
     """The backend with so many batch rows in a step, as a function of its own, compiled anew."""
     _, t, s, n, k, h, hv = call.sizes
     monkeypatch.setattr(rows, "STEP_NUMBERS", batch_rows * rows._numbers(t, s, n, k, h + hv))
+    monkeypatch.setattr(rows, "WHOLE_NUMBERS", 0)
     engine = Engine(
-        partial(rows.forward), partial(rows.backward), partial(rows.forward), True, states=False
+        partial(rows.forward),
+        partial(rows.backward),
+        partial(rows.forward),
+        cleans=True,
+        fuses=True,
+        states=False,
     )
 
     def run(call: Call) -> Any:
@@ -64,9 +70,9 @@ def test_steps_give_what_the_whole_gives(
     run = in_steps(call, monkeypatch, batch_rows)
     sizes, one_step = set(), rows._forward
 
-    def recorded(config: Any, x: Any, mask: Any) -> Any:
+    def recorded(config: Any, x: Any, *rest: Any) -> Any:
         sizes.add(x.query.shape[0])
-        return one_step(config, x, mask)
+        return one_step(config, x, *rest)
 
     monkeypatch.setattr(rows, "_forward", recorded)
     close(jax.jit(partial(everything, run))(call), jax.jit(partial(everything, dense.run))(call))

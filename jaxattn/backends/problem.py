@@ -88,16 +88,19 @@ class Engine(NamedTuple):
     Attributes:
       forward: `(config, x) -> (out [B, T, K, G, Hv] in the query's dtype, natural-log lse
         [B, T, K, G])`. Where the weights of a row sum up to 0, these are 0 and -inf.
-      backward: `(config, groups, x, out, lse, d_out, d_lse) -> Gradients`, all finite but for
-        `lse`: it is -inf where a row takes no part, and NaN where its gradients are to be NaN.
-        Operands of a score that the batch rows share get one gradient for each of `groups` equal
-        groups of rows.
+      backward: `(config, groups, x, far, delta, d_out) -> Gradients`, with the cotangent of `out`
+        and two numbers of each query, `[B, K, G, T]`. With logits `s` and the cotangents `dp` of
+        weights, `p = e^(s - far)` and `ds = p * (dp - delta)`: `far` is the LSE, inf where a query
+        takes no part, and NaN where its gradients are to be NaN. All others are finite. Operands
+        of a score that the batch rows share get one gradient for each of `groups` equal groups of
+        rows.
       differentiable: the forward where JAX can push tangents through it; None where the formula
         has to be differentiated in its place.
       cleans: whether it is given arrays as they are, and itself puts 0 in place of what is not
         finite, as `flash.operands.cleaned` does, where it copies them anyway.
       exact: whether its forward is given values as they are, and is right for those that are not
         finite too.
+      fuses: whether XLA computes less of it where nobody reads the LSE.
       heads_first: whether keys and values lie in memory with heads first, as `Call` says.
       states: whether it reads the states of tiles.
       known: whether it takes them from the config where they are known.
@@ -108,6 +111,7 @@ class Engine(NamedTuple):
     differentiable: Callable[..., Any] | None = None
     cleans: bool = False
     exact: bool = False
+    fuses: bool = False
     heads_first: bool = False
     states: bool = True
     known: bool = False

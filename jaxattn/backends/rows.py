@@ -29,7 +29,7 @@ from ..tracing.split import as_tile, skewed
 from . import base, problem
 from .base import Call, unchanged
 from .flash import transforms
-from .flash.operands import backward_rows, cleaned, learned, replaced
+from .flash.operands import cleaned, learned, replaced
 from .flash.tile_sizes import largest_divisor
 from .problem import DROPOUT, Config, Engine, Gradients, Inputs
 
@@ -45,6 +45,9 @@ prepare = unchanged
 # took a third longer; with twice as many, single queries of 512 keys.
 STEP_NUMBERS = 2**20
 
+# Numbers up to which all rows are one step: 16 MB of float32.
+WHOLE_NUMBERS = 2**23
+
 
 def refuse(call: Call) -> str | None:
     """Why this backend can't compute the call: sizes are 0, or lengths are symbolic."""
@@ -56,7 +59,14 @@ def footprint(call: Call) -> int:
     B, T, S, N, K, H, Hv = call.sizes
     each = _numbers(T, S, N, K, H + Hv)
     width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
-    return int(largest_divisor(B, STEP_NUMBERS // each) * each * width)
+    return int(_rows_of_step(B, each) * each * width)
+
+
+def _rows_of_step(B: int, each: int) -> int:
+    """The batch rows of a step, where each has so many numbers."""
+    if not base.symbolic(B) and B * each <= WHOLE_NUMBERS:
+        return B
+    return largest_divisor(B, STEP_NUMBERS // each)
 
 
 def _numbers(T: int, S: int, N: int, K: int, widths: int) -> int:
@@ -91,12 +101,14 @@ def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Arra
     shown = visible(config, x) if mask is None else mask
     logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
-    # Rows without any visible key are measured from 0: -inf - -inf is NaN.
-    level = jnp.where(top == -jnp.inf, jnp.zeros((), top.dtype), top)
+    # From here on without any `where`, which XLA can't fuse with products. Rows without any visible
+    # key are measured from a finite number: -inf - -inf is NaN.
+    level = jnp.maximum(top, jnp.asarray(jnp.finfo(top.dtype).min, top.dtype))
     p = jnp.exp(logits - level)
     total = p.sum(-1, keepdims=True)
     empty = total == 0
-    total = jnp.where(empty, jnp.ones((), total.dtype), total)
+    # It is at least 1, as the largest logit adds 1, or 0.
+    total = jnp.maximum(total, jnp.asarray(0.5, total.dtype))
     if config.dropout:
         p = p * dropout_factors(x, p.dtype)
     value = keys(config, base.finite(x.value))
@@ -109,10 +121,9 @@ def backward(
     config: Config,
     groups: int,
     x: Inputs,
-    out: Float[Array, "B T K G Hv"],
-    lse: Float[Array, "B T K G"],
+    far: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
     d_out: Float[Array, "B T K G Hv"],
-    d_lse: Float[Array, "B T K G"],
 ) -> Gradients:
     """Cotangents of the inputs; see `Engine`."""
     mask = _mask_of_all(config, x, across=True)
@@ -126,7 +137,7 @@ def backward(
         sums = [a if yes else None for yes, a in zip(shared, score, strict=True)]
         return (g, own), sums
 
-    (g, own), sums = _by_rows(groups, x, (x, out, lse, d_out, d_lse), some)
+    (g, own), sums = _by_rows(groups, x, (x, far, delta, d_out), some)
     found = [b if yes else a for yes, a, b in zip(shared, own, sums, strict=True)]
     none: list[Any] = [None] * len(x.score)
     return g._replace(score=tuple(replaced(none, which, found)))
@@ -136,15 +147,15 @@ def _backward(
     config: Config,
     mask: Array | None,
     x: Inputs,
-    out: Array,
-    lse: Array,
+    far: Array,
+    delta: Array,
     d_out: Array,
-    d_lse: Array,
 ) -> tuple[Gradients, list[Array]]:
     """Gradients of some rows, and of the operands of their score that learn."""
     (B, T, K, G, H), S = x.query.shape, x.key.shape[1]
-    far, delta = (a[:, :, None] for a in backward_rows(out, lse, d_out, d_lse))
-    x, d_out = cleaned(x, lse, d_out)
+    x, d_out = cleaned(x, far.transpose(0, 3, 1, 2), d_out)
+    # The barrier keeps XLA from computing them for every pair.
+    far, delta = lax.optimization_barrier((far[:, :, None], delta[:, :, None]))
     zero = jnp.zeros((), far.dtype)
     shown = visible(config, x, across=True) if mask is None else mask
     query, given = _queries(config, _scaled(config, x)), _queries(config, d_out)
@@ -179,7 +190,7 @@ def _backward(
     return g, score
 
 
-ENGINE = Engine(forward, backward, differentiable=forward, cleans=True, states=False)
+ENGINE = Engine(forward, backward, differentiable=forward, cleans=True, fuses=True, states=False)
 
 
 # --- some batch rows at a time --------------------------------------------------------------------
@@ -200,7 +211,7 @@ def _by_rows(groups: int, x: Inputs, args: Any, fn: Callable[[Any], tuple[Any, A
     B, T, K, G, H = x.query.shape
     each = B // groups
     S, widths = x.key.shape[1], H + x.value.shape[-1]
-    rows = largest_divisor(each, STEP_NUMBERS // _numbers(T, S, K * G, K, widths))
+    rows = _rows_of_step(each, _numbers(T, S, K * G, K, widths))
     if rows == B:
         return fn(args)
     leaves, tree = jax.tree.flatten(args)

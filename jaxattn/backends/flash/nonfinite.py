@@ -23,7 +23,7 @@ from ...mesh import constant
 from ...shapes import Array, Bool
 from .. import base, formula
 from ..problem import Config, Gradients, Inputs, by_key_head, joined
-from .operands import cleaned, padded
+from .operands import backward_rows, cleaned, padded
 
 # Products below this are finite in float32, in powers of 2 too.
 _LARGE = 1e37
@@ -31,20 +31,34 @@ _LARGE = 1e37
 
 def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, N, Hv]` and LSE `[B, T, N]` by the config's engine."""
+    engine = config.engine
+    assert engine is not None
     out, lse = _by_engine(config, x)
-    assert config.engine is not None
-    if config.engine.exact:
+    if engine.exact:
         return out, lse
+
+    def weightless(x: Inputs, start: Any, rows: int, lse: Array) -> Array:
+        if engine.fuses:
+            # Computed again: the LSE would otherwise have to be known in every call.
+            lse = lax.dynamic_slice_in_dim(_by_engine(config, x)[1], start, rows, 1)
+        return lse == -jnp.inf
 
     def with_nonfinite(x: Inputs, start: Any, rows: int, found: Any) -> Any:
         out, lse = found
         seen = _seen(config, x, start, rows)
         # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
-        nothing = (lse == -jnp.inf) & jnp.swapaxes(seen.any(-1), 1, 2)
+        nothing = weightless(x, start, rows, lse) & jnp.swapaxes(seen.any(-1), 1, 2)
         out = _with_values(x, seen, out)
         return _undefined(config, nothing, out), _where(nothing, jnp.nan, lse)
 
-    wrong = ~base.all_finite(x.value) | _doubtful(config, x, lse)
+    if engine.fuses:
+        # A row without any weight has an output of 0. With the barrier XLA adds up each row by
+        # itself, which is much faster.
+        sums = lax.optimization_barrier(jnp.abs(out.astype(lse.dtype)).sum(-1))
+        some = sums.min() > 0
+    else:
+        some = lse.min() > -jnp.inf
+    wrong = ~base.all_finite(x.value) | _doubtful(config, x, some)
     return _corrected(x, wrong, with_nonfinite, (out, lse))
 
 
@@ -59,7 +73,7 @@ def of_some_keys(config: Config, x: Inputs) -> tuple[Array, Array, Bool[Array, "
         return _with_values(x, _seen(config, x, start, rows), out)
 
     out = _corrected(x, ~base.all_finite(x.value), with_nonfinite, out)
-    return out, lse, _doubtful(config, x, lse)
+    return out, lse, _doubtful(config, x, lse.min() > -jnp.inf)
 
 
 def decided(
@@ -101,21 +115,25 @@ def _by_engine(config: Config, x: Inputs) -> tuple[Array, Array]:
     return joined(out, 2), joined(lse, 2)
 
 
-def _doubtful(config: Config, x: Inputs, lse: Array) -> Bool[Array, ""]:
-    """Whether a row without any weight may see a key."""
-    some = constant(lse, (), bool, fill=True)
+def _doubtful(config: Config, x: Inputs, weighty: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether a row without any weight may see a key; if all rows are `weighty`, none."""
     if config.score is not None:
-        return ~(lse.min() > -jnp.inf) & some
-    return lax.cond(lse.min() > -jnp.inf, lambda: ~some, lambda: _extreme(x) & some)
+        return ~weighty
+    none = constant(weighty, (), bool)
+    return lax.cond(weighty, lambda: none, lambda: _extreme(x) | none)
 
 
 def _corrected(
-    x: Inputs, wrong: Bool[Array, ""], correct: Callable[[Inputs, Any, int, Any], Any], results: Any
+    x: Inputs,
+    wrong: Bool[Array, ""],
+    correct: Callable[[Any, Any, int, Any], Any],
+    results: Any,
+    given: Any = None,
 ) -> Any:
     """Results `[B, T, ...]`, put right some rows at a time if they are wrong.
 
-    `correct(x, start, rows, results)` puts these rows of the results right, and would change
-    nothing a second time. Without a round the loop leaves all where it is, while results that go
+    `correct(given, start, rows, results)` puts these rows of the results right from what is given,
+    by default `x`, and would change nothing a second time. Without a round the loop leaves all where it is, while results that go
     through a branch of a `cond` are copied.
     """
     size, T = formula.rows_at_once(x), x.query.shape[1]
@@ -130,7 +148,7 @@ def _corrected(
             lambda a, part: lax.dynamic_update_slice_in_dim(a, part, start, 1), results, parts
         )
 
-    fixed = lax.stop_gradient(x)
+    fixed = lax.stop_gradient(x if given is None else given)
     rounds = _where(~wrong, 0, jnp.full_like(wrong, -(-T // size), jnp.int32))
     return lax.fori_loop(np.int32(0), rounds, body, results)
 
@@ -198,22 +216,27 @@ def backward(
         # They have no gradient, and may be infinite.
         means = out.shape[-1] - maxima
         out, d_out = (padded(a[..., :means], {3: out.shape[-1]}) for a in (out, d_out))
-    # Of what is visible, values that are not finite are in the output; keys need not be.
-    bad = ~jnp.isfinite(lse) | ~base.all_finite(out, d_out, axis=-1)
+    products = (d_out.astype(lse.dtype) * out.astype(lse.dtype)).sum(-1)
 
-    def that_see_others(x: Inputs, start: Any, rows: int, bad: Array) -> Array:
+    def that_see_others(given: Any, start: Any, rows: int, bad: Array) -> Array:
+        # Of what is visible, values that are not finite are in the output; keys need not be.
+        x, *of_rows = given
+        some = (lax.dynamic_slice_in_dim(a, start, rows, 1) for a in of_rows)
         keys = jnp.swapaxes(~base.all_finite(x.key, axis=-1), 1, 2)[..., None]
-        return bad | _reached(config, x, keys, start, rows)[..., 0]
+        seen = _reached(config, x, keys, start, rows)[..., 0]
+        return bad | seen | ~base.all_finite(*some, axis=-1)
 
-    bad = alive & _corrected(x, ~base.all_finite(x.key), that_see_others, bad)
-    K = x.key.shape[2]
-    given = x.grouped()
-    out, lse, d_out, d_lse = (
-        by_key_head(a, 2, K) for a in (out, _where(bad, jnp.nan, lse), d_out, d_lse)
+    # If products are finite, outputs and cotangents are.
+    wrong = ~base.all_finite(products) | ~base.all_finite(x.key)
+    given = (x, out, d_out)
+    bad = alive & _corrected(x, wrong, that_see_others, ~jnp.isfinite(lse), given)
+    K, grouped = x.key.shape[2], x.grouped()
+    d_out, lse, delta = (
+        by_key_head(a, 2, K) for a in (d_out, _where(bad, jnp.nan, lse), products - d_lse)
     )
     if not config.engine.cleans:
-        given, d_out = cleaned(given, lse, d_out)
-    g = config.engine.backward(config, groups, given, out, lse, d_out, d_lse)
+        grouped, d_out = cleaned(grouped, lse, d_out)
+    g = config.engine.backward(config, groups, grouped, *backward_rows(lse, delta), d_out)
     score = tuple(None if part is None else joined(part, 1) for part in g.score)
     return g._replace(query=joined(g.query, 2), score=score)
 

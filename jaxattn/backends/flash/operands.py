@@ -129,19 +129,12 @@ def cleaned(x: Inputs, lse: Array, d_out: Array) -> tuple[Inputs, Array]:
 
 
 def backward_rows(
-    out: Float[Array, "B T K G Hv"],
-    lse: Float[Array, "B T K G"],
-    d_out: Float[Array, "B T K G Hv"],
-    d_lse: Float[Array, "B T K G"],
+    lse: Float[Array, "B T K G"], delta: Float[Array, "B T K G"]
 ) -> tuple[Float[Array, "B K G T"], Float[Array, "B K G T"]]:
-    """Two numbers of each query, `lse` and `delta`, from which a tile's gradients follow.
+    """The two numbers of each query that a backward is given; see `Engine`.
 
-    With logits `s` and the cotangents `dp` of weights, `p = e^(s - lse)` and
-    `ds = p * (dp - delta)`. A query that takes no part has an LSE of inf: its weights are 0. Where
-    the LSE is not finite, `delta` is 0.
+    Where the LSE is not finite, `delta` is 0.
     """
-    dtype = lse.dtype
-    delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse
-    delta = jnp.where(jnp.isfinite(lse), delta, jnp.zeros((), dtype))
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    return lse.transpose(0, 2, 3, 1), delta.transpose(0, 2, 3, 1)
+    delta = jnp.where(jnp.isfinite(lse), delta, jnp.zeros((), delta.dtype))
+    far = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+    return far.transpose(0, 2, 3, 1), delta.transpose(0, 2, 3, 1)

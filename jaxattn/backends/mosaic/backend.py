@@ -23,7 +23,6 @@ from .. import base, problem
 from ..base import Call, unchanged
 from ..flash import fused, tile_lists, transforms
 from ..flash.operands import (
-    backward_rows,
     cropped_gradient,
     learned,
     padded,
@@ -239,10 +238,9 @@ def backward(
     config: Config,
     groups: int,
     x: Inputs,
-    out: Float[Array, "B T K G Hv"],
-    lse: Float[Array, "B T K G"],
+    far: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
     d_out: Float[Array, "B T K G Hv"],
-    d_lse: Float[Array, "B T K G"],
 ) -> Gradients:
     """Cotangents of the inputs, by a kernel over rows of tiles and one over columns."""
     from . import kernels
@@ -254,7 +252,6 @@ def backward(
     def line(array: Array, value: float) -> Array:
         return padded(array.reshape(B, sizes.N, T), {2: sizes.Tp}, value)
 
-    far, delta = backward_rows(out, lse, d_out, d_lse)
     means = fused.cotangents_of_means(config, Hv, d_out)
     d_out = d_out[..., :Hv] if config.columns else d_out
     # Padded queries take no part.

@@ -97,7 +97,7 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
       d_out: `[B, Tp, N, Hvp]`.
-      lines: `[B, N, 2 + means, Tp]`, the `lse` and `delta` of `backward_rows`, the LSE in powers of
+      lines: `[B, N, 2 + means, Tp]`, `far` and `delta` (see `Engine`), `far` in powers of
         2, and the cotangents of columns that are means.
     """
 
@@ -397,7 +397,7 @@ def d_logits(
       found: weights, and what follows.
       dp: the cotangents of dropped weights.
       factors: of dropout.
-      delta: that of `backward_rows`, as large as the tile, read where it is needed.
+      delta: that of each query, as large as the tile, read where it is needed.
       means: cotangents of the columns, likewise.
     """
     p = found.s

@@ -23,7 +23,7 @@ from jax import lax
 from ...mesh import constant
 from ...shapes import Array, Bool, Float
 from .. import base
-from ..flash.operands import backward_rows, cropped_gradient, padded, replaced
+from ..flash.operands import cropped_gradient, padded, replaced
 from ..problem import Config, Gradients, Inputs
 from . import bfloat16
 from .exponential import exp
@@ -203,8 +203,8 @@ class BackwardInputs(NamedTuple):
 
     Attributes:
       d_out: `[B * N, Tp, Hv]`, in the dtype of the products.
-      rows: `[B * K, numbers * G, Tp]`: the `lse` and `delta` of `backward_rows`, and the cotangents
-        of the columns.
+      rows: `[B * K, numbers * G, Tp]`: `far` and `delta`, and the cotangents of the
+        columns.
       keys: `[B * K, H, Sp]`, the keys transposed.
     """
 
@@ -266,10 +266,9 @@ def backward(
     config: Config,
     groups: int,
     x: Inputs,
-    out: Float[Array, "B T K G Hv"],
-    lse: Float[Array, "B T K G"],
+    far: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
     d_out: Float[Array, "B T K G Hv"],
-    d_lse: Float[Array, "B T K G"],
 ) -> Gradients:
     """Cotangents of the inputs, in one pass; see `Engine`."""
     sizes = StepSizes.chosen(config, x)
@@ -278,7 +277,7 @@ def backward(
     lists = step_lists(sizes, states_of(config, sizes, x))
     given = padded_inputs(config, sizes, x)
     d_columns = [jnp.moveaxis(d_out[..., n], 1, -1) for n in range(sizes.Hv, d_out.shape[-1])]
-    rows = jnp.stack([*backward_rows(out, lse, d_out, d_lse), *d_columns], 2)
+    rows = jnp.stack([far, delta, *d_columns], 2)
     more = BackwardInputs(
         heads_first(config, d_out[..., : sizes.Hv], sizes.Tp),
         padded(rows.reshape(sizes.B * sizes.K, -1, sizes.T), {2: sizes.Tp}),

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 
 from ...shapes import Array, Float
 from ..flash import fused, tile_lists
-from ..flash.operands import backward_rows, cropped_gradient, padded, summed_gradient
+from ..flash.operands import cropped_gradient, padded, summed_gradient
 from ..problem import Config, Engine, Gradients, Inputs
 from . import steps, tiles
 from .steps import Place
@@ -127,12 +127,16 @@ def _states(config: Config, sizes: KernelSizes, x: Inputs) -> Array:
 
 
 def _backward(
-    options: KernelOptions, config: Config, groups: int, x: Inputs, out: Float[Array, "B T K G Hv"],
-    lse: Float[Array, "B T K G"], d_out: Float[Array, "B T K G Hv"], d_lse: Float[Array, "B T K G"],
-) -> Gradients:  # fmt: skip
+    options: KernelOptions,
+    config: Config,
+    groups: int,
+    x: Inputs,
+    far: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
+    d_out: Float[Array, "B T K G Hv"],
+) -> Gradients:
     """Cotangents of the inputs; see `Engine`."""
     sizes = options.sizes(config, x)
-    far, delta = backward_rows(out, lse, d_out, d_lse)
     means = fused.cotangents_of_means(config, sizes.Hv, d_out)
     d_out = d_out[..., : sizes.Hv]
 

@@ -29,7 +29,6 @@ from ...shapes import Array, Float
 from ..flash import fused, tile_lists
 from ..flash.fused import LOG2E
 from ..flash.operands import (
-    backward_rows,
     cropped_gradient,
     head_index,
     replaced,
@@ -175,15 +174,19 @@ def _exponents(
 
 
 def _backward(
-    options: KernelOptions, config: Config, groups: int, x: Inputs, out: Float[Array, "B T K G Hv"],
-    lse: Float[Array, "B T K G"], d_out: Float[Array, "B T K G Hv"], d_lse: Float[Array, "B T K G"],
-) -> Gradients:  # fmt: skip
+    options: KernelOptions,
+    config: Config,
+    groups: int,
+    x: Inputs,
+    far: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
+    d_out: Float[Array, "B T K G Hv"],
+) -> Gradients:
     """Cotangents of the inputs; see `Engine`."""
-    lse, delta = backward_rows(out, lse, d_out, d_lse)
     Hv = x.value.shape[-1]
     columns = fused.cotangents_of_means(config, Hv, d_out)
     d_out = lax.slice_in_dim(d_out, 0, Hv, axis=4) if config.columns else d_out
-    given = tiles.Cotangents(d_out.astype(config.dtype), lse * LOG2E, delta, columns)
+    given = tiles.Cotangents(d_out.astype(config.dtype), far * LOG2E, delta, columns)
     score: list[Array | None] = [None] * len(x.score)
 
     def of(*wanted: str) -> list[int]:

@@ -181,7 +181,7 @@ def given_to(config: Config, sizes: KernelSizes, x: Inputs) -> dict[str, Any]:
 
 
 class Cotangents(NamedTuple):
-    """What the backward kernels read beside the inputs; see `backward_rows`."""
+    """What the backward kernels read beside the inputs; see `Engine`."""
 
     d_out: Array  # [B, T, K, G, Hv]
     lse: Array  # [B, K, G, T], in powers of 2
