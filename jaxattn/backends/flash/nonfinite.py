@@ -133,8 +133,8 @@ def _corrected(
     """Results `[B, T, ...]`, put right some rows at a time if they are wrong.
 
     `correct(given, start, rows, results)` puts these rows of the results right from what is given,
-    by default `x`, and would change nothing a second time. Without a round the loop leaves all where it is, while results that go
-    through a branch of a `cond` are copied.
+    by default `x`, and would change nothing a second time. Without a round the loop leaves all
+    where it is, while results that go through a branch of a `cond` are copied.
     """
     size, T = formula.rows_at_once(x), x.query.shape[1]
 
