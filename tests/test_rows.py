@@ -116,3 +116,33 @@ def test_what_is_not_finite_stays_in_its_batch_row(monkeypatch: pytest.MonkeyPat
     assert np.isnan(gradients[1][0, :3]).all()
     assert (np.asarray(gradients[1][0, 3:]) == 0).all()
     assert (np.asarray(gradients[2][0, 3:]) == 0).all()
+
+
+def test_an_lse_that_nobody_reads_is_not_computed() -> None:
+    """Only then does XLA compute a softmax and the product after it as one."""
+
+    def logarithms(results: slice) -> int:
+        text = jax.jit(lambda call: rows.run(call)[results]).lower(small(masks.causal())).compile()
+        return str(text.as_text()).count(" log(")
+
+    assert logarithms(slice(1)) < logarithms(slice(2))
+
+
+def test_values_of_zero_are_no_rows_without_weights() -> None:
+    """An output of 0 makes the backend look again; here it finds nothing, and there an overflow."""
+    call = small(masks.causal() & masks.key_padding(lengths=LENGTHS))
+    call = dataclasses.replace(call, value=jnp.zeros_like(call.value))
+    run = jax.jit(rows.run)
+    close(run(call), jax.jit(dense.run)(call))
+    # The first query of each row sees one key; its logit is less than all finite numbers.
+    huge = dataclasses.replace(
+        call,
+        query=call.query.at[:, 0].set(-3e38),
+        key=call.key.at[:, 0].set(3e38),
+    )
+    out, lse = map(np.asarray, run(huge))
+    some = np.asarray(LENGTHS) > 0
+    assert np.isnan(out[some, 0]).all()
+    assert np.isnan(lse[some, 0]).all()
+    assert (out[~some] == 0).all()
+    assert (lse[~some] == -np.inf).all()

@@ -45,8 +45,8 @@ prepare = unchanged
 # 77 took up to a quarter longer; with twice as many, a tenth.
 STEP_NUMBERS = 2**21
 
-# Numbers up to which all rows are one step: 20 MB of float32. Beyond, both passes of rows of 128 took
-# nearly twice as long: temporary arrays of more than 32 MB are fresh pages in every call.
+# Numbers up to which all rows are one step: 20 MB of float32. Beyond, both passes of rows of 128
+# took nearly twice as long: temporary arrays of more than 32 MB are fresh pages in every call.
 WHOLE_NUMBERS = 5 * 2**20
 
 
