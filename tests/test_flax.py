@@ -470,6 +470,34 @@ def test_errors(call: Callable[[Any], Any], says: str) -> None:
         call(inputs())
 
 
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+def test_an_attribute_that_is_a_function_of_positions(dialect: str) -> None:
+    """Functions among the attributes are factories; the error says what makes it a mask."""
+
+    def run(**attribute: Any) -> Any:
+        if dialect == "linen":
+            return linen.MultiHeadAttention(4, **attribute).init(jax.random.key(0), inputs())
+        return ours.MultiHeadAttention(4, F, **attribute, rngs=nnx.Rngs(0))
+
+    for says, attribute in {
+        r"mask\) \(.*\): got a function of \(b, h, q, k\), .*masks.predicate\(fn\)": {
+            "mask": lambda b, h, q, k: q >= k
+        },
+        r"score\) \(.*\): got a function of \(x, b, h, q, k\), .*scores.score\(fn\)": {
+            "score": lambda x, b, h, q, k: x - k
+        },
+        r"stats\) \(.*\): got a function of \(x, b, h, q, k\), .*stats.mean\(fn\)": {
+            "stats": lambda x, b, h, q, k: q - k
+        },
+        r"mask\): got the function masks.sliding_window, expected what it returns": {
+            "mask": masks.sliding_window
+        },
+    }.items():
+        with pytest.raises(TypeError, match=r"MultiHeadAttention\(" + says):
+            run(**attribute)
+
+
 def attends(dialect: str, block: bool) -> Callable[..., Any]:
     """A module with rotary embeddings, or a block of one, made for `inputs()`."""
     rope = ja.nn.RoPE()

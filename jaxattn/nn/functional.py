@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from ..attention import attention, attention_weights
 from ..caches.cache import Cache, over
 from ..caches.kv_cache import KVCache
+from ..checks.user_functions import named, uncalled
 from ..masks.mask import Mask, as_mask
 from ..masks.positions import Positions
 from ..pytrees import ByStructure, pytree
@@ -19,6 +21,9 @@ from ..shapes import Array, Float, Int
 from ..stats import statistics
 
 C = TypeVar("C", bound=Cache)
+
+# What makes each attribute of a function of positions.
+_WRAPPED = {"mask": "masks.predicate(fn)", "score": "scores.score(fn)", "stats": "stats.mean(fn)"}
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -81,9 +86,11 @@ def made(module: str, name: str, attribute: Any) -> Any:
     """What a module's attribute says: the mask, score or statistics, or what their factory makes.
 
     Raises:
+      TypeError: for a function of positions, which is no factory.
       ValueError: for one with arrays: in a module they would be constants of the program.
     """
     if callable(attribute) and not isinstance(attribute, (Mask, Score)):
+        _check_is_factory(f"{module}({name})", attribute, _WRAPPED[name])
         return attribute()
     if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(attribute)):
         raise ValueError(
@@ -92,6 +99,19 @@ def made(module: str, name: str, attribute: Any) -> Any:
             "arguments of the program"
         )
     return attribute.stats if isinstance(attribute, Asked) else attribute
+
+
+def _check_is_factory(where: str, given: Callable[..., Any], wrapped: str) -> None:
+    taken = inspect.signature(given)
+    try:
+        taken.bind()
+    except TypeError:
+        uncalled(given, where)
+        raise TypeError(
+            f"{named(where, given)}: got a function of ({', '.join(taken.parameters)}), expected "
+            f"one that is called without arguments and makes it; for a function of positions: "
+            f"{wrapped}"
+        ) from None
 
 
 def check_norm(norm: str) -> None:
