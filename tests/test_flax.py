@@ -498,6 +498,65 @@ def test_an_attribute_that_is_a_function_of_positions(dialect: str) -> None:
             run(**attribute)
 
 
+WRONG = {
+    "one position for all keys": (
+        {"rope": ja.nn.RoPE()},
+        {"inputs_kv": jnp.ones((B, S, F)), "rope_positions": jnp.array([5])},
+        r"rope_positions: got shape \[1\], expected \[7\] or \[2, 7\].*Positions\(q=, k=\)",
+    ),
+    "positions of other tokens": (
+        {"rope": ja.nn.RoPE()},
+        {"positions": ja.Positions(q=jnp.arange(3))},
+        r"positions.q: got shape \[3\], expected \[1\] or \[2, 1\]",
+    ),
+    "positions as an array": (
+        {},
+        {"positions": jnp.arange(1)},
+        r"positions: got ArrayImpl, expected Positions\(b=, h=, q=, k=\)",
+    ),
+    "no cache": ({}, {"cache": {"length": 3}}, "cache: got dict, expected a cache, as of"),
+    "a rate below 0": (
+        {"dropout_rate": -0.1, "deterministic": False},
+        {},
+        r"MultiHeadAttention\(dropout_rate\): got -0.1, expected a probability",
+    ),
+    "a head without features": ({"head_dim": 0}, {}, r"\(head_dim\): got 0, expected at least 1"),
+    "axes as a string": ({"sharding": "abc"}, {}, r"\(sharding\): got 'abc', expected mesh axes"),
+}
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options(dialect: str, name: str) -> None:
+    """Of a query of one token, to which any length would broadcast."""
+    attributes, call, says = WRONG[name]
+    x = inputs()[:, :1]
+
+    def run() -> Any:
+        if dialect == "linen":
+            module = linen.MultiHeadAttention(4, **attributes)
+            return module.init_with_output(jax.random.key(0), x, **call)
+        return ours.MultiHeadAttention(4, F, **attributes, rngs=nnx.Rngs(0))(x, **call)
+
+    with pytest.raises((TypeError, ValueError), match=says):
+        run()
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("rate", [-0.1, 10.0])
+def test_a_block_with_a_rate_that_is_none(rate: float) -> None:
+    says = r"TransformerBlock\(dropout_rate\): got .*expected a probability"
+    options = {"dropout_rate": rate, "deterministic": False}
+    with pytest.raises(ValueError, match=says):
+        ours.TransformerBlock(
+            F, partial(ours.MultiHeadAttention, 4), 8, **options, rngs=nnx.Rngs(0)
+        )
+    block = linen.TransformerBlock(partial(linen.MultiHeadAttention, 4), 8, **options)
+    with pytest.raises(ValueError, match=says):
+        block.init(jax.random.key(0), inputs())
+
+
 def attends(dialect: str, block: bool) -> Callable[..., Any]:
     """A module with rotary embeddings, or a block of one, made for `inputs()`."""
     rope = ja.nn.RoPE()

@@ -184,7 +184,8 @@ class MultiHeadAttention(nn.Module):
         kv_heads, head_dim = functional.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
         )
-        by_feature, by_head, by_dim = self.sharding or (None, None, None)
+        functional.check_rate("MultiHeadAttention", self.dropout_rate)
+        by_feature, by_head, by_dim = functional.axes_of("MultiHeadAttention", self.sharding)
 
         def placed(init: Any, *names: str | None) -> Any:
             return init if self.sharding is None else nn.with_partitioning(init, names)
@@ -368,6 +369,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def _all(self, x: Any, memory: Any, own: dict[str, Any], cross: dict[str, Any]) -> Any:
         functional.check_norm(self.norm)
+        functional.check_rate("TransformerBlock", self.dropout_rate)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
         functional.check_inputs("x", x, _width(self, "mlp_in"))
