@@ -288,6 +288,33 @@ def test_blocks(norm: Any) -> None:
         np.testing.assert_allclose(jnp.concatenate(outs, 1), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+def test_queries_of_a_block_are_at_their_positions_in_its_memory_too(dialect: str) -> None:
+    """Rotary embeddings and masks of cross-attention, in decoding and in part of a sequence."""
+    x, memory = inputs(), inputs()[::-1]
+    rope = ja.nn.RoPE()
+    call: dict[str, Any] = {"mask": masks.causal(), "memory_mask": masks.causal(1)}
+    if dialect == "linen":
+        block = linen.TransformerBlock(partial(linen.MultiHeadAttention, N, rope=rope), 8)
+        run = block.bind(block.init(jax.random.key(0), x, memory=memory))
+    else:
+        attention = partial(ours.MultiHeadAttention, N, rope=rope)
+        run = ours.TransformerBlock(F, attention, 8, memory_features=F, rngs=nnx.Rngs(0))
+    want = run(x, memory=memory, **call)
+    for kept in (memory, run.remember(memory)):
+        cache, outs = ja.KVCache.create(B, T, N, F // N), []
+        for piece in (x[:, :4], x[:, 4:]):
+            out, cache = run(piece, memory=kept, cache=cache, **call)
+            outs.append(out)
+        np.testing.assert_allclose(jnp.concatenate(outs, 1), want, rtol=1e-5, atol=1e-5)
+    # Tokens that do not see each other, so that a part of them is enough.
+    alone = {**call, "mask": lambda b, h, q, k: q == k}
+    late = jnp.arange(3, T)
+    part = run(x[:, 3:], memory=memory, positions=ja.Positions(q=late, k=late), **alone)
+    whole = run(x, memory=memory, **alone)
+    np.testing.assert_allclose(part, whole[:, 3:], rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_as_in_llama() -> None:
     """RMS norms, a gate, and no biases: both dialects, and what the formula says."""
     x = inputs()

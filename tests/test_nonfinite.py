@@ -181,16 +181,22 @@ def test_dropout_does_not_hide_what_is_not_finite(backend: str) -> None:
     arrays = inputs(5)
     arrays["key"][0, 0, 0, 0] = np.nan
 
-    def run(query: Any) -> Any:
+    def run(arrays: Any) -> Any:
         options = {"dropout_rate": 0.9, "dropout_seed": np.uint32(3), "backend": backend}
-        return attention(**(arrays | {"query": query}), mask=MASKS["causal"], **options)
+        return attention(**arrays, mask=MASKS["causal"], **options)
 
-    out, back = jax.vjp(run, arrays["query"])
-    for found in (out, back(jnp.ones_like(out))[0]):
-        sick = np.zeros((B, T, N), bool)
-        sick[0, :, : N // K] = True
-        np.testing.assert_array_equal(np.isnan(found).all(-1), sick)
-        np.testing.assert_array_equal(np.isnan(found).any(-1), sick)
+    out, back = jax.vjp(run, arrays)
+    (grads,) = back(jnp.ones_like(out))
+    sick, felt = np.zeros((B, T, N), bool), np.zeros((B, S, K), bool)
+    sick[0, :, : N // K] = felt[0, :T, 0] = True
+    for found, expected in (
+        (out, sick),
+        (grads["query"], sick),
+        (grads["key"], felt),
+        (grads["value"], felt),
+    ):
+        np.testing.assert_array_equal(np.isnan(found).all(-1), expected)
+        np.testing.assert_array_equal(np.isnan(found).any(-1), expected)
 
 
 def test_what_a_key_receives_is_nan_of_the_queries_that_see_it() -> None:

@@ -221,6 +221,13 @@ def remembered(
     return empty.append(key, value)
 
 
+def of_queries(x: Array, positions: Positions | None, cache: Cache | None) -> Positions | None:
+    """Where the tokens of a block are, also as they attend to a memory: part of a sequence gives
+    what the whole gives."""
+    q = as_positions(positions).q if cache is None else cache.upcoming(x.shape[-2])
+    return None if q is None else Positions(q=q)
+
+
 def attend(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"] | None,

@@ -352,7 +352,8 @@ class TransformerBlock(nn.Module):
             `MultiHeadAttention`.
           memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
-          memory_mask: which query may see which part of the memory.
+          memory_mask: which query may see which part of the memory. With a cache, as `mask`, it is
+            asked about positions in the whole sequence.
           deterministic: True turns dropout off.
           sow_weights: as in `MultiHeadAttention`, for both attentions.
         """
@@ -405,6 +406,7 @@ class TransformerBlock(nn.Module):
         x = add("attention_norm", attend, x)
         if memory is not None:
             attention = self.attention(name="cross_attention")
-            x = add("cross_norm", lambda x: attention(x, memory, **cross), x)
+            at = functional.of_queries(x, own["positions"], own["cache"])
+            x = add("cross_norm", lambda x: attention(x, memory, positions=at, **cross), x)
         x = add("mlp_norm", mlp, x)
         return (x, *after) if after else x

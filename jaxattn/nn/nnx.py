@@ -407,7 +407,8 @@ class TransformerBlock(nnx.Module):
             `MultiHeadAttention`.
           memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
-          memory_mask: which query may see which part of the memory.
+          memory_mask: which query may see which part of the memory. With a cache, as `mask`, it is
+            asked about positions in the whole sequence.
           deterministic: True turns dropout off.
           sow_weights: as in `MultiHeadAttention`, for both attentions.
 
@@ -450,8 +451,9 @@ class TransformerBlock(nnx.Module):
 
         x = add(self.attention_norm, attend, x)
         if memory is not None:
-            cross = partial(self.cross_attention, inputs_kv=memory, mask=memory_mask, **both)
-            x = add(self.cross_norm, cross, x)
+            at = functional.of_queries(x, positions, cache)
+            given = {"mask": memory_mask, "positions": at, **both}
+            x = add(self.cross_norm, partial(self.cross_attention, inputs_kv=memory, **given), x)
 
         def mlp(x: Array) -> Array:
             hidden = self.mlp_in(x)
