@@ -13,7 +13,7 @@ from .backends.base import Call
 from .checks.arrays import array_of
 from .checks.integers import as_given, concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
-from .masks.positions import Positions
+from .masks.positions import Positions, as_positions
 from .scores import Score, as_score
 from .shapes import Array, ArrayLike
 from .stats import LOGIT, Stat, bare, statistics
@@ -93,11 +93,7 @@ def checked_call(
             f"key: got {K} heads, expected a divisor of the query's {N}: every key head serves "
             "N / K query heads"
         )
-    if positions is not None and not isinstance(positions, Positions):
-        raise TypeError(
-            f"positions: got {type(positions).__name__}, expected Positions(b=, h=, q=, k=)"
-        )
-    at = (positions or Positions()).checked(B, N, T, S)
+    at = as_positions(positions).checked(B, N, T, S)
     tiles, visible, scored = None, None, None
     if mask is not None:
         if isinstance(mask, TileMap):

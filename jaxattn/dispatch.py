@@ -217,14 +217,23 @@ def weights_of(call: Call) -> Array:
         B, T, S, N, *_ = call.sizes
         return jnp.zeros((B, N, T, S), base.accumulator(call.query.dtype))
     weights, lse = dense.weights(call)
-    return weights if call.sinks is None else weights * jnp.swapaxes(_share(lse, call.sinks), 1, 2)
+    if call.sinks is None:
+        return weights
+    left = weights * jnp.swapaxes(_share(lse, call.sinks), 1, 2)
+    # Where a query may not see, its weight is 0 also if the share is NaN.
+    return jnp.where(weights == 0, 0, left)
 
 
 def _share(lse: Array, sinks: Array) -> Array:
-    """The share of the weight that sinks leave: `sigmoid(lse - sinks)`, `[B, T, N, 1]`."""
-    # The output of an empty row is 0 already; -inf would make its gradient NaN.
-    finite = jnp.where(lse == -jnp.inf, 0, lse)
-    return jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])[..., None]
+    """The share of the weight that sinks leave: `sigmoid(lse - sinks)`, `[B, T, N, 1]`.
+
+    0 for an empty row, of which nothing is felt by the sinks, also if its cotangent is NaN.
+    """
+    empty = lse == -jnp.inf
+    # -inf would make the gradient of an empty row NaN.
+    finite = jnp.where(empty, 0, lse)
+    share = jax.nn.sigmoid(finite - sinks.astype(lse.dtype)[None, None, :])
+    return jnp.where(empty, 0, share)[..., None]
 
 
 def check_backend(name: str, given: Any) -> str:

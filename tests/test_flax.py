@@ -288,6 +288,33 @@ def test_blocks(norm: Any) -> None:
         np.testing.assert_allclose(jnp.concatenate(outs, 1), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+def test_queries_of_a_block_are_at_their_positions_in_its_memory_too(dialect: str) -> None:
+    """Rotary embeddings and masks of cross-attention, in decoding and in part of a sequence."""
+    x, memory = inputs(), inputs()[::-1]
+    rope = ja.nn.RoPE()
+    call: dict[str, Any] = {"mask": masks.causal(), "memory_mask": masks.causal(1)}
+    if dialect == "linen":
+        block = linen.TransformerBlock(partial(linen.MultiHeadAttention, N, rope=rope), 8)
+        run = block.bind(block.init(jax.random.key(0), x, memory=memory))
+    else:
+        attention = partial(ours.MultiHeadAttention, N, rope=rope)
+        run = ours.TransformerBlock(F, attention, 8, memory_features=F, rngs=nnx.Rngs(0))
+    want = run(x, memory=memory, **call)
+    for kept in (memory, run.remember(memory)):
+        cache, outs = ja.KVCache.create(B, T, N, F // N), []
+        for piece in (x[:, :4], x[:, 4:]):
+            out, cache = run(piece, memory=kept, cache=cache, **call)
+            outs.append(out)
+        np.testing.assert_allclose(jnp.concatenate(outs, 1), want, rtol=1e-5, atol=1e-5)
+    # Tokens that do not see each other, so that a part of them is enough.
+    alone = {**call, "mask": lambda b, h, q, k: q == k}
+    late = jnp.arange(3, T)
+    part = run(x[:, 3:], memory=memory, positions=ja.Positions(q=late, k=late), **alone)
+    whole = run(x, memory=memory, **alone)
+    np.testing.assert_allclose(part, whole[:, 3:], rtol=1e-5, atol=1e-5)
+
+
 def test_blocks_as_in_llama() -> None:
     """RMS norms, a gate, and no biases: both dialects, and what the formula says."""
     x = inputs()
@@ -468,6 +495,93 @@ def test_sharded_parameters() -> None:
 def test_errors(call: Callable[[Any], Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call(inputs())
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+def test_an_attribute_that_is_a_function_of_positions(dialect: str) -> None:
+    """Functions among the attributes are factories; the error says what makes it a mask."""
+
+    def run(**attribute: Any) -> Any:
+        if dialect == "linen":
+            return linen.MultiHeadAttention(4, **attribute).init(jax.random.key(0), inputs())
+        return ours.MultiHeadAttention(4, F, **attribute, rngs=nnx.Rngs(0))
+
+    for says, attribute in {
+        r"mask\) \(.*\): got a function of \(b, h, q, k\), .*masks.predicate\(fn\)": {
+            "mask": lambda b, h, q, k: q >= k
+        },
+        r"score\) \(.*\): got a function of \(x, b, h, q, k\), .*scores.score\(fn\)": {
+            "score": lambda x, b, h, q, k: x - k
+        },
+        r"stats\) \(.*\): got a function of \(x, b, h, q, k\), .*stats.mean\(fn\)": {
+            "stats": lambda x, b, h, q, k: q - k
+        },
+        r"mask\): got the function masks.sliding_window, expected what it returns": {
+            "mask": masks.sliding_window
+        },
+    }.items():
+        with pytest.raises(TypeError, match=r"MultiHeadAttention\(" + says):
+            run(**attribute)
+
+
+WRONG = {
+    "one position for all keys": (
+        {"rope": ja.nn.RoPE()},
+        {"inputs_kv": jnp.ones((B, S, F)), "rope_positions": jnp.array([5])},
+        r"rope_positions: got shape \[1\], expected \[7\] or \[2, 7\].*Positions\(q=, k=\)",
+    ),
+    "positions of other tokens": (
+        {"rope": ja.nn.RoPE()},
+        {"positions": ja.Positions(q=jnp.arange(3))},
+        r"positions.q: got shape \[3\], expected \[1\] or \[2, 1\]",
+    ),
+    "positions as an array": (
+        {},
+        {"positions": jnp.arange(1)},
+        r"positions: got ArrayImpl, expected Positions\(b=, h=, q=, k=\)",
+    ),
+    "no cache": ({}, {"cache": {"length": 3}}, "cache: got dict, expected a cache, as of"),
+    "a rate below 0": (
+        {"dropout_rate": -0.1, "deterministic": False},
+        {},
+        r"MultiHeadAttention\(dropout_rate\): got -0.1, expected a probability",
+    ),
+    "a head without features": ({"head_dim": 0}, {}, r"\(head_dim\): got 0, expected at least 1"),
+    "axes as a string": ({"sharding": "abc"}, {}, r"\(sharding\): got 'abc', expected mesh axes"),
+}
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("dialect", ["linen", "nnx"])
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options(dialect: str, name: str) -> None:
+    """Of a query of one token, to which any length would broadcast."""
+    attributes, call, says = WRONG[name]
+    x = inputs()[:, :1]
+
+    def run() -> Any:
+        if dialect == "linen":
+            module = linen.MultiHeadAttention(4, **attributes)
+            return module.init_with_output(jax.random.key(0), x, **call)
+        return ours.MultiHeadAttention(4, F, **attributes, rngs=nnx.Rngs(0))(x, **call)
+
+    with pytest.raises((TypeError, ValueError), match=says):
+        run()
+
+
+@pytest.mark.usefixtures("own_errors")
+@pytest.mark.parametrize("rate", [-0.1, 10.0])
+def test_a_block_with_a_rate_that_is_none(rate: float) -> None:
+    says = r"TransformerBlock\(dropout_rate\): got .*expected a probability"
+    options = {"dropout_rate": rate, "deterministic": False}
+    with pytest.raises(ValueError, match=says):
+        ours.TransformerBlock(
+            F, partial(ours.MultiHeadAttention, 4), 8, **options, rngs=nnx.Rngs(0)
+        )
+    block = linen.TransformerBlock(partial(linen.MultiHeadAttention, 4), 8, **options)
+    with pytest.raises(ValueError, match=says):
+        block.init(jax.random.key(0), inputs())
 
 
 def attends(dialect: str, block: bool) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import test_attention as contract
+import test_nonfinite as nonfinite
 import test_tiled as small
 from cases import MASKS
 
@@ -70,6 +71,7 @@ def test_features(backend: str, row: Any) -> None:
         contract.test_float32_products_are_true_float32,
         contract.test_a_score_never_meets_a_masked_logit,
         contract.test_scores_cannot_unmask,
+        nonfinite.test_dropout_does_not_hide_what_is_not_finite,
     ],
     ids=lambda law: getattr(law, "func", law).__name__.removeprefix("test_"),
 )

@@ -5,6 +5,7 @@ Gold is a plain softmax in NumPy for one query at a time, over the keys that it 
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -144,6 +145,77 @@ def test_gradients_are_nan_for_what_sick_queries_see(backend: str, name: str) ->
             np.testing.assert_array_equal(np.isnan(mine).any(-1), expected, err_msg=where + grad)
             np.testing.assert_allclose(mine[~expected], theirs[~expected], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(np.isnan(np.asarray(got["alibi"])), sick.any((0, 1)))
+
+
+def test_scores_of_pairs_that_a_sick_query_may_not_see_are_not_felt(backend: str) -> None:
+    """Each pair has a bias of its own: NaN is the gradient of those that the sick query sees."""
+    arrays, seen, bias = inputs(5), visible("window"), jnp.zeros((1, N, T, S))
+    for n, (t, h) in enumerate(((6, 0), (20, 3))):
+        sick = arrays["query"].copy()
+        sick[n, t, h, 1] = np.nan
+
+        def loss(bias: Any, query: Any) -> Any:
+            given = arrays | {"query": query}
+            score = scores.bias(bias)
+            return attention(**given, mask=MASKS["window"], score=score, backend=backend).sum()
+
+        felt = np.zeros(bias.shape, bool)
+        felt[0, h, t] = seen[n, h, t]
+        np.testing.assert_array_equal(np.isnan(jax.grad(loss)(bias, sick)), felt)
+
+
+def test_weights_of_a_sick_query_are_none_where_it_may_not_see() -> None:
+    arrays, seen = inputs(5), visible("window")
+    arrays["query"][1, 20, 3, 1] = np.nan
+    for sinks in (None, jnp.zeros(N)):
+        options = {"mask": MASKS["window"], "sinks": sinks}
+        weights = ja.attention_weights(arrays["query"], arrays["key"], **options)
+        felt = np.zeros(seen.shape, bool)
+        felt[1, 3, 20] = seen[1, 3, 20]
+        np.testing.assert_array_equal(np.isnan(weights), felt)
+        np.testing.assert_array_equal(np.asarray(weights)[~seen], 0)
+
+
+def test_dropout_does_not_hide_what_is_not_finite(backend: str) -> None:
+    """Also where all weights of a sick query are dropped, as those of the first ones are here."""
+    arrays = inputs(5)
+    arrays["key"][0, 0, 0, 0] = np.nan
+
+    def run(arrays: Any) -> Any:
+        options = {"dropout_rate": 0.9, "dropout_seed": np.uint32(3), "backend": backend}
+        return attention(**arrays, mask=MASKS["causal"], **options)
+
+    out, back = jax.vjp(run, arrays)
+    (grads,) = back(jnp.ones_like(out))
+    sick, felt = np.zeros((B, T, N), bool), np.zeros((B, S, K), bool)
+    sick[0, :, : N // K] = felt[0, :T, 0] = True
+    for found, expected in (
+        (out, sick),
+        (grads["query"], sick),
+        (grads["key"], felt),
+        (grads["value"], felt),
+    ):
+        np.testing.assert_array_equal(np.isnan(found).all(-1), expected)
+        np.testing.assert_array_equal(np.isnan(found).any(-1), expected)
+
+
+def test_what_a_key_receives_is_nan_of_the_queries_that_see_it() -> None:
+    """A weight of NaN, or with sinks a share of NaN, is given to no other key."""
+    arrays, seen = inputs(5), visible("window")
+    for backend, sinks, weight in itertools.product(
+        ("dense", "tiled"), (None, jnp.zeros(N)), (1, np.nan)
+    ):
+        sick = arrays["query"].copy()
+        sick[1, 20, 3, 1] *= 1 if np.isnan(weight) else np.nan
+        of_queries = np.ones((B, T, N), np.float32)
+        of_queries[1, 20, 3] = weight
+        given = arrays | {"query": sick}
+        asked = ja.stats.received(jnp.asarray(of_queries))
+        options = {"mask": MASKS["window"], "sinks": sinks, "backend": backend}
+        _, found = ja.attention(**given, **options, stats=asked)
+        felt = np.zeros((B, S, N), bool)
+        felt[1, :, 3] = seen[1, 3, 20]
+        np.testing.assert_array_equal(np.isnan(found), felt)
 
 
 def test_logits_that_are_huge_are_visible(backend: str) -> None:

@@ -40,12 +40,12 @@ def received(
 ) -> Float[Array, "B S N"]:
     """The sum over queries of a weight of each times the weights of attention."""
     config, x = problem.whole(call)
-    found = formula.attend(config, x).weights
+    given = formula.attend(config, x).weights * jnp.swapaxes(weight, 1, 2)[..., None]
     seen = formula.visible(config, x, 0, call.sizes.T)
     if seen is not None:
-        # A query whose weights are NaN gives them to the keys that it sees, and to no others.
-        found = jnp.where(seen, found, jnp.zeros((), found.dtype))
-    return jnp.einsum("bnts,btn->bsn", found, weight, precision="highest")
+        # NaN is given to the keys that a query sees, and to no others.
+        given = jnp.where(seen, given, 0)
+    return jnp.swapaxes(given.sum(2), 1, 2)
 
 
 STATISTICS = base.Statistics(columns=True, received=received)

@@ -110,7 +110,8 @@ def weigh(
     if config.dropout:
         first, second, at, rate = _tiles(DROPOUT, x.dropout, x, start, rows)
         keep = base.keeps((first, second), at, rate)
-        kept = jnp.where(keep, weights * base.kept_scale(rate, dtype), zero)
+        # A factor, so that dropping a weight of NaN does not hide it.
+        kept = weights * jnp.where(keep, base.kept_scale(rate, dtype), zero)
     return Weighed(kept, weights, lse, columns)
 
 
@@ -282,7 +283,8 @@ def _softmax(
     top = jnp.where(some, top, 0)
     p = jnp.where(seen, jnp.exp(jnp.where(seen, _below(logits, top), 0)), 0)
     total = jnp.where(some, p.sum(-1, keepdims=True), 1)
-    return p / total, jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
+    # The total of a row that sees a NaN is NaN, and the weights of what it may not see are 0 still.
+    return jnp.where(seen, p / total, 0), jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
 
 
 def _below(logits: Array, top: Array) -> Array:

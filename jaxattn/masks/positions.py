@@ -108,6 +108,19 @@ class Positions(ByStructure):
         return Filled(count(given.b, B), count(given.h, N), q, k)
 
 
+def as_positions(given: Any) -> Positions:
+    """The argument `positions`; without one, those that are counted.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if given is not None and not isinstance(given, Positions):
+        raise TypeError(
+            f"positions: got {type(given).__name__}, expected Positions(b=, h=, q=, k=)"
+        )
+    return given or Positions()
+
+
 def over_grid(fn: Callable[..., Any], positions: Filled) -> Any:
     """`fn(b, h, q, k)` for every pair: results `[B, N, T, S, ...]`."""
     q, k = positions.q, positions.k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypedDict, TypeVar
 
@@ -11,14 +12,18 @@ import jax.numpy as jnp
 from ..attention import attention, attention_weights
 from ..caches.cache import Cache, over
 from ..caches.kv_cache import KVCache
+from ..checks.user_functions import named, uncalled
 from ..masks.mask import Mask, as_mask
-from ..masks.positions import Positions
+from ..masks.positions import Positions, as_positions
 from ..pytrees import ByStructure, pytree
 from ..scores import Score
 from ..shapes import Array, Float, Int
 from ..stats import statistics
 
 C = TypeVar("C", bound=Cache)
+
+# What makes each attribute of a function of positions.
+_WRAPPED = {"mask": "masks.predicate(fn)", "score": "scores.score(fn)", "stats": "stats.mean(fn)"}
 
 
 class AttentionOptions(TypedDict, total=False):
@@ -47,8 +52,11 @@ def sizes(
     """Key heads and head dimension, checked.
 
     Raises:
-      ValueError: for head counts that do not divide.
+      ValueError: for sizes below 1, and head counts that do not divide.
     """
+    for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+        if size is not None and size < 1:
+            raise ValueError(f"{module}({name}): got {size}, expected at least 1")
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     if head_dim is None and features % num_heads:
         raise ValueError(
@@ -60,6 +68,27 @@ def sizes(
             f"{module}(num_kv_heads): got {kv_heads}, expected a divisor of num_heads={num_heads}"
         )
     return kv_heads, features // num_heads if head_dim is None else head_dim
+
+
+def check_rate(module: str, rate: float) -> None:
+    """Checks a dropout rate, also where it is not used."""
+    if not 0 <= rate <= 1:
+        raise ValueError(
+            f"{module}(dropout_rate): got {rate!r}, expected a probability from 0 to 1"
+        )
+
+
+def axes_of(module: str, sharding: Any) -> tuple[str | None, str | None, str | None]:
+    """The mesh axes for features, heads and head dimension; without a sharding none."""
+    if sharding is None:
+        return None, None, None
+    if isinstance(sharding, str) or len(sharding) != 3:
+        raise ValueError(
+            f"{module}(sharding): got {sharding!r}, expected mesh axes for (features, heads, head "
+            'dimension), such as ("data", "model", None)'
+        )
+    by_feature, by_head, by_dim = sharding
+    return by_feature, by_head, by_dim
 
 
 @pytree
@@ -81,9 +110,11 @@ def made(module: str, name: str, attribute: Any) -> Any:
     """What a module's attribute says: the mask, score or statistics, or what their factory makes.
 
     Raises:
+      TypeError: for a function of positions, which is no factory.
       ValueError: for one with arrays: in a module they would be constants of the program.
     """
     if callable(attribute) and not isinstance(attribute, (Mask, Score)):
+        _check_is_factory(f"{module}({name})", attribute, _WRAPPED[name])
         return attribute()
     if any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(attribute)):
         raise ValueError(
@@ -92,6 +123,19 @@ def made(module: str, name: str, attribute: Any) -> Any:
             "arguments of the program"
         )
     return attribute.stats if isinstance(attribute, Asked) else attribute
+
+
+def _check_is_factory(where: str, given: Callable[..., Any], wrapped: str) -> None:
+    taken = inspect.signature(given)
+    try:
+        taken.bind()
+    except TypeError:
+        uncalled(given, where)
+        raise TypeError(
+            f"{named(where, given)}: got a function of ({', '.join(taken.parameters)}), expected "
+            f"one that is called without arguments and makes it; for a function of positions: "
+            f"{wrapped}"
+        ) from None
 
 
 def check_norm(norm: str) -> None:
@@ -130,6 +174,10 @@ def check_inputs(name: str, given: Any, width: int | None) -> None:
 
 def _check_cache(name: str, cache: Cache, query: Array, key: Array | None) -> None:
     """Checks that a cache fits this module and this batch."""
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"{name}: got {type(cache).__name__}, expected a cache, as of ja.KVCache.create"
+        )
     batch, (K, H) = cache.length.shape[0], cache.key[0].shape[1::2]
     B, _, N, width = query.shape
     fits = (batch, H, N % K) == (B, width, 0)
@@ -173,6 +221,13 @@ def remembered(
     return empty.append(key, value)
 
 
+def of_queries(x: Array, positions: Positions | None, cache: Cache | None) -> Positions | None:
+    """Where the tokens of a block are, also as they attend to a memory: part of a sequence gives
+    what the whole gives."""
+    q = as_positions(positions).q if cache is None else cache.upcoming(x.shape[-2])
+    return None if q is None else Positions(q=q)
+
+
 def attend(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"] | None,
@@ -202,8 +257,8 @@ def attend(
     Returns:
       The output, and the cache after; `None` without one.
     """
-    given = positions or Positions()
-    T = query.shape[-3]
+    given = as_positions(positions)
+    T, N, _ = query.shape[-3:]
     if cache is not None and (memory is not None or positions is not None):
         name = "inputs_kv" if memory is not None else "positions"
         raise ValueError(
@@ -234,13 +289,14 @@ def attend(
             f"inputs_kv: got a batch of {list(key.shape[:-3])}, expected "
             f"{list(query.shape[:-3])}, that of inputs_q"
         )
-    q_at = cache.upcoming(T) if cache is not None else _counted(given.q, T)
+    B = query.shape[0] if query.ndim == 4 else 1
+    given = given.checked(B, N, T, T if key is None else key.shape[-3])
+    q_at = cache.upcoming(T) if cache is not None else _counted(given.q, query)
     if rope is not None:
-        turn_q = q_at if rope_positions is None else jnp.asarray(rope_positions)
-        query = rope(query, turn_q)
+        query = rope(query, q_at if rope_positions is None else _turning(rope_positions, query))
         if key is not None:
-            of_keys = q_at if cache is not None else _counted(given.k, key.shape[-3])
-            key = rope(key, of_keys if rope_positions is None else turn_q)
+            of_keys = q_at if cache is not None else _counted(given.k, key)
+            key = rope(key, of_keys if rope_positions is None else _turning(rope_positions, key))
     watched = bool(statistics(stats))
     if watched:
         options["stats"] = stats
@@ -273,5 +329,22 @@ def attend(
     return out, cache
 
 
-def _counted(positions: Any, length: int) -> Int[Array, "..."]:
-    return jnp.arange(length, dtype=jnp.int32) if positions is None else jnp.asarray(positions)
+def _counted(positions: Any, x: Float[Array, "*B T N H"]) -> Int[Array, "..."]:
+    """Checked positions of tokens, by default 0, 1, 2, ..."""
+    if positions is None:
+        return jnp.arange(x.shape[-3], dtype=jnp.int32)
+    return positions if x.ndim == 4 else positions[0]
+
+
+def _turning(positions: Any, x: Float[Array, "*B T N H"]) -> Array:
+    """`rope_positions`, checked: they would else broadcast to tokens that they do not belong to."""
+    found = jnp.asarray(positions)
+    *batch, T = x.shape[:-2]
+    fits = [(T,), *((n, T) for n in (*batch, 1) if batch)]
+    if found.shape not in fits:
+        expected = " or ".join(str(list(shape)) for shape in fits[: 1 + len(batch)])
+        raise ValueError(
+            f"rope_positions: got shape {list(found.shape)}, expected {expected}, one for each of "
+            "the queries and keys; where these are not as many, positions=Positions(q=, k=)"
+        )
+    return found

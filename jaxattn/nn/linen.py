@@ -184,7 +184,8 @@ class MultiHeadAttention(nn.Module):
         kv_heads, head_dim = functional.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
         )
-        by_feature, by_head, by_dim = self.sharding or (None, None, None)
+        functional.check_rate("MultiHeadAttention", self.dropout_rate)
+        by_feature, by_head, by_dim = functional.axes_of("MultiHeadAttention", self.sharding)
 
         def placed(init: Any, *names: str | None) -> Any:
             return init if self.sharding is None else nn.with_partitioning(init, names)
@@ -351,7 +352,8 @@ class TransformerBlock(nn.Module):
             `MultiHeadAttention`.
           memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
-          memory_mask: which query may see which part of the memory.
+          memory_mask: which query may see which part of the memory. With a cache, as `mask`, it is
+            asked about positions in the whole sequence.
           deterministic: True turns dropout off.
           sow_weights: as in `MultiHeadAttention`, for both attentions.
         """
@@ -368,6 +370,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def _all(self, x: Any, memory: Any, own: dict[str, Any], cross: dict[str, Any]) -> Any:
         functional.check_norm(self.norm)
+        functional.check_rate("TransformerBlock", self.dropout_rate)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
         functional.check_inputs("x", x, _width(self, "mlp_in"))
@@ -403,6 +406,7 @@ class TransformerBlock(nn.Module):
         x = add("attention_norm", attend, x)
         if memory is not None:
             attention = self.attention(name="cross_attention")
-            x = add("cross_norm", lambda x: attention(x, memory, **cross), x)
+            at = functional.of_queries(x, own["positions"], own["cache"])
+            x = add("cross_norm", lambda x: attention(x, memory, positions=at, **cross), x)
         x = add("mlp_norm", mlp, x)
         return (x, *after) if after else x

@@ -105,6 +105,7 @@ class MultiHeadAttention(nnx.Module):
         kv_heads, head_dim = functional.sizes(
             "MultiHeadAttention", qkv_features or in_features, num_heads, num_kv_heads, head_dim
         )
+        functional.check_rate("MultiHeadAttention", dropout_rate)
         # Once here, so that a mask with arrays is refused where it is given.
         functional.made("MultiHeadAttention", "mask", mask)
         functional.made("MultiHeadAttention", "score", score)
@@ -114,7 +115,7 @@ class MultiHeadAttention(nnx.Module):
         self.dropout_rate, self.deterministic = dropout_rate, deterministic
         self.normalize_qk = normalize_qk
         self.precision, self.backend = precision, backend
-        by_feature, by_head, by_dim = sharding or (None, None, None)
+        by_feature, by_head, by_dim = functional.axes_of("MultiHeadAttention", sharding)
 
         def placed(init: Any, *names: str | None) -> Any:
             return init if sharding is None else nnx.with_partitioning(init, names)
@@ -342,6 +343,7 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         functional.check_norm(norm)
+        functional.check_rate("TransformerBlock", dropout_rate)
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm, self.activation = norm, activation
         self.deterministic = deterministic
@@ -405,7 +407,8 @@ class TransformerBlock(nnx.Module):
             `MultiHeadAttention`.
           memory: the sequence for cross-attention, `[B, S, features]`, or what `remember` made of
             it.
-          memory_mask: which query may see which part of the memory.
+          memory_mask: which query may see which part of the memory. With a cache, as `mask`, it is
+            asked about positions in the whole sequence.
           deterministic: True turns dropout off.
           sow_weights: as in `MultiHeadAttention`, for both attentions.
 
@@ -448,8 +451,9 @@ class TransformerBlock(nnx.Module):
 
         x = add(self.attention_norm, attend, x)
         if memory is not None:
-            cross = partial(self.cross_attention, inputs_kv=memory, mask=memory_mask, **both)
-            x = add(self.cross_norm, cross, x)
+            at = functional.of_queries(x, positions, cache)
+            given = {"mask": memory_mask, "positions": at, **both}
+            x = add(self.cross_norm, partial(self.cross_attention, inputs_kv=memory, **given), x)
 
         def mlp(x: Array) -> Array:
             hidden = self.mlp_in(x)

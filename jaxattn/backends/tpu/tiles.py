@@ -305,8 +305,9 @@ class KernelTile(NamedTuple):
         """Weights, or their cotangents, after dropout."""
         types = (jnp.uint32, jnp.uint32, jnp.int32, jnp.float32)
         first, second, k, rate = self._parts(DROPOUT, self.refs["dropout"], types)
-        keep, factor = base.keeps((first, second), k, rate), base.kept_scale(rate)
-        return [jnp.where(keep, each * factor, 0.0) for each in weights]
+        # A factor, so that dropping a weight of NaN does not hide it.
+        factor = jnp.where(base.keeps((first, second), k, rate), base.kept_scale(rate), 0.0)
+        return [each * factor for each in weights]
 
 
 def skewed(distances: Array, tile: tuple[int, int]) -> Array:

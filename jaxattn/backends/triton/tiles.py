@@ -288,7 +288,8 @@ class KernelTile(NamedTuple):
         """Weights, or their cotangents, after dropout."""
         first, second, k, rate = self.parts(DROPOUT, "dropout")
         factor = base.kept_scale(rate, weights.dtype)
-        return jnp.where(base.keeps((first, second), k, rate), weights * factor, 0)
+        # A factor, so that dropping a weight of NaN does not hide it.
+        return weights * jnp.where(base.keeps((first, second), k, rate), factor, 0)
 
 
 def dot(config: Config, a: Array, b: Array, ca: int, cb: int) -> Array:
