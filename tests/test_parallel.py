@@ -962,3 +962,18 @@ def test_explain_of_attention_speaks_of_lengths() -> None:
     assert any("lengths are split over 4 devices" in note for note in found.notes)
     found = ja.explain(x["query"], x["key"][:, :32], x["value"][:, :32])
     assert any("are gathered on each" in note for note in found.notes)
+
+
+def test_a_halo_that_wraps_around_is_not_seen_by_distance() -> None:
+    """The first rank's halo holds the last keys; masks of distances alone are read by distance."""
+    draw = rng(31)
+    q, k, v = (jnp.asarray(draw.normal(size=(1, 16, 2, 4)), jnp.float32) for _ in range(3))
+    mask = masks.sliding_window(6, 1) & masks.dilated(2)
+
+    def local(q: Any, k: Any, v: Any) -> Any:
+        return parallel.attention(q, k, v, mask=mask, schedule="halo")
+
+    run = jax.shard_map(local, mesh=mesh_of(2), in_specs=SPLIT, out_specs=SPLIT)
+    np.testing.assert_allclose(
+        jax.jit(run)(q, k, v), ja.attention(q, k, v, mask=mask, backend="dense"), atol=1e-5
+    )

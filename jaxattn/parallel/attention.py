@@ -18,6 +18,8 @@ from ..attention import attention as whole_attention
 from ..backends.base import Call
 from ..checks.foreign_names import with_remedies
 from ..dispatch import choose, dispatch
+from ..masks import predicate
+from ..masks.mask import Mask
 from ..masks.positions import Positions
 from ..mesh import varying
 from ..shapes import Array, ArrayLike, Float
@@ -226,11 +228,27 @@ def _over(
             return found if isinstance(found, tuple) else (found,)
 
         return _by_heads(arrays, axis, options, whole)
+    if chosen.name == "halo" and call.mask is not None and "diagonal" in call.mask.kinds:
+        # What is read by distance can't tell the keys that wrap around from the next ones.
+        own = plain(options["mask"])
+        assert own is not None
+        mask = own & _neighbours(call.sizes.T, chosen.before, chosen.after)
+        call = call_of(arrays, ranks, options | {"mask": mask})
     if ranks > 1:
         backend = choose(met(call, chosen, axis, ranks), backend).backend
         call = replace(call, shards=plan.shards_of(chosen, axis, ranks))
     results = dispatch(call, backend, with_lse=with_lse)
     return jax.tree.map(lambda a: a[0], results) if arrays[0].ndim == 3 else results
+
+
+def _neighbours(length: int, before: int, after: int) -> Mask:
+    """The keys of a query's own part of the sequence, and those in its halo."""
+
+    def near(b: Any, h: Any, q: Any, k: Any) -> Any:
+        first = q // length * length
+        return (k >= first - before) & (k < first + length + after)
+
+    return predicate(near)
 
 
 def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
