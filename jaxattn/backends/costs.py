@@ -33,7 +33,8 @@ PRODUCT = 1 / 60
 NARROW = 0.5
 
 # The share of tiles to compute that is assumed of a mask with numbers or arrays, so that new values
-# never change the choice: that of a causal mask on two tiles of queries and of keys.
+# never change the choice: that of a causal mask on two tiles of queries and of keys. Of a mask that
+# all queries share, as of padding, all are assumed.
 UNKNOWN = 0.75
 
 # Logits of one batch row, 8 MB of float32, up to which whole rows are computed: beyond, they would
@@ -69,7 +70,10 @@ def estimates(call: Call) -> dict[str, float]:
     if N * T * S <= MOST_OF_ROW and rows.refuse(call) is None:
         found["rows"] = cost(ROWS, cells)
     if decode.refuse(call) is None:
-        found["decode"] = cost(DECODE, cells)
+        # It reads keys where they are, in as many bytes as they have.
+        wide = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+        number = DECODE.number * jnp.dtype(call.key.dtype).itemsize / wide
+        found["decode"] = cost(DECODE._replace(number=number), cells)
     return found
 
 
@@ -81,5 +85,8 @@ def _in_tiles(call: Call) -> float:
     share = 1.0
     if call.mask is not None:
         states = known.states(call.mask, call.positions, (B, N, T, S), tile)
-        share = UNKNOWN if states is None else 1 - b"".join(states).count(EMPTY) / (rows * columns)
+        by_query = any(kind not in ("column", "head") for kind in call.mask.kinds)
+        share = UNKNOWN if by_query else 1.0
+        if states is not None:
+            share = 1 - b"".join(states).count(EMPTY) / (rows * columns)
     return share * math.prod((rows, columns, *tile))
