@@ -15,9 +15,8 @@ from jax import lax
 from test_tiled import everything, make
 
 from jaxattn import masks, scores
-from jaxattn.backends import base, dense, tiled
+from jaxattn.backends import base, bfloat16, dense, rows, tiled
 from jaxattn.backends.base import Call
-from jaxattn.backends.tiled import bfloat16
 
 # Lengths in whole tiles and as many key heads as query heads: without barriers XLA merges the
 # transpose of the keys into a product, and the program fails.
@@ -44,10 +43,13 @@ def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return bool(request.param)
 
 
+RUNS = {"tiled": partial(tiled.run, tile=(16, 16)), "rows": rows.run}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("name", CASES)
-def test_results_are_those_of_float32(name: str, narrow: bool) -> None:
+def test_results_are_those_of_float32(name: str, run: Any, narrow: bool) -> None:
     """Within some steps of bfloat16, of which 1 has 2^-8."""
-    run = partial(tiled.run, tile=(16, 16))
     got = jax.jit(partial(everything, run))(CASES[name](jnp.bfloat16))
     rounded = CASES[name](jnp.bfloat16)
     wide = dataclasses.replace(
@@ -67,19 +69,21 @@ def test_results_are_those_of_float32(name: str, narrow: bool) -> None:
         assert np.abs(a - b).max() <= 4 * 2**-8 * (1 + largest)
 
 
-def test_the_lse_is_as_exact_as_in_float32(narrow: bool) -> None:
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_the_lse_is_as_exact_as_in_float32(run: Any, narrow: bool) -> None:
     """Weights are rounded for the product with values, but not for their sum."""
     call = whole(masks.causal(), dtype=jnp.bfloat16)
     wide = dataclasses.replace(
         call, **{n: getattr(call, n).astype(jnp.float32) for n in ("query", "key", "value")}
     )
-    _, lse = jax.jit(partial(tiled.run, tile=(16, 16)))(call)
+    _, lse = jax.jit(run)(call)
     np.testing.assert_allclose(lse, jax.jit(dense.run)(wide)[1], rtol=2e-6, atol=2e-6)
 
 
-def test_the_program_multiplies_what_was_chosen(narrow: bool) -> None:
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_the_program_multiplies_what_was_chosen(run: Any, narrow: bool) -> None:
     call = whole(dtype=jnp.bfloat16)
-    text = jax.jit(partial(everything, tiled.run)).lower(call).as_text()
+    text = jax.jit(partial(everything, run)).lower(call).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert (sum("bf16>" in line for line in products) >= 7) == narrow
     assert narrow or not any("bf16>" in line for line in products)

@@ -9,7 +9,7 @@ products read them fastest. Units are the pairs of a batch row and a key head.
 The constants are nanoseconds of a forward pass, fitted to calls in float32 of 1 to 512 queries, on
 2 cores of an EPYC with AVX2 and JAX 0.12. The estimates were off by a third on average: what
 matters is which is the least. That was nearly always the same with the backward, and in 16 bits.
-Where `tiled` multiplies in bfloat16, a product costs it half.
+Where `tiled` and `rows` multiply in bfloat16, a product costs them half.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import jax.numpy as jnp
 
 from ..tiles import known
 from ..tiles.tile_map import EMPTY
-from . import base, decode, rows
+from . import base, bfloat16, decode, rows
 from .base import Call
 from .tiled import backend as tiled
-from .tiled import bfloat16
 
 # A multiplication and an addition of a product of matrices: 120 GFLOP/s.
 PRODUCT = 1 / 60
@@ -66,9 +65,10 @@ def estimates(call: Call) -> dict[str, float]:
 
     cells = B * N * T * S
     narrow = jnp.dtype(bfloat16.factors(call)).itemsize < jnp.dtype(base.factors(call)).itemsize
-    found = {"tiled": cost(TILED, B * N * _in_tiles(call), NARROW if narrow else 1)}
+    share = NARROW if narrow else 1
+    found = {"tiled": cost(TILED, B * N * _in_tiles(call), share)}
     if N * T * S <= MOST_OF_ROW and rows.refuse(call) is None:
-        found["rows"] = cost(ROWS, cells)
+        found["rows"] = cost(ROWS, cells, share)
     if decode.refuse(call) is None:
         # It reads keys where they are, in as many bytes as they have.
         wide = jnp.dtype(base.accumulator(call.query.dtype)).itemsize

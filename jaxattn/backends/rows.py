@@ -26,12 +26,12 @@ from ..mesh import constant
 from ..shapes import Array, Bool, Float
 from ..tracing.dependence import Kind
 from ..tracing.split import as_tile, skewed
-from . import base, problem
+from . import base, bfloat16, problem
 from .base import Call, unchanged
 from .flash import transforms
 from .flash.operands import cleaned, learned, replaced
 from .flash.tile_sizes import largest_divisor
-from .problem import DROPOUT, Config, Engine, Gradients, Inputs
+from .problem import DROPOUT, Config, Engine, Gradients, Inputs, joined
 
 WHY = "whole rows of logits, a few batch rows at a time, so that they stay in the caches"
 
@@ -83,7 +83,7 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
 def build(call: Call) -> tuple[Config, Inputs]:
     """What the steps are compiled for, and what they are given."""
     lengths = (call.sizes.T, call.sizes.S)
-    return problem.build(call, ENGINE, base.factors(call), lambda known, heads: lengths)
+    return problem.build(call, ENGINE, bfloat16.factors(call), lambda known, heads: lengths)
 
 
 # --- forward and backward -------------------------------------------------------------------------
@@ -113,7 +113,11 @@ def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Arra
     if config.dropout:
         p = p * dropout_factors(x, p.dtype)
     value = keys(config, base.finite(x.value))
-    out = dot(config, factor(config, p), value, 2).reshape(B, K, G, T, -1) / total
+    # Weights of 16 bits are rounded before the product, where XLA computes them with the softmax.
+    early = _narrow(config, x)
+    weights = factor(config, p / total if early else p)
+    out = dot(config, weights, value, 2).reshape(B, K, G, T, -1)
+    out = out if early else out / total
     lse = where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
     return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
@@ -171,7 +175,7 @@ def _backward(
     ds, score = pull(jnp.where(p == zero, zero, p * (dp - delta)))
     ds = _factor_across(config, where(shown, ds, 0))
     d_value = dot(config, _factor_across(config, kept), given, 2)
-    d_key = dot(config, ds, query, 2)
+    d_key = _scaled_after(config, x, dot(config, ds, query, 2))
     # A product with a transposed left factor is slow. The smaller of two other ways moves: ds, or
     # the key and the result.
     if G * T * S <= (G * T + S) * H:
@@ -283,6 +287,7 @@ def logits_of(
     query, key = _queries(config, _scaled(config, x)), keys(config, x.key)
     logits = dot(config, key, query, 3) if across else dot(config, query, key, 3)
     logits = logits.reshape((B, K, -1, G, T) if across else (B, K, G, T, -1))
+    logits = _scaled_after(config, x, logits)
     score = config.score
     if score is None:
         return logits, lambda ds: (ds, [])
@@ -312,8 +317,22 @@ def where(flags: Array | None, array: Array, other: float) -> Array:
 
 def _scaled(config: Config, x: Inputs) -> Float[Array, "B T K G H"]:
     """Queries times the scale: as exact as scaled logits, and fewer products."""
+    if _narrow(config, x):
+        return x.query
     wide = base.accumulator(x.query.dtype)
     return x.query.astype(wide) * x.scale.reshape(-1, 1, 1, 1, 1)
+
+
+def _scaled_after(config: Config, x: Inputs, product: Array) -> Array:
+    """A product with queries, times the scale where these are not: it would be rounded there."""
+    if not _narrow(config, x):
+        return product
+    return product * x.scale.reshape(-1, *(1,) * (product.ndim - 1))
+
+
+def _narrow(config: Config, x: Inputs) -> bool:
+    """Whether factors of products have fewer bits than sums."""
+    return bool(config.dtype != base.accumulator(x.query.dtype))
 
 
 def _queries(config: Config, array: Float[Array, "B T K G width"]) -> Float[Array, "B K GT width"]:
@@ -345,6 +364,7 @@ def _factor_across(config: Config, array: Float[Array, "B K S G T"]) -> Float[Ar
 def dot(config: Config, a: Array, b: Array, axis: int) -> Array:
     """Products of stacks of matrices: over the last axis of a, and this one of b."""
     precision = lax.Precision.HIGHEST if config.precision is None else config.precision
-    dims = (((3,), (axis,)), ((0, 1), (0, 1)))
-    dtype = base.accumulator(a.dtype)
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=dtype)
+    # One axis of stacks: with two XLA converts factors of 16 bits, if they were transposed.
+    dims = (((2,), (axis - 1,)), ((0,), (0,)))
+    found = bfloat16.dot(joined(a, 0), joined(b, 0), dims, precision)
+    return found.reshape(*a.shape[:2], *found.shape[1:])

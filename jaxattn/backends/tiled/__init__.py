@@ -11,7 +11,7 @@ tiles, in which the mask would be left out, and no run of three active tiles sid
 
 Read in this order: `backend` (what is refused, which tile is taken), `schedule` (the lists of
 steps), `tile_step` (what a step reads and evaluates), `passes` (forward and backward),
-`exponential` (`e ** x`), `bfloat16` (whether a CPU multiplies that, and products).
+`exponential` (`e ** x`).
 """
 
 from .backend import (

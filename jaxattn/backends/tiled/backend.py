@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from ...shapes import Array, Float
 from ...tiles.tile_map import TileStates
-from .. import base, problem
+from .. import base, bfloat16, problem
 from ..base import Call, unchanged
 from ..flash import transforms
 from ..problem import Config, Engine, Inputs
-from . import bfloat16, passes, schedule
+from . import passes, schedule
 
 WHY = "loops of plain XLA over the tiles that the mask allows, in O(T + S) memory"
 

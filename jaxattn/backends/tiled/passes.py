@@ -22,10 +22,9 @@ from jax import lax
 
 from ...mesh import constant
 from ...shapes import Array, Bool, Float
-from .. import base
+from .. import base, bfloat16
 from ..flash.operands import cropped_gradient, padded, replaced
 from ..problem import Config, Gradients, Inputs
-from . import bfloat16
 from .exponential import exp
 from .schedule import Step, StepSizes, loop, states_of, step_lists
 from .tile_step import TileStep, add, heads_first, padded_inputs, read, write

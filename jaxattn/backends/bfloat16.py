@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...mesh import evaluated
-from ...shapes import Array
-from .. import base
-from ..base import Call
+from ..mesh import evaluated
+from ..shapes import Array
+from . import base
+from .base import Call
 
 # What Linux calls the unit. A processor with tiles (AMX) has it too.
 UNIT = "avx512_bf16"
@@ -68,7 +68,7 @@ def has_unit(described: str = "/proc/cpuinfo") -> bool:
 
 
 def multiplies() -> bool:
-    """Whether this JAX multiplies bfloat16 as it is, and a program like the engine's runs."""
+    """Whether this JAX multiplies bfloat16 as it is, and a program like an engine's runs."""
 
     def look() -> bool:
         cpu = jax.local_devices(backend="cpu")[0]
@@ -92,8 +92,12 @@ _ROWS, _STEP = 32, 16
 def _as_it_is() -> bool:
     """Whether XLA leaves factors as they are: where it has no library, it converts them."""
 
-    def products(a: Array, b: Array) -> tuple[Array, Array]:
-        return dot(a, b, _PLAIN, None), dot(a, b, _ACROSS, None)
+    def heads_first(a: Array) -> Array:
+        return a.reshape(2, _ROWS, 2, -1).swapaxes(1, 2).reshape(4, _ROWS, -1)
+
+    def products(a: Array, b: Array) -> list[Array]:
+        plain = [dot(a, b, dims, None) for dims in (_PLAIN, _ACROSS)]
+        return [*plain, dot(heads_first(a), heads_first(b), _ACROSS, None)]
 
     square = jax.ShapeDtypeStruct((2, _ROWS, _ROWS), jnp.bfloat16)
     program = jax.jit(products).lower(square, square).compile().as_text()
