@@ -121,10 +121,10 @@ ROOMS = {
     " | dependence | split out_of_range",
     "tiles": "elementwise_rules | array_rules | intervals | tile_map known",
     "views": "array cells why | text plot html | diff | describe",
-    "backends": "base operation | problem | formula | flash"
+    "backends": "base operation | bfloat16 problem | formula | flash"
     " | dense rows cudnn tiled triton mosaic tpu | decode | costs",
     "backends/flash": "tile_sizes tile_lists | operands fused | programs nonfinite | exchange | partition | transforms",
-    "backends/tiled": "bfloat16 exponential schedule | tile_step | passes | backend",
+    "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",
     "backends/tpu": "steps | tiles | kernels | backend",
