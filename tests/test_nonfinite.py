@@ -218,6 +218,26 @@ def test_what_a_key_receives_is_nan_of_the_queries_that_see_it() -> None:
         np.testing.assert_array_equal(np.isnan(found), felt)
 
 
+def test_hidden_values_of_any_size_change_no_bit(backend: str) -> None:
+    """Finite numbers whose sum is not finite, and NaN; in gradients too."""
+    arrays = {name: jnp.asarray(a) for name, a in inputs(6).items()}
+
+    def both(key: Any, value: Any) -> Any:
+        def attend(query: Any, key: Any, value: Any) -> Any:
+            mask = masks.predicate(lambda b, h, q, k: (k <= q) & (k < 30))
+            return ja.attention(query, key, value, mask=mask, return_lse=True, backend=backend)
+
+        results, pull = jax.vjp(attend, arrays["query"], key, value)
+        return results, pull((jnp.ones_like(results[0]), jnp.ones_like(results[1])))
+
+    run = jax.jit(both)
+    expected = run(arrays["key"], arrays["value"])
+    for huge in (3e38, np.nan):
+        found = run(*(arrays[name].at[:, 33:].set(huge) for name in ("key", "value")))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(bits(a), bits(b))
+
+
 def test_logits_that_are_huge_are_visible(backend: str) -> None:
     """A row whose visible logits are all `finfo.min` is their mean, not an empty row."""
     arrays, seen = inputs(3), visible("dead rows")

@@ -35,8 +35,8 @@ def in_steps(call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> An
         partial(rows.forward),
         partial(rows.backward),
         partial(rows.forward),
+        decided=partial(rows.decided),
         cleans=True,
-        fuses=True,
         states=False,
     )
 

@@ -7,7 +7,6 @@ other backend computes the same up to rounding, or refuses the call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -304,14 +303,23 @@ def _finite_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
     return _finite(*primals), tangents[0]
 
 
-def all_finite(*arrays: Float[Array, "..."], axis: int | None = None) -> Bool[Array, "..."]:
-    """Whether all numbers of all arrays are finite, or all along an axis.
+def all_finite(array: Float[Array, "..."], axis: int) -> Bool[Array, "..."]:
+    """Whether all numbers along an axis are finite.
 
     A finite number less itself is 0, any other NaN. XLA has a fast way to sum on CPU, and compiles
     it sooner than `isfinite` and `all`.
     """
-    wide = [array.astype(accumulator(array.dtype)) for array in arrays]
-    return reduce(jnp.logical_and, [(a - a).sum(axis) == 0 for a in wide])
+    wide = array.astype(accumulator(array.dtype))
+    return (wide - wide).sum(axis) == 0
+
+
+def surely_finite(array: Float[Array, "..."]) -> Bool[Array, ""]:
+    """Whether the sum of all numbers is finite: then all are.
+
+    It takes half as long as to look at each. Where finite numbers are so large that their sum is
+    not, it is False too.
+    """
+    return jnp.isfinite(array.astype(accumulator(array.dtype)).sum())
 
 
 @custom_vmap

@@ -326,9 +326,10 @@ def _weigh(
 
     N, T, S = weights.shape[1:]
     if base.symbolic(T, S) or value.shape[1] * value.shape[2] <= N * T:
-        finite = jnp.isfinite(value)
         return lax.cond(
-            base.anywhere(~finite), with_nonfinite, lambda: _values(products, weights, value)
+            base.anywhere(~base.surely_finite(value)),
+            with_nonfinite,
+            lambda: _values(products, weights, value),
         )
     # With few queries the result is checked, which is smaller.
     out = _values(products, weights, value)

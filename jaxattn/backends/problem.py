@@ -96,11 +96,12 @@ class Engine(NamedTuple):
         rows.
       differentiable: the forward where JAX can push tangents through it; None where the formula
         has to be differentiated in its place.
+      decided: the forward where no other device has keys. It gives NaN itself to queries that see
+        keys, all with logits of -inf. None where that is found out from the LSE.
       cleans: whether it is given arrays as they are, and itself puts 0 in place of what is not
         finite, as `flash.operands.cleaned` does, where it copies them anyway.
       exact: whether its forward is given values as they are, and is right for those that are not
         finite too.
-      fuses: whether XLA computes less of it where nobody reads the LSE.
       heads_first: whether keys and values lie in memory with heads first, as `Call` says.
       states: whether it reads the states of tiles.
       known: whether it takes them from the config where they are known.
@@ -109,9 +110,9 @@ class Engine(NamedTuple):
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     differentiable: Callable[..., Any] | None = None
+    decided: Callable[..., Any] | None = None
     cleans: bool = False
     exact: bool = False
-    fuses: bool = False
     heads_first: bool = False
     states: bool = True
     known: bool = False

@@ -91,24 +91,37 @@ def build(call: Call) -> tuple[Config, Inputs]:
 
 def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, K, G, Hv]` in the query's dtype, and natural-log LSE `[B, T, K, G]`."""
+    return _over_keys(config, x, whole=False)
+
+
+def decided(config: Config, x: Inputs) -> tuple[Array, Array]:
+    """The same, NaN where a query sees keys, and all its logits are -inf."""
+    return _over_keys(config, x, whole=True)
+
+
+def _over_keys(config: Config, x: Inputs, *, whole: bool) -> tuple[Array, Array]:
     mask = _mask_of_all(config, x)
-    found, _ = _by_rows(1, x, x, lambda x: (_forward(config, x, mask), ()))
+    found, _ = _by_rows(1, x, x, lambda x: (_forward(config, x, mask, whole), ()))
     out, lse = found
     return out, lse
 
 
-def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Array]:
+def _forward(config: Config, x: Inputs, mask: Array | None, whole: bool) -> tuple[Array, Array]:
     B, T, K, G, _ = x.query.shape
     shown = visible(config, x) if mask is None else mask
     logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
-    # From here on without any `where`, which XLA can't fuse with products. Rows without any visible
-    # key are measured from a finite number: -inf - -inf is NaN.
-    level = jnp.maximum(top, jnp.asarray(jnp.finfo(top.dtype).min, top.dtype))
-    p = jnp.exp(logits - level)
+    # From here on without any `where`, which XLA can't fuse with products. Rows without any weight
+    # are measured from a finite number: -inf - -inf is NaN.
+    least = jnp.asarray(jnp.finfo(top.dtype).min, top.dtype)
+    if whole and shown is not None:
+        least = where(shown.any(-1, keepdims=True), jnp.full_like(least, -jnp.inf), least)
+    if not whole or shown is not None:
+        top = jnp.maximum(top, least)
+    p = jnp.exp(logits - top)
     total = p.sum(-1, keepdims=True)
-    empty = total == 0
     # It is at least 1, as the largest logit adds 1, or 0.
+    empty = total == 0
     total = jnp.maximum(total, jnp.asarray(0.5, total.dtype))
     if config.dropout:
         p = p * dropout_factors(x, p.dtype)
@@ -118,7 +131,7 @@ def _forward(config: Config, x: Inputs, mask: Array | None) -> tuple[Array, Arra
     weights = factor(config, p / total if early else p)
     out = dot(config, weights, value, 2).reshape(B, K, G, T, -1)
     out = out if early else out / total
-    lse = where(~empty, level + jnp.log(total), -jnp.inf)[..., 0]
+    lse = where(~empty, top + jnp.log(total), -jnp.inf)[..., 0]
     return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
 
 
@@ -165,6 +178,12 @@ def _backward(
     shown = visible(config, x, across=True) if mask is None else mask
     query, given = _queries(config, _scaled(config, x)), _queries(config, d_out)
     logits, pull = logits_of(config, x, shown, across=True)
+    if shown is None:
+        # No weight is more than 1, also where logits round in another way than in the forward. And
+        # XLA fuses exponentials with products only beside such a maximum. What exceeds is added: a
+        # fused maximum passes over NaN.
+        more = logits.max(2, keepdims=True) - far
+        far = far + jnp.maximum(more, jnp.zeros((), far.dtype))
     # The barrier keeps XLA from computing it again for each of its uses.
     p = lax.optimization_barrier(jnp.exp(where(shown, logits - far, -jnp.inf)))
     kept, dp = p, dot(config, keys(config, x.value), given, 3).reshape(p.shape)
@@ -195,7 +214,9 @@ def _backward(
     return g, score
 
 
-ENGINE = Engine(forward, backward, differentiable=forward, cleans=True, fuses=True, states=False)
+ENGINE = Engine(
+    forward, backward, differentiable=forward, decided=decided, cleans=True, states=False
+)
 
 
 # --- some batch rows at a time --------------------------------------------------------------------
@@ -257,7 +278,8 @@ def visible(config: Config, x: Inputs, *, across: bool = False) -> Bool[Array, "
     """The mask, as it broadcasts to the logits."""
     if config.mask is None:
         return None
-    return config.mask.evaluated(*_tiles(config.mask.kinds, x, x.mask, across=across))
+    found = config.mask.evaluated(*_tiles(config.mask.kinds, x, x.mask, across=across))
+    return found if found.ndim else found.reshape(1, 1, 1, 1, 1)
 
 
 def _mask_of_all(config: Config, x: Inputs, *, across: bool = False) -> Array | None:
@@ -307,7 +329,7 @@ def dropout_factors(x: Inputs, dtype: Any, *, across: bool = False) -> Float[Arr
     return jnp.where(keep, base.kept_scale(rate, dtype), jnp.zeros((), dtype))
 
 
-def where(flags: Array | None, array: Array, other: float) -> Array:
+def where(flags: Array | None, array: Array, other: float | Array) -> Array:
     """The array, with another number where flags are False; without flags the array."""
     return array if flags is None else jnp.where(flags, array, jnp.asarray(other, array.dtype))
 
@@ -364,6 +386,9 @@ def _factor_across(config: Config, array: Float[Array, "B K S G T"]) -> Float[Ar
 def dot(config: Config, a: Array, b: Array, axis: int) -> Array:
     """Products of stacks of matrices: over the last axis of a, and this one of b."""
     precision = lax.Precision.HIGHEST if config.precision is None else config.precision
+    if a.dtype != jnp.bfloat16:
+        dims: Any = (((3,), (axis,)), ((0, 1), (0, 1)))
+        return bfloat16.dot(a, b, dims, precision)
     # One axis of stacks: with two XLA converts factors of 16 bits, if they were transposed.
     dims = (((2,), (axis - 1,)), ((0,), (0,)))
     found = bfloat16.dot(joined(a, 0), joined(b, 0), dims, precision)

@@ -315,7 +315,7 @@ def _without_gradient(config: Config, x: Inputs) -> Bool[Array, "B T N"]:
     """The queries that see a key, of any device, that is not finite."""
     shards = _of(config)
     B, T, N, _ = x.query.shape
-    flags = ~base.all_finite(x.key, axis=-1)  # [B, S, K]
+    flags = ~base.all_finite(x.key, -1)  # [B, S, K]
     none = constant(x.query, (B, T, N), bool)
 
     def found() -> Array:

@@ -11,7 +11,7 @@ the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -33,32 +33,22 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     """Output `[B, T, N, Hv]` and LSE `[B, T, N]` by the config's engine."""
     engine = config.engine
     assert engine is not None
-    out, lse = _by_engine(config, x)
+    if engine.decided is not None:
+        out, lse = _by_engine(config, x, engine.decided)
+        return _with_nonfinite(config, x, out), lse
+    out, lse = _by_engine(config, x, engine.forward)
     if engine.exact:
         return out, lse
-
-    def weightless(x: Inputs, start: Any, rows: int, lse: Array) -> Array:
-        if engine.fuses:
-            # Computed again: the LSE would otherwise have to be known in every call.
-            lse = lax.dynamic_slice_in_dim(_by_engine(config, x)[1], start, rows, 1)
-        return lse == -jnp.inf
 
     def with_nonfinite(x: Inputs, start: Any, rows: int, found: Any) -> Any:
         out, lse = found
         seen = _seen(config, x, start, rows)
         # A row without any weight is empty, or all its visible logits are -inf: the mask decides.
-        nothing = weightless(x, start, rows, lse) & jnp.swapaxes(seen.any(-1), 1, 2)
+        nothing = (lse == -jnp.inf) & jnp.swapaxes(seen.any(-1), 1, 2)
         out = _with_values(x, seen, out)
         return _undefined(config, nothing, out), _where(nothing, jnp.nan, lse)
 
-    if engine.fuses:
-        # A row without any weight has an output of 0. With the barrier XLA adds up each row by
-        # itself, which is much faster.
-        sums = lax.optimization_barrier(jnp.abs(out.astype(lse.dtype)).sum(-1))
-        some = sums.min() > 0
-    else:
-        some = lse.min() > -jnp.inf
-    wrong = ~base.all_finite(x.value) | _doubtful(config, x, some)
+    wrong = ~base.surely_finite(x.value) | _doubtful(config, x, lse)
     return _corrected(x, wrong, with_nonfinite, (out, lse))
 
 
@@ -67,13 +57,19 @@ def of_some_keys(config: Config, x: Inputs) -> tuple[Array, Array, Bool[Array, "
 
     The LSE of a query whose visible logits are all -inf is -inf: with other keys it may be finite.
     """
-    out, lse = _by_engine(config, x)
+    assert config.engine is not None
+    out, lse = _by_engine(config, x, config.engine.forward)
+    return _with_nonfinite(config, x, out), lse, _doubtful(config, x, lse)
 
-    def with_nonfinite(x: Inputs, start: Any, rows: int, out: Any) -> Any:
+
+def _with_nonfinite(config: Config, x: Inputs, out: Array) -> Array:
+    """The output of an engine, with what visible values that are not finite add to it."""
+
+    def more(x: Inputs, start: Any, rows: int, out: Any) -> Any:
         return _with_values(x, _seen(config, x, start, rows), out)
 
-    out = _corrected(x, ~base.all_finite(x.value), with_nonfinite, out)
-    return out, lse, _doubtful(config, x, lse.min() > -jnp.inf)
+    found: Array = _corrected(x, ~base.surely_finite(x.value), more, out)
+    return found
 
 
 def decided(
@@ -108,15 +104,16 @@ def that_see(
     return found
 
 
-def _by_engine(config: Config, x: Inputs) -> tuple[Array, Array]:
+def _by_engine(config: Config, x: Inputs, forward: Callable[..., Any]) -> tuple[Array, Array]:
     assert config.engine is not None
     given = x if config.engine.cleans else x._replace(value=base.finite(x.value))
-    out, lse = config.engine.forward(config, given.grouped())
+    out, lse = forward(config, given.grouped())
     return joined(out, 2), joined(lse, 2)
 
 
-def _doubtful(config: Config, x: Inputs, weighty: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether a row without any weight may see a key; if all rows are `weighty`, none."""
+def _doubtful(config: Config, x: Inputs, lse: Array) -> Bool[Array, ""]:
+    """Whether a row without any weight may see a key."""
+    weighty = lse.min() > -jnp.inf
     if config.score is not None:
         return ~weighty
     none = constant(weighty, (), bool)
@@ -221,13 +218,13 @@ def backward(
     def that_see_others(given: Any, start: Any, rows: int, bad: Array) -> Array:
         # Of what is visible, values that are not finite are in the output; keys need not be.
         x, *of_rows = given
-        some = (lax.dynamic_slice_in_dim(a, start, rows, 1) for a in of_rows)
-        keys = jnp.swapaxes(~base.all_finite(x.key, axis=-1), 1, 2)[..., None]
+        finite = (base.all_finite(lax.dynamic_slice_in_dim(a, start, rows, 1), -1) for a in of_rows)
+        keys = jnp.swapaxes(~base.all_finite(x.key, -1), 1, 2)[..., None]
         seen = _reached(config, x, keys, start, rows)[..., 0]
-        return bad | seen | ~base.all_finite(*some, axis=-1)
+        return reduce(jnp.logical_or, map(jnp.logical_not, finite), bad | seen)
 
     # If products are finite, outputs and cotangents are.
-    wrong = ~base.all_finite(products) | ~base.all_finite(x.key)
+    wrong = ~base.surely_finite(products) | ~base.surely_finite(x.key)
     given = (x, out, d_out)
     bad = alive & _corrected(x, wrong, that_see_others, ~jnp.isfinite(lse), given)
     K, grouped = x.key.shape[2], x.grouped()
