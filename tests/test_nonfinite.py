@@ -238,6 +238,28 @@ def test_hidden_values_of_any_size_change_no_bit(backend: str) -> None:
             np.testing.assert_array_equal(bits(a), bits(b))
 
 
+def test_an_infinite_query_with_finite_logits_is_felt_by_the_keys_that_it_sees(
+    backend: str,
+) -> None:
+    """A cap makes them finite, the output too; products with the query in the backward are not."""
+    arrays = {name: jnp.asarray(a) for name, a in inputs(4).items()}
+    arrays["query"] = arrays["query"].at[1, 5, 2, 3].set(jnp.inf)
+
+    def attend(query: Any, key: Any, value: Any) -> Any:
+        score = scores.soft_cap(2.0)
+        return ja.attention(query, key, value, mask=masks.causal(), score=score, backend=backend)
+
+    out, pull = jax.vjp(attend, *arrays.values())
+    assert jnp.isfinite(out).all()
+    d_query, *of_keys = pull(jnp.ones_like(out))
+    others = jnp.ones((B, T, N), bool).at[1, 5, 2].set(False)
+    assert jnp.isfinite(d_query[others]).all()
+    for found in of_keys:
+        assert jnp.isfinite(found[0]).all()
+        assert jnp.isfinite(found[1, 6:]).all()
+        assert jnp.isfinite(found[1, :, 0]).all()
+
+
 def test_logits_that_are_huge_are_visible(backend: str) -> None:
     """A row whose visible logits are all `finfo.min` is their mean, not an empty row."""
     arrays, seen = inputs(3), visible("dead rows")

@@ -225,7 +225,11 @@ def backward(
 
     # If products are finite, outputs and cotangents are.
     wrong = ~base.surely_finite(products) | ~base.surely_finite(x.key)
-    given = (x, out, d_out)
+    given: tuple[Any, ...] = (x, out, d_out)
+    if config.score is not None:
+        # Such as a cap, which makes finite logits of a query that is infinite.
+        wrong = wrong | ~base.surely_finite(x.query)
+        given = (*given, x.query)
     bad = alive & _corrected(x, wrong, that_see_others, ~jnp.isfinite(lse), given)
     K, grouped = x.key.shape[2], x.grouped()
     d_out, lse, delta = (
