@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from test_tiled import close, everything, make, normal
 
+import jaxattn as ja
 from jaxattn import masks, scores
 from jaxattn.backends import dense, rows
 from jaxattn.backends.base import Call, Dropout
@@ -146,3 +147,26 @@ def test_values_of_zero_are_no_rows_without_weights() -> None:
     assert np.isnan(lse[some, 0]).all()
     assert (out[~some] == 0).all()
     assert (lse[~some] == -np.inf).all()
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="XLA of JAX 0.10 computes the score again for weights"
+)
+def test_huge_logits_of_a_score_are_rounded_once() -> None:
+    """As for the largest of a row, so for its weights: no row that sees keys is empty."""
+    query, key, value = normal(1, B, T, N, 8) * 1e12, normal(2, B, T, N, 8), normal(3, B, T, N, 8)
+    shown = jnp.ones((B, 1, 1, 1), bool)
+
+    def attend(factors: Any, shown: Any) -> Any:
+        score = scores.score(lambda logit, b, h, q, k, factors: logit * factors[h], factors)
+        mask = masks.dense(shown)
+        return ja.attention(
+            query, key, value, mask=mask, score=score, return_lse=True, backend="rows"
+        )
+
+    given = normal(4, N), shown
+    # Optimized as for users, unlike other tests.
+    options = {"xla_backend_optimization_level": 3}
+    out, lse = jax.jit(attend).lower(*given).compile(compiler_options=options)(*given)
+    assert jnp.isfinite(out).all()
+    assert jnp.isfinite(lse).all()

@@ -110,6 +110,10 @@ def _forward(config: Config, x: Inputs, mask: Array | None, whole: bool) -> tupl
     B, T, K, G, _ = x.query.shape
     shown = visible(config, x) if mask is None else mask
     logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
+    if config.score is not None:
+        # XLA would compute a score again for the weights, and round it in another way than for the
+        # largest logit: huge logits then have no weight that is 1.
+        logits = lax.optimization_barrier(logits)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     # From here on without any `where`, which XLA can't fuse with products. Rows without any weight
     # are measured from a finite number: -inf - -inf is NaN.
