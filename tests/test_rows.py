@@ -149,9 +149,6 @@ def test_values_of_zero_are_no_rows_without_weights() -> None:
     assert (lse[~some] == -np.inf).all()
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="XLA of JAX 0.10 computes the score again for weights"
-)
 def test_huge_logits_of_a_score_are_rounded_once() -> None:
     """As for the largest of a row, so for its weights: no row that sees keys is empty."""
     query, key, value = normal(1, B, T, N, 8) * 1e12, normal(2, B, T, N, 8), normal(3, B, T, N, 8)

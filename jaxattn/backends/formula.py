@@ -274,26 +274,32 @@ def _softmax(
     """
     if seen is None:
         top = logits.max(-1, keepdims=True)
-        p = jnp.exp(_below(logits, top))
+        p = jnp.exp(below(logits, top))
         total = p.sum(-1, keepdims=True)
         return p / total, (top + jnp.log(total))[..., 0]
     some = seen.any(-1, keepdims=True)
     # Over visible pairs alone: their logits may be smaller than any number put in masked places.
     top = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
     top = jnp.where(some, top, 0)
-    p = jnp.where(seen, jnp.exp(jnp.where(seen, _below(logits, top), 0)), 0)
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, below(logits, top), 0)), 0)
     total = jnp.where(some, p.sum(-1, keepdims=True), 1)
     # The total of a row that sees a NaN is NaN, and the weights of what it may not see are 0 still.
     return jnp.where(seen, p / total, 0), jnp.where(some, top + jnp.log(total), -jnp.inf)[..., 0]
 
 
-def _below(logits: Array, top: Array) -> Array:
+@jax.custom_jvp
+def below(logits: Float[Array, "..."], top: Float[Array, "..."]) -> Float[Array, "..."]:
     """`logits - top`, exactly 0 at the largest logit.
 
     XLA may compute the scale and the difference as one operation with one rounding, and the largest
     of huge logits would then differ from itself.
     """
     return jnp.where((logits == top) & jnp.isfinite(top), 0, logits - top)
+
+
+@below.defjvp
+def _below_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return below(*primals), tangents[0] - tangents[1]
 
 
 @_softmax.defjvp

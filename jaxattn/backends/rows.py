@@ -26,7 +26,7 @@ from ..mesh import constant
 from ..shapes import Array, Bool, Float
 from ..tracing.dependence import Kind
 from ..tracing.split import as_tile, skewed
-from . import base, bfloat16, problem
+from . import base, bfloat16, formula, problem
 from .base import Call, unchanged
 from .flash import transforms
 from .flash.operands import cleaned, learned, replaced
@@ -110,10 +110,6 @@ def _forward(config: Config, x: Inputs, mask: Array | None, whole: bool) -> tupl
     B, T, K, G, _ = x.query.shape
     shown = visible(config, x) if mask is None else mask
     logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
-    if config.score is not None:
-        # XLA would compute a score again for the weights, and round it in another way than for the
-        # largest logit: huge logits then have no weight that is 1.
-        logits = lax.optimization_barrier(logits)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     # From here on without any `where`, which XLA can't fuse with products. Rows without any weight
     # are measured from a finite number: -inf - -inf is NaN.
@@ -122,7 +118,7 @@ def _forward(config: Config, x: Inputs, mask: Array | None, whole: bool) -> tupl
         least = where(shown.any(-1, keepdims=True), jnp.full_like(least, -jnp.inf), least)
     if not whole or shown is not None:
         top = jnp.maximum(top, least)
-    p = jnp.exp(logits - top)
+    p = jnp.exp(logits - top if config.score is None else formula.below(logits, top))
     total = p.sum(-1, keepdims=True)
     # It is at least 1, as the largest logit adds 1, or 0.
     empty = total == 0
