@@ -20,14 +20,16 @@ from jaxattn import masks, scores
 from jaxattn.backends import dense, rows
 from jaxattn.backends.base import Call, Dropout
 from jaxattn.backends.flash import transforms
-from jaxattn.backends.problem import Engine
+from jaxattn.backends.problem import Engine, Keeping
 
 B, N, T = 6, 4, 12
 
 small = partial(make, B=B, T=T, S=T)
 
 
-def in_steps(call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> Any:
+def in_steps(
+    call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int, *, keeps: bool = False
+) -> Any:
     """The backend with so many batch rows in a step, as a function of its own, compiled anew."""
     _, t, s, n, k, h, hv = call.sizes
     monkeypatch.setattr(rows, "STEP_NUMBERS", batch_rows * rows._numbers(t, s, n, k, h + hv))
@@ -37,6 +39,7 @@ def in_steps(call: Call, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> An
         partial(rows.backward),
         partial(rows.forward),
         decided=partial(rows.decided),
+        keeping=Keeping(partial(rows.with_weights), partial(rows.from_weights)) if keeps else None,
         cleans=True,
         states=False,
     )
@@ -62,13 +65,22 @@ CASES = {
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "keeps"),
+    [
+        *((name, False) for name in CASES),
+        *((name, True) for name in CASES if "bias" not in name),
+    ],
+)
 def test_steps_give_what_the_whole_gives(
-    name: str, batch_rows: int, monkeypatch: pytest.MonkeyPatch
+    name: str, keeps: bool, batch_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row in a step, and three: the largest divisor of the batch that fits."""
+    """One row in a step, and three: the largest divisor of the batch that fits.
+
+    And so do weights that are kept, as the steps of a vmapped call may have them.
+    """
     call = CASES[name]()
-    run = in_steps(call, monkeypatch, batch_rows)
+    run = in_steps(call, monkeypatch, batch_rows, keeps=keeps)
     sizes, one_step = set(), rows._forward
 
     def recorded(config: Any, x: Any, *rest: Any) -> Any:
@@ -99,13 +111,16 @@ def test_a_vmapped_bias_that_rows_share_gets_a_gradient_for_each_element(
         close(jax.tree.map(lambda a, n=n: a[n], found), each)
 
 
-def test_what_is_not_finite_stays_in_its_batch_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_is_not_finite_stays_in_its_batch_row(
+    keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the row of length 3: NaN in the last key that it sees, inf in a value that it does not."""
     call = small(masks.key_padding(lengths=LENGTHS))
     broken = dataclasses.replace(
         call, key=call.key.at[0, 2].set(np.nan), value=call.value.at[0, 3].set(np.inf)
     )
-    run = in_steps(call, monkeypatch, 2)
+    run = in_steps(call, monkeypatch, 2, keeps=keeps)
     compute, clean = (jax.jit(partial(everything, run)), jax.jit(partial(everything, dense.run)))
     (gradients, (out, lse)), (wanted, (plain, _)) = compute(broken), clean(call)
     assert np.isnan(out[0]).all()
@@ -117,6 +132,61 @@ def test_what_is_not_finite_stays_in_its_batch_row(monkeypatch: pytest.MonkeyPat
     assert np.isnan(gradients[1][0, :3]).all()
     assert (np.asarray(gradients[1][0, 3:]) == 0).all()
     assert (np.asarray(gradients[2][0, 3:]) == 0).all()
+
+
+# Sizes, and whether weights are kept: in the last case rows are more than one step.
+KEPT = {
+    (2, 8, 8, 4): True,
+    (2, 64, 64, 4): False,
+    (1, 512, 512, 32): False,
+    (3, 4, 300, 8): True,
+    (64, 100, 100, 64): False,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("sizes", KEPT)
+def test_a_gradient_keeps_at_most_as_much_again_as_it_is_given(
+    sizes: tuple[int, int, int, int], dtype: Any
+) -> None:
+    """Weights only where they are no more than inputs and outputs, beside two numbers of each row."""
+    b, t, s, width = sizes
+    query = jax.ShapeDtypeStruct((b, t, N, width), dtype)
+    key = jax.ShapeDtypeStruct((b, s, N, width), dtype)
+
+    def kept(query: Any, key: Any, value: Any) -> Any:
+        attend = partial(ja.attention, mask=masks.causal(), backend="rows")
+        return jax.vjp(attend, query, key, value)[1]
+
+    def size(arrays: Any) -> int:
+        return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays))
+
+    found = jax.eval_shape(kept, query, key, key)
+    given = 2 * size((query, key))
+    assert size(found) <= 2 * given + 4 * 16 * b * t * N
+    assert any(a.shape == (b, N, t, s) for a in jax.tree.leaves(found)) == KEPT[sizes]
+
+
+def test_weights_that_a_policy_does_not_save_are_computed_again() -> None:
+    """With their name they are saved, beside output and LSE."""
+    call = small(masks.causal())
+
+    def exponentials(*names: str) -> int:
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+        def loss(query: Any) -> Any:
+            attend = jax.checkpoint(
+                lambda query: ja.attention(
+                    jnp.sin(query), call.key, call.value, mask=masks.causal(), backend="rows"
+                ),
+                policy=policy,
+            )
+            return (attend(query) ** 2).sum()
+
+        text = jax.jit(jax.grad(loss)).lower(call.query).as_text()
+        return text.count("stablehlo.exponential")
+
+    assert exponentials(*transforms.SAVED) < exponentials(*transforms.SAVED[:2])
 
 
 def test_an_lse_that_nobody_reads_is_not_computed() -> None:

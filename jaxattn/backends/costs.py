@@ -31,11 +31,6 @@ PRODUCT = 1 / 60
 # The share of that in bfloat16, where a processor has a unit for it.
 NARROW = 0.5
 
-# The share of tiles to compute that is assumed of a mask with numbers or arrays, so that new values
-# never change the choice: that of a causal mask on two tiles of queries and of keys. Of a mask that
-# all queries share, as of padding, all are assumed.
-UNKNOWN = 0.75
-
 # Logits of one batch row, 8 MB of float32, up to which whole rows are computed: beyond, they would
 # leave the caches, and take more memory than their speed is worth.
 MOST_OF_ROW = 2**21
@@ -77,6 +72,17 @@ def estimates(call: Call) -> dict[str, float]:
     return found
 
 
+def _unknown(rows: int, columns: int) -> float:
+    """The share of tiles assumed of a mask with numbers or arrays; new values don't change it.
+
+    That of a causal mask on as many tiles a side, and half a tile more in each row: the tiles to
+    compute are found when the call runs. At 256 squared, two tiles a side, `rows` is faster then,
+    and `tiled` from 384 on.
+    """
+    most = max(rows, columns)
+    return min(1.0, (most + 2) / (2 * most))
+
+
 def _in_tiles(call: Call) -> float:
     """Pairs of a head in the tiles that have to be computed, the last ones whole."""
     B, T, S, N, *_ = call.sizes
@@ -85,8 +91,9 @@ def _in_tiles(call: Call) -> float:
     share = 1.0
     if call.mask is not None:
         states = known.states(call.mask, call.positions, (B, N, T, S), tile)
+        # Of a mask that all queries share, as of padding, all tiles are assumed.
         by_query = any(kind not in ("column", "head") for kind in call.mask.kinds)
-        share = UNKNOWN if by_query else 1.0
+        share = _unknown(rows, columns) if by_query else 1.0
         if states is not None:
             share = 1 - b"".join(states).count(EMPTY) / (rows * columns)
     return share * math.prod((rows, columns, *tile))

@@ -34,12 +34,15 @@ class Rules(NamedTuple):
         the fixed arrays, None for arrays that are not floats.
       transpose: `(fixed, cotangents) -> cotangents` of the operands, for those of the results.
       names: of the results, for the policies of `jax.checkpoint`.
+      differentiated: `fixed -> (rules, like)`, the operation in its place where it is
+        differentiated. It has more results after these, which are like these arrays.
     """
 
     apply: Callable[[Leaves, Leaves], Leaves]
     slope: Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]
     transpose: Callable[[Leaves, Leaves], Leaves] | None = None
     names: tuple[str, ...] = ()
+    differentiated: Callable[[Leaves], tuple[Rules, Leaves]] | None = None
 
 
 def operation(rules: Rules, fixed: Leaves, operands: Leaves, like: Leaves) -> list[Any]:
@@ -98,6 +101,15 @@ def _derivative(
 ) -> Any:
     like, fixed, given = _parts(primals, results, operands)
     _, of_fixed, of_given = _parts(tangents, results, operands)
+    if rules.differentiated is not None:
+        rules, more = rules.differentiated(fixed)
+        primals = varying_alike([*like, *more, *fixed, *given])
+        count = results + len(more)
+        tangents = (*[None] * count, *of_fixed, *of_given)
+        found, slopes = _derivative(
+            primals, tangents, rules=rules, results=count, operands=operands
+        )
+        return found[:results], slopes[:results]
     found = _op.bind(*primals, rules=rules, results=results, operands=operands)
     if rules.names:
         pairs = zip(found, rules.names, strict=True)
@@ -139,6 +151,7 @@ ad.primitive_transposes[_op] = _transposed
 @lru_cache(maxsize=1024)
 def _batched(rules: Rules, fixed: tuple[bool, ...], operands: tuple[bool, ...]) -> Rules:
     """The rules over the first axis of the arrays that are batched; all results are."""
+    flags = fixed, operands
     of_fixed, of_operands = (tuple(0 if yes else None for yes in e) for e in (fixed, operands))
 
     def apply(fixed: Leaves, operands: Leaves) -> Leaves:
@@ -158,7 +171,26 @@ def _batched(rules: Rules, fixed: tuple[bool, ...], operands: tuple[bool, ...]) 
         pairs = zip(found, operands, strict=True)
         return tuple(a if yes else a.sum(0, dtype=a.dtype) for a, yes in pairs)
 
-    return Rules(apply, slope, rules.transpose and transpose, rules.names)
+    def differentiated(fixed: Leaves) -> tuple[Rules, Leaves]:
+        assert rules.differentiated is not None
+        swap = rules.differentiated
+        found: list[Rules] = []
+
+        def more(fixed: Leaves) -> Leaves:
+            inner, like = swap(fixed)
+            found.append(inner)
+            return tuple(like)
+
+        like = jax.vmap(more, (of_fixed,))(fixed)
+        return _batched(found[0], *flags), like
+
+    return Rules(
+        apply,
+        slope,
+        rules.transpose and transpose,
+        rules.names,
+        rules.differentiated and differentiated,
+    )
 
 
 def _batch(args: Leaves, dims: Leaves, *, rules: Rules, results: int, operands: int) -> Any:

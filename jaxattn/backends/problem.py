@@ -79,6 +79,18 @@ class Column(NamedTuple):
         return {"mean": 0.0, "max": -jnp.inf, "largest": -1.0}[self.reduce]
 
 
+class Keeping(NamedTuple):
+    """Passes of an engine that keeps weights for its backward, as `Engine` has them.
+
+    Attributes:
+      forward: gives the weights `[B, K, G, T, S]` too, before dropout.
+      backward: `(config, groups, x, weights, far, delta, d_out) -> Gradients`.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
 class Engine(NamedTuple):
     """Loops or kernels that compute attention, as functions of a `Config` and `grouped` inputs.
 
@@ -98,6 +110,8 @@ class Engine(NamedTuple):
         has to be differentiated in its place.
       decided: the forward where no other device has keys. It gives NaN itself to queries that see
         keys, all with logits of -inf. None where that is found out from the LSE.
+      keeping: the passes of calls whose weights take no more memory than the inputs and outputs, so
+        that they are kept for the backward; else None. They need all keys, like `decided`.
       cleans: whether it is given arrays as they are, and itself puts 0 in place of what is not
         finite, as `flash.operands.cleaned` does, where it copies them anyway.
       exact: whether its forward is given values as they are, and is right for those that are not
@@ -111,6 +125,7 @@ class Engine(NamedTuple):
     backward: Callable[..., Any]
     differentiable: Callable[..., Any] | None = None
     decided: Callable[..., Any] | None = None
+    keeping: Keeping | None = None
     cleans: bool = False
     exact: bool = False
     heads_first: bool = False

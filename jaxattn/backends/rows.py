@@ -31,7 +31,7 @@ from .base import Call, unchanged
 from .flash import transforms
 from .flash.operands import cleaned, learned, replaced
 from .flash.tile_sizes import largest_divisor
-from .problem import DROPOUT, Config, Engine, Gradients, Inputs, joined
+from .problem import DROPOUT, Config, Engine, Gradients, Inputs, Keeping, joined
 
 WHY = "whole rows of logits, a few batch rows at a time, so that they stay in the caches"
 
@@ -83,7 +83,23 @@ def run(call: Call) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
 def build(call: Call) -> tuple[Config, Inputs]:
     """What the steps are compiled for, and what they are given."""
     lengths = (call.sizes.T, call.sizes.S)
-    return problem.build(call, ENGINE, bfloat16.factors(call), lambda known, heads: lengths)
+    engine = KEEPING if _keeps(call) else ENGINE
+    return problem.build(call, engine, bfloat16.factors(call), lambda known, heads: lengths)
+
+
+def _keeps(call: Call) -> bool:
+    """Whether the forward keeps weights for the backward, instead of computing them again.
+
+    They take no more memory than inputs and outputs then. With more than one step they would not
+    stay in the caches, and a score is differentiated at its logits, which are computed anyway.
+    """
+    B, T, S, N, K, H, Hv = call.sizes
+    if call.score is not None or call.shards is not None or base.symbolic(B):
+        return False
+    width = jnp.dtype(base.accumulator(call.query.dtype)).itemsize
+    others = (N * T + K * S) * (H + Hv) * jnp.dtype(call.query.dtype).itemsize
+    whole = B * _numbers(T, S, N, K, H + Hv) <= WHOLE_NUMBERS
+    return bool(whole and N * T * S * width <= others)
 
 
 # --- forward and backward -------------------------------------------------------------------------
@@ -99,14 +115,25 @@ def decided(config: Config, x: Inputs) -> tuple[Array, Array]:
     return _over_keys(config, x, whole=True)
 
 
+def with_weights(config: Config, x: Inputs) -> tuple[Array, Array, Array]:
+    """The same, and the weights `[B, K, G, T, S]` before dropout."""
+    mask = _mask_of_all(config, x)
+    found, _ = _by_rows(1, x, x, lambda x: (_forward(config, x, mask, True, True), ()))
+    out, lse, weights = found
+    return out, lse, weights
+
+
 def _over_keys(config: Config, x: Inputs, *, whole: bool) -> tuple[Array, Array]:
     mask = _mask_of_all(config, x)
-    found, _ = _by_rows(1, x, x, lambda x: (_forward(config, x, mask, whole), ()))
+    found, _ = _by_rows(1, x, x, lambda x: (_forward(config, x, mask, whole)[:2], ()))
     out, lse = found
     return out, lse
 
 
-def _forward(config: Config, x: Inputs, mask: Array | None, whole: bool) -> tuple[Array, Array]:
+def _forward(
+    config: Config, x: Inputs, mask: Array | None, whole: bool, kept: bool = False
+) -> tuple[Array, Array, Array]:
+    """Output, LSE and weights of some rows. Weights are those of the softmax if they are kept."""
     B, T, K, G, _ = x.query.shape
     shown = visible(config, x) if mask is None else mask
     logits = where(shown, logits_of(config, x, shown)[0], -jnp.inf)
@@ -123,16 +150,18 @@ def _forward(config: Config, x: Inputs, mask: Array | None, whole: bool) -> tupl
     # It is at least 1, as the largest logit adds 1, or 0.
     empty = total == 0
     total = jnp.maximum(total, jnp.asarray(0.5, total.dtype))
+    # Weights of 16 bits are rounded before the product, where XLA computes them with the softmax.
+    early = kept or _narrow(config, x)
+    p = p / total if early else p
+    weights = p
     if config.dropout:
         p = p * dropout_factors(x, p.dtype)
     value = keys(config, base.finite(x.value))
-    # Weights of 16 bits are rounded before the product, where XLA computes them with the softmax.
-    early = _narrow(config, x)
-    weights = factor(config, p / total if early else p)
-    out = dot(config, weights, value, 2).reshape(B, K, G, T, -1)
+    out = dot(config, factor(config, p), value, 2).reshape(B, K, G, T, -1)
     out = out if early else out / total
     lse = where(~empty, top + jnp.log(total), -jnp.inf)[..., 0]
-    return out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2)
+    out = out.astype(x.query.dtype).transpose(0, 3, 1, 2, 4)
+    return out, lse.transpose(0, 3, 1, 2), weights
 
 
 def backward(
@@ -194,7 +223,7 @@ def _backward(
     ds, score = pull(jnp.where(p == zero, zero, p * (dp - delta)))
     ds = _factor_across(config, where(shown, ds, 0))
     d_value = dot(config, _factor_across(config, kept), given, 2)
-    d_key = _scaled_after(config, x, dot(config, ds, query, 2))
+    d_key = dot(config, ds, query, 2)
     # A product with a transposed left factor is slow. The smaller of two other ways moves: ds, or
     # the key and the result.
     if G * T * S <= (G * T + S) * H:
@@ -204,19 +233,87 @@ def _backward(
     else:
         d_query = dot(config, _keys_across(config, x.key), ds, 2)
         d_query = d_query.reshape(B, K, H, G, T).transpose(0, 4, 1, 3, 2)
-    g = Gradients(
+    return _gradients(config, x, d_query, d_key, d_value), score
+
+
+def _gradients(
+    config: Config,
+    x: Inputs,
+    d_query: Float[Array, "B T K G H"],
+    d_key: Float[Array, "B K S H"],
+    d_value: Float[Array, "B K S Hv"],
+) -> Gradients:
+    """Gradients of arrays as they are given, from those of the factors of products."""
+    return Gradients(
         (d_query * x.scale.reshape(-1, 1, 1, 1, 1)).astype(x.query.dtype),
-        d_key.transpose(0, 2, 1, 3).astype(x.key.dtype),
+        _scaled_after(config, x, d_key).transpose(0, 2, 1, 3).astype(x.key.dtype),
         d_value.transpose(0, 2, 1, 3).astype(x.value.dtype),
         (x.query.astype(d_query.dtype) * d_query).sum((1, 2, 3, 4)),
         (),
     )
-    return g, score
+
+
+def from_weights(
+    config: Config,
+    groups: int,
+    x: Inputs,
+    weights: Float[Array, "B K G T S"],
+    far: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
+    d_out: Float[Array, "B T K G Hv"],
+) -> Gradients:
+    """The same from the weights that `with_weights` gave."""
+    mask = _mask_of_all(config, x)
+
+    def some(given: tuple[Any, ...]) -> tuple[Any, Any]:
+        return _from_weights(config, mask, *given), ()
+
+    g, _ = _by_rows(groups, x, (x, weights, far, delta, d_out), some)
+    none: list[Any] = [None] * len(x.score)
+    return g._replace(score=tuple(none))
+
+
+def _from_weights(
+    config: Config,
+    mask: Array | None,
+    x: Inputs,
+    p: Array,
+    far: Array,
+    delta: Array,
+    d_out: Array,
+) -> Gradients:
+    """Gradients of some rows."""
+    B, T, K, G, H = x.query.shape
+    x, d_out = cleaned(x, far.transpose(0, 3, 1, 2), d_out)
+    nan = jnp.where(jnp.isnan(far), far, jnp.zeros((), far.dtype))
+    nan, delta = lax.optimization_barrier((nan[..., None], delta[..., None]))
+    zero = jnp.zeros((), far.dtype)
+    shown = visible(config, x) if mask is None else mask
+    p = lax.optimization_barrier(where(shown, p + nan, 0))
+    query, given = _queries(config, _scaled(config, x)), _queries(config, d_out)
+    key, value = keys(config, x.key), keys(config, x.value)
+    kept, dp = p, dot(config, given, value, 3).reshape(p.shape)
+    if config.dropout:
+        factors = dropout_factors(x, p.dtype)
+        kept, dp = p * factors, dp * factors
+    # A weight of 0 has no derivative, however large the product: 0 * inf is NaN.
+    ds = lax.optimization_barrier(factor(config, jnp.where(p == zero, zero, p * (dp - delta))))
+    # A product with a transposed left factor is slow.
+    kept, turned = (jnp.swapaxes(a, 2, 3) for a in (factor(config, kept), ds))
+    kept, turned = lax.optimization_barrier((kept, turned))
+    return _gradients(
+        config,
+        x,
+        dot(config, ds, key, 2).reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4),
+        dot(config, turned, query, 2),
+        dot(config, kept, given, 2),
+    )
 
 
 ENGINE = Engine(
     forward, backward, differentiable=forward, decided=decided, cleans=True, states=False
 )
+KEEPING = ENGINE._replace(keeping=Keeping(with_weights, from_weights))
 
 
 # --- some batch rows at a time --------------------------------------------------------------------

@@ -52,6 +52,14 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     return _corrected(x, wrong, with_nonfinite, (out, lse))
 
 
+def with_weights(config: Config, x: Inputs) -> tuple[Array, Array, Array]:
+    """Output, LSE, and weights `[B, N, T, S]` by the passes `Engine.keeping` of the engine."""
+    assert config.engine is not None
+    assert config.engine.keeping is not None
+    out, lse, weights = config.engine.keeping.forward(config, x.grouped())
+    return _with_nonfinite(config, x, joined(out, 2)), joined(lse, 2), joined(weights, 1)
+
+
 def of_some_keys(config: Config, x: Inputs) -> tuple[Array, Array, Bool[Array, ""]]:
     """Output and LSE over some of the keys, and whether `decided` is needed.
 
@@ -202,10 +210,14 @@ def _with_values(x: Inputs, seen: Bool[Array, "#B #N rows S"], out: Array) -> Ar
 
 
 def backward(
-    config: Config, groups: int, x: Inputs, out: Array, lse: Array, d_out: Array, d_lse: Array
+    config: Config, groups: int, x: Inputs, out: Array, lse: Array, *more: Array
 ) -> Gradients:
-    """Cotangents of the inputs by the config's engine; see `Engine`."""
+    """Cotangents of the inputs by the config's engine; see `Engine`.
+
+    `more` are the weights, if `with_weights` gave them, and the cotangents of output and LSE.
+    """
     assert config.engine is not None
+    *weights, d_out, d_lse = more
     # XLA would evaluate a constant, such as the cotangent of a plain sum, while it compiles.
     d_out = lax.optimization_barrier(d_out)
     alive = lse != -jnp.inf
@@ -237,7 +249,12 @@ def backward(
     )
     if not config.engine.cleans:
         grouped, d_out = cleaned(grouped, lse, d_out)
-    g = config.engine.backward(config, groups, grouped, *backward_rows(lse, delta), d_out)
+    run = config.engine.backward
+    if weights:
+        assert config.engine.keeping is not None
+        run = config.engine.keeping.backward
+    kept = (by_key_head(a, 1, K) for a in weights)
+    g = run(config, groups, grouped, *kept, *backward_rows(lse, delta), d_out)
     score = tuple(None if part is None else joined(part, 1) for part in g.score)
     return g._replace(query=joined(g.query, 2), score=score)
 

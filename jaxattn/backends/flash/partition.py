@@ -28,15 +28,19 @@ from . import exchange, nonfinite
 # 1 where they don't depend on b or h.
 _AXES = {
     "query": "btnh", "key": "btkh", "value": "btkw", "scale": "b", "operand": "bn", "out": "btnw",
-    "lse": "btn",
+    "lse": "btn", "weights": "bnt",
 }  # fmt: skip
 
 
 class Pass(NamedTuple):
-    """What is computed: "forward", "tangent", or "backward", with this number of groups."""
+    """What is computed: "forward", "tangent", or "backward", with this number of groups.
+
+    With `weights`, the forward gives them too, and the backward takes them.
+    """
 
     name: str
     groups: int = 1
+    weights: bool = False
 
 
 def partitioned(work: Pass, config: Config, local: bool, x: Inputs, *rest: Any) -> Any:
@@ -52,14 +56,16 @@ def partitioned(work: Pass, config: Config, local: bool, x: Inputs, *rest: Any) 
     own: tuple[Any, ...] = ("query", "key", "value", operands(x.states), "scale")
     roles: Any = Inputs(*own, *map(operands, x[5:]))
     shapes = jax.eval_shape(fn, *args)
+    weights = ("weights",) * work.weights
     out_roles: Any = ("out", "lse")
     match work.name:
         case "forward":
             given: tuple[Any, ...] = (roles,)
+            out_roles += weights
         case "tangent":
             given = (roles, x.floats(roles))
         case _:
-            given = (roles, "out", "lse", "out", "lse")
+            given = (roles, "out", "lse", *weights, "out", "lse")
             query, key, value, _, scale = own
             out_roles = Gradients(query, key, value, scale, operands(shapes.score))
     B, T, N, _ = x.query.shape
@@ -83,7 +89,7 @@ def _local(work: Pass, config: Config) -> Callable[..., Any]:
     passes: Any = nonfinite if config.shards is None else exchange
     match work.name:
         case "forward":
-            fn: Any = partial(passes.forward, config)
+            fn: Any = partial(nonfinite.with_weights if work.weights else passes.forward, config)
         case "tangent":
             fn = partial(passes.tangent, config)
         case _:
@@ -130,8 +136,8 @@ def _operation(
     """
     B, N, K, T = (size for _, size in extents)
     engine = config.engine
-    # An engine that is exact needs all keys at once.
-    lengths = engine is not None and not engine.exact
+    # An engine that is exact needs all keys at once, and so do weights.
+    lengths = engine is not None and not engine.exact and not work.weights
     key_word = names[1]
 
     def local(split: _ShardedAxes, parts: int, *leaves: Array) -> Any:

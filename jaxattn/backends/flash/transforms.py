@@ -28,8 +28,9 @@ from ..problem import Config, Gradients, Inputs
 from . import exchange
 from .partition import Pass, partitioned
 
-# The names of the results that the backward needs, for `jax.checkpoint` policies.
-SAVED = ("jaxattn_out", "jaxattn_lse")
+# The names of the results that the backward needs, for `jax.checkpoint` policies. Weights are only
+# kept by engines that say so (`Engine.keeping`).
+SAVED = ("jaxattn_out", "jaxattn_lse", "jaxattn_weights")
 
 
 def attend(config: Config, x: Inputs) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
@@ -66,7 +67,7 @@ def received(
     leaves, tree = jax.tree.flatten(x)
     local = bool(varying(x.query) or jax.sharding.get_abstract_mesh().manual_axes)
     given = (*leaves, jnp.zeros_like(d_out), _kept(lse), d_out, jnp.zeros_like(lse))
-    _, _, found, *_ = operation(_backward_rules(config, tree, local), given, (), x.floats())
+    _, _, found, *_ = operation(_backward_rules(config, tree, local, False), given, (), x.floats())
     return cast(Array, found[..., 0])
 
 
@@ -84,34 +85,49 @@ def _with_empty(lse: Array) -> Array:
 
 
 @lru_cache(maxsize=1024)
-def _forward_rules(config: Config, tree: Any, local: bool) -> Rules:
-    """Attention of the leaves of inputs: output and kept LSE."""
+def _forward_rules(config: Config, tree: Any, local: bool, weights: bool = False) -> Rules:
+    """Attention of the leaves of inputs: output and kept LSE, and weights if asked for."""
 
     def apply(leaves: Any, _: Any) -> Any:
-        out, lse = _forward(config, local)(_inputs(tree, leaves))
-        return out, _kept(lse)
+        out, lse, *more = _forward(config, local, weights)(_inputs(tree, leaves))
+        return out, _kept(lse), *more
 
     def slope(leaves: Any, _: Any, results: Any, moved: Any) -> Any:
         operands = _inputs(tree, leaves).floats(_inputs(tree, moved))
-        rules = _tangent_rules(config, tree, local)
-        return operation(rules, (*leaves, *results), operands, results)
+        rules = _tangent_rules(config, tree, local, weights)
+        found = operation(rules, (*leaves, *results), operands, results[:2])
+        # Nobody differentiates the weights: they are read by the backward alone.
+        return *found, *map(jnp.zeros_like, results[2:])
 
-    return Rules(apply, slope, names=SAVED)
+    def differentiated(leaves: Any) -> tuple[Rules, Any]:
+        x = _inputs(tree, leaves)
+        (B, T, N, _), S = x.query.shape, x.key.shape[1]
+        like = constant(x.query, (B, N, T, S), base.accumulator(x.query.dtype))
+        return _forward_rules(config, tree, local, True), (like,)
+
+    keeps = config.engine is not None and config.engine.keeping is not None
+    return Rules(
+        apply,
+        slope,
+        names=SAVED[: 3 if weights else 2],
+        differentiated=differentiated if keeps and not weights else None,
+    )
 
 
 @lru_cache(maxsize=1024)
-def _tangent_rules(config: Config, tree: Any, local: bool) -> Rules:
-    """The tangent of attention: of inputs, output and kept LSE, for tangents of the inputs.
+def _tangent_rules(config: Config, tree: Any, local: bool, weights: bool) -> Rules:
+    """The tangent of attention: of inputs and what its forward gave, for tangents of the inputs.
 
     Its transpose is the backward. Where it is differentiated, the formula is, in its place.
     """
 
+    count = tree.num_leaves
+
     def apply(fixed: Any, operands: Any) -> Any:
-        *leaves, _, _ = fixed
-        return _tangent(config, local)(_inputs(tree, leaves), tuple(operands))
+        return _tangent(config, local)(_inputs(tree, fixed[:count]), tuple(operands))
 
     def slope(fixed: Any, operands: Any, _: Any, moved: Any) -> Any:
-        x, others = _inputs(tree, fixed[:-2]), _inputs(tree, moved[:-2])
+        x, others = _inputs(tree, fixed[:count]), _inputs(tree, moved[:count])
         by_formula = _by_formula(config, x)
 
         def tangent(floats: Any) -> Any:
@@ -120,27 +136,28 @@ def _tangent_rules(config: Config, tree: Any, local: bool) -> Rules:
         return jax.jvp(tangent, (x.floats(),), (x.floats(others),))[1]
 
     def transpose(fixed: Any, cotangents: Any) -> Any:
-        like = _inputs(tree, fixed[:-2]).floats()
-        return operation(_backward_rules(config, tree, local), (*fixed, *cotangents), (), like)
+        like = _inputs(tree, fixed[:count]).floats()
+        rules = _backward_rules(config, tree, local, weights)
+        return operation(rules, (*fixed, *cotangents), (), like)
 
     return Rules(apply, slope, transpose)
 
 
 @lru_cache(maxsize=1024)
-def _backward_rules(config: Config, tree: Any, local: bool) -> Rules:
-    """The backward: of inputs, output, kept LSE, and the cotangents of both."""
+def _backward_rules(config: Config, tree: Any, local: bool, weights: bool) -> Rules:
+    """The backward: of inputs, what the forward gave, and the cotangents of output and LSE."""
+    count = tree.num_leaves
 
     def apply(fixed: Any, _: Any) -> Any:
-        *leaves, out, lse, d_out, d_lse = fixed
-        x = _inputs(tree, leaves)
-        g: Gradients = _backward(config, local, 1)(x, out, _with_empty(lse), d_out, d_lse)
+        x, (out, lse, *rest) = _inputs(tree, fixed[:count]), fixed[count:]
+        g: Gradients = _backward(config, local, 1, weights)(x, out, _with_empty(lse), *rest)
         scale = g.scale if x.scale.shape[0] != 1 else g.scale.sum(0, keepdims=True)
         # The operands of maxima have no gradient.
         pairs = zip(x.floats(), x.floats(g._replace(scale=scale)), strict=True)
         return tuple(constant(a, a.shape, a.dtype) if d is None else d for a, d in pairs)
 
     def slope(fixed: Any, _: Any, __: Any, moved: Any) -> Any:
-        x, others = _inputs(tree, fixed[:-4]), _inputs(tree, moved[:-4])
+        x, others = _inputs(tree, fixed[:count]), _inputs(tree, moved[:count])
         by_formula = _by_formula(config, x)
 
         def gradients(floats: Any, cotangents: Any) -> Any:
@@ -167,10 +184,11 @@ def _by_formula(config: Config, x: Inputs) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1024)
-def _forward(config: Config, local: bool) -> Any:
+def _forward(config: Config, local: bool, weights: bool) -> Any:
     @custom_vmap
-    def forward(x: Inputs) -> tuple[Array, Array]:
-        return cast("tuple[Array, Array]", partitioned(Pass("forward"), config, local, x))
+    def forward(x: Inputs) -> tuple[Array, ...]:
+        work = Pass("forward", weights=weights)
+        return cast("tuple[Array, ...]", partitioned(work, config, local, x))
 
     @forward.def_vmap
     def rule(size: int, batched: Any, x: Inputs) -> Any:
@@ -203,23 +221,23 @@ def _tangent(config: Config, local: bool) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _backward(config: Config, local: bool, groups: int) -> Any:
+def _backward(config: Config, local: bool, groups: int, weights: bool) -> Any:
     """The backward, with a gradient of each operand that batch rows share for every group of rows.
 
     Under vmap an array that is not batched still has one cotangent for each element.
     """
 
     @custom_vmap
-    def backward(x: Inputs, out: Array, lse: Array, d_out: Array, d_lse: Array) -> Gradients:
-        work = Pass("backward", groups)
-        return cast(Gradients, partitioned(work, config, local, x, out, lse, d_out, d_lse))
+    def backward(x: Inputs, *rest: Array) -> Gradients:
+        work = Pass("backward", groups, weights)
+        return cast(Gradients, partitioned(work, config, local, x, *rest))
 
     @backward.def_vmap
     def rule(size: int, batched: Any, x: Inputs, *rest: Array) -> Any:
         B = x.query.shape[1 if batched[0].query else 0]
         folded = _fold(size, batched[0], x)
         others = (_fold_one(size, yes, B, a) for yes, a in zip(batched[1:], rest, strict=True))
-        g = _backward(config, local, groups * size)(folded, *others)
+        g = _backward(config, local, groups * size, weights)(folded, *others)
 
         def unfold(gradient: Array, primal: Array, yes: bool) -> Array:
             """The gradient for each element: `[size, groups]` or `[size, B]` in front."""
