@@ -124,6 +124,7 @@ ROOMS = {
     "backends": "base operation | bfloat16 problem | formula | flash"
     " | dense rows cudnn tiled triton mosaic tpu | decode | costs",
     "backends/flash": "tile_sizes tile_lists | operands fused | programs nonfinite | exchange | partition | transforms",
+    "backends/rows": "parts steps | passes | backend",
     "backends/tiled": "exponential schedule | tile_step | passes | backend",
     "backends/triton": "tiles | kernels | backend",
     "backends/mosaic": "programs memory | tiles | kernels | backend",

@@ -21,6 +21,7 @@ from jaxattn.backends import dense, rows
 from jaxattn.backends.base import Call, Dropout
 from jaxattn.backends.flash import transforms
 from jaxattn.backends.problem import Engine, Keeping
+from jaxattn.backends.rows import passes, steps
 
 B, N, T = 6, 4, 12
 
@@ -32,14 +33,16 @@ def in_steps(
 ) -> Any:
     """The backend with so many batch rows in a step, as a function of its own, compiled anew."""
     _, t, s, n, k, h, hv = call.sizes
-    monkeypatch.setattr(rows, "STEP_NUMBERS", batch_rows * rows._numbers(t, s, n, k, h + hv))
-    monkeypatch.setattr(rows, "WHOLE_NUMBERS", 0)
+    monkeypatch.setattr(steps, "STEP_NUMBERS", batch_rows * steps.numbers(t, s, n, k, h + hv))
+    monkeypatch.setattr(steps, "WHOLE_NUMBERS", 0)
     engine = Engine(
-        partial(rows.forward),
-        partial(rows.backward),
-        partial(rows.forward),
-        decided=partial(rows.decided),
-        keeping=Keeping(partial(rows.with_weights), partial(rows.from_weights)) if keeps else None,
+        partial(passes.forward),
+        partial(passes.backward),
+        partial(passes.forward),
+        decided=partial(passes.decided),
+        keeping=Keeping(partial(passes.with_weights), partial(passes.from_weights))
+        if keeps
+        else None,
         cleans=True,
         states=False,
     )
@@ -81,13 +84,13 @@ def test_steps_give_what_the_whole_gives(
     """
     call = CASES[name]()
     run = in_steps(call, monkeypatch, batch_rows, keeps=keeps)
-    sizes, one_step = set(), rows._forward
+    sizes, one_step = set(), passes._forward
 
     def recorded(config: Any, x: Any, *rest: Any) -> Any:
         sizes.add(x.query.shape[0])
         return one_step(config, x, *rest)
 
-    monkeypatch.setattr(rows, "_forward", recorded)
+    monkeypatch.setattr(passes, "_forward", recorded)
     close(jax.jit(partial(everything, run))(call), jax.jit(partial(everything, dense.run))(call))
     assert sizes == {1 if batch_rows == 1 else 3}
 

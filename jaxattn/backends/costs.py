@@ -46,7 +46,7 @@ class Price(NamedTuple):
 
 ROWS = Price(1.44, 1.24, 0)
 TILED = Price(1.87, 1.86, 1000)
-DECODE = Price(1.44, 1.05, 4000)
+DECODE = Price(9, 1.05, 4000)
 
 
 def estimates(call: Call) -> dict[str, float]:

@@ -20,10 +20,11 @@ from ..mesh import constant
 from ..shapes import Array, Bool, Float, Int
 from ..stats import statistics
 from ..tracing.split import cut
-from . import base, dense, formula, problem, rows
+from . import base, dense, formula, problem
 from .base import Call, unchanged
 from .flash import transforms
 from .problem import DROPOUT, Config, Engine, Inputs, joined
+from .rows import parts, passes
 
 WHY = "keys and values are read where they are"
 
@@ -118,7 +119,7 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
     block = config.tile[1]
     assert config.engine is not None
     heads_first = config.engine.heads_first
-    seen = rows.visible(config, x)
+    seen = parts.visible(config, x)
     if seen is not None:
         seen = jnp.broadcast_to(seen, (*(1, 1, 1, *seen.shape[:-2])[-3:], T, S))
     last = S if seen is None else _last(seen)
@@ -148,19 +149,19 @@ def forward(config: Config, x: Inputs) -> tuple[Array, Array]:
             score=operands(config.score.kinds if config.score else (), x.score, at),
             dropout=operands(DROPOUT if config.dropout else (), x.dropout, at),
         )
-        logits = rows.where(shown, rows.logits_of(config, some, shown)[0], -jnp.inf)
+        logits = parts.where(shown, parts.logits_of(config, some, shown)[0], -jnp.inf)
         top = jnp.maximum(sums.top, logits.max(-1, keepdims=True))
         # Rows without any visible key are measured from 0: -inf - -inf is NaN.
         level = jnp.where(top == -jnp.inf, jnp.zeros((), wide), top)
         fade, p = jnp.exp(sums.top - level), jnp.exp(logits - level)
-        kept = p * rows.dropout_factors(some, wide) if config.dropout else p
+        kept = p * parts.dropout_factors(some, wide) if config.dropout else p
         kinds, taken = sums.kinds, some.value
         if kinds is not None:
             all_shown = jnp.ones((1, 1, 1, T, block), bool) if shown is None else shown
             flags = formula.kinds(jnp.swapaxes(some.value, 1, 2))
             kinds = kinds | formula.reach(joined(all_shown, 1), flags, K * G)
             taken = base.finite(some.value)
-        product = rows.dot(config, rows.factor(config, kept), rows.keys(config, taken), 2)
+        product = parts.dot(config, parts.factor(config, kept), parts.keys(config, taken), 2)
         return Sums(
             top,
             sums.total * fade + p.sum(-1, keepdims=True),
@@ -202,6 +203,6 @@ def _last(seen: Bool[Array, "... S"]) -> Int[Array, ""]:
 
 
 LENGTH_FIRST, HEADS_FIRST = (
-    Engine(forward, rows.backward, cleans=True, exact=True, heads_first=flag, states=False)
+    Engine(forward, passes.backward, cleans=True, exact=True, heads_first=flag, states=False)
     for flag in (False, True)
 )
