@@ -10,13 +10,14 @@ import numpy as np
 
 from .backends import base
 from .backends.base import Call
-from .checks.arrays import array_of
-from .checks.integers import as_given, concrete
+from .checks import options
+from .checks.arrays import array_of, described
+from .checks.integers import concrete
 from .masks.mask import Mask, PerHead, as_mask, check_tokens, parts_of
 from .masks.positions import Positions, as_positions
 from .scores import Score, as_score
 from .shapes import Array, ArrayLike
-from .stats import LOGIT, Stat, bare, statistics
+from .stats import LOGIT, bare, check_statistics, statistics
 from .tiles.tile_map import TileMap
 from .tracing.out_of_range import guarded
 from .tracing.split import Split, split
@@ -132,7 +133,7 @@ def checked_call(
         maxima=maxima,
         largest=largest,
         tiles=tiles,
-        precision=precision,
+        precision=options.precision(precision, "precision"),
     )
 
 
@@ -159,12 +160,8 @@ def _columns(
         return split(guarded(fn, positions, sizes, mask=seen, logit=logit), at, logit=logit)
 
     found: list[list[Split[Score]]] = [[], [], []]
+    check_statistics(given)
     for stat in statistics(given):
-        if not isinstance(stat, Stat):
-            raise TypeError(
-                f"stats: got {_described(stat)}, expected a pytree of statistics, as "
-                '{"entropy": stats.entropy(), "far": stats.mean(lambda x, b, h, q, k: q - k)}'
-            )
         for mask in stat.masks:
             _check_mask(mask, "mass(mask)", at, sizes)
         for fns, parts in zip((stat.means, stat.maxima, stat.largest), found, strict=True):
@@ -292,14 +289,7 @@ def _real(name: str, given: Any, expected: str) -> Any:
             return float(given) if isinstance(given, int) else given
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{name}: got {_described(given)}, expected {expected}")
-
-
-def _described(given: Any) -> str:
-    """The repr of a value, or its dtype and shape if it is traced or an array."""
-    if isinstance(given, jax.core.Tracer) or np.ndim(given):
-        return f"{getattr(given, 'dtype', type(given).__name__)}{list(np.shape(given))}"
-    return repr(given)
+    raise ValueError(f"{name}: got {described(given)}, expected {expected}")
 
 
 def _scale(given: Any, H: int) -> Any:
@@ -316,41 +306,50 @@ def _dropout(rate: Any, seed: Any) -> base.Dropout | None:
     is_known = not isinstance(rate, jax.core.Tracer)
     if is_known and not 0 <= float(rate) <= 1:
         raise ValueError(f"dropout_rate: got {rate!r}, expected a probability from 0 to 1")
+    array = None if seed is None else _seed(seed)
     if is_known and float(rate) == 0:
         return None
-    if seed is None:
+    if array is None:
         raise ValueError(
             f"dropout_seed: got None with dropout_rate={rate}, expected a uint32 or a "
             "jax.random.key; dropout_rate=0.0 turns dropout off"
         )
-    if hasattr(seed, "dtype") and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        if seed.shape != ():
-            raise ValueError(f"dropout_seed: got keys of shape {list(seed.shape)}, expected one")
-        words = jax.random.key_data(seed).reshape(-1, 2)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        words = jax.random.key_data(array).reshape(-1, 2)
         return base.Dropout(rate, words[0] if len(words) == 1 else words[0] ^ words[1])
-    if isinstance(seed, (int, np.integer)) and not 0 <= seed < 2**32:
-        raise ValueError(
-            f"dropout_seed: got {seed}, expected 0 <= seed < 2**32 or a jax.random.key; "
-            "jax.random.key(seed) takes larger ones"
-        )
-    array = as_given(seed) if hasattr(seed, "shape") else np.asarray(seed)
-    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (2,)):
-        raise TypeError(
-            f"dropout_seed: got {array.dtype}{list(array.shape)}, expected a uint32 or a "
-            "jax.random.key"
-        )
     wide = array.dtype.itemsize > 4
-    values = concrete(array) if wide else None
-    if values is not None and ((values < 0) | (values >= 2**32)).any():
-        raise ValueError(
-            f"dropout_seed: got {values}, expected numbers from 0 to 2**32 - 1 or a jax.random.key"
-        )
     words = jnp.asarray(array.astype(np.uint32))
     if words.ndim:
         return base.Dropout(rate, words)
     # Both halves of a traced seed of 64 bits.
     upper = (array >> 32).astype(np.uint32) if wide else 0
     return base.Dropout(rate, jnp.stack([words, jnp.asarray(upper, jnp.uint32)]))
+
+
+def _seed(seed: Any) -> Any:
+    """A seed as an array, checked, without an operation that could be traced: it may be unused."""
+    expected = "a uint32 or a jax.random.key"
+    if isinstance(seed, (int, np.integer)) and not 0 <= seed < 2**32:
+        raise ValueError(
+            f"dropout_seed: got {seed}, expected 0 <= seed < 2**32 or a jax.random.key; "
+            "jax.random.key(seed) takes larger ones"
+        )
+    array = seed
+    if not isinstance(seed, jax.Array):
+        array = array_of(seed, "dropout_seed", expected, np.asarray)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        if array.shape != ():
+            raise ValueError(f"dropout_seed: got keys of shape {list(array.shape)}, expected one")
+        return array
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape not in ((), (2,)):
+        got = type(seed).__name__ if array.dtype.hasobject else f"{array.dtype}{list(array.shape)}"
+        raise TypeError(f"dropout_seed: got {got}, expected {expected}")
+    values = concrete(array) if array.dtype.itemsize > 4 else None
+    if values is not None and ((values < 0) | (values >= 2**32)).any():
+        raise ValueError(
+            f"dropout_seed: got {values}, expected numbers from 0 to 2**32 - 1 or a jax.random.key"
+        )
+    return array
 
 
 def _sinks(given: Any, heads: int) -> Array | None:

@@ -11,6 +11,7 @@ import numpy as np
 from .arguments import Options, checked_call, swapped
 from .backends.base import Call
 from .checks.foreign_names import with_remedies
+from .checks.options import flag
 from .dispatch import dispatch, weights_of
 from .masks.positions import Positions
 from .shapes import Array, ArrayLike, Float
@@ -119,7 +120,8 @@ def attention(
     that it may see, and in the query itself, reach them as in a plain softmax: an infinite value is
     infinite in the output, whatever its weight; a logit of inf, or nothing but -inf, makes the row
     NaN. In gradients, a query without a finite result or cotangent, or that sees a key or value
-    that is not finite, makes NaN of its own gradient and of those of all that it sees.
+    that is not finite, makes NaN of its own gradient and of those of all that it sees (on `dense`,
+    a key of weight 0 may have 0).
 
     Raises:
       TypeError: for arguments of the wrong type, a float array as mask among them.
@@ -136,6 +138,7 @@ def attention(
 
     Source: Vaswani et al. 2017, arXiv 1706.03762.
     """
+    with_lse = flag(return_lse, "return_lse")
     call = checked_call(
         query,
         key,
@@ -152,7 +155,7 @@ def attention(
     )
     if positions is None:
         _check_layout(call)
-    results = dispatch(call, backend, with_lse=return_lse)
+    results = dispatch(call, backend, with_lse=with_lse)
     if np.ndim(query) == 3:
         results = jax.tree.map(lambda each: each[0], results)
     return results if len(results) > 1 else results[0]

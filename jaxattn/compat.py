@@ -8,12 +8,13 @@ import operator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from . import masks, scores
 from .attention import attention, attention_weights
+from .checks.arrays import array_of, described
 from .checks.foreign_names import with_remedies
 from .checks.integers import integers
+from .checks.options import flag
 from .dispatch import check_backend
 from .masks.mask import Mask, as_mask
 from .masks.positions import Positions
@@ -51,11 +52,22 @@ def scaled_dot_product_attention(
       >>> output.tolist(), weights.round(3).tolist()
       ([[550.0, 5.5]], [[0.0, 0.0, 0.5, 0.5]])
     """
-    query, key, value = (jnp.asarray(x) for x in (q, k, v))
-    for name, array in (("q", query), ("k", key), ("v", value)):
+    arrays = []
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        array = array_of(given, name, "floats (..., length, d)")
         if array.ndim < 2:
             raise ValueError(f"{name}: got shape {list(array.shape)}, expected (..., length, d)")
-    lead = jnp.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name}: got dtype {array.dtype}, expected floats (..., length, d)")
+        arrays.append(array)
+    query, key, value = arrays
+    leads = [array.shape[:-2] for array in arrays]
+    try:
+        lead = jnp.broadcast_shapes(*leads)
+    except ValueError as error:
+        raise ValueError(
+            f"q, k, v: got leading axes {', '.join(map(str, leads))}, expected axes that broadcast"
+        ) from error
     rows, heads = math.prod(lead[:-1]), lead[-1] if lead else 1
 
     def layout(array: Array) -> Array:
@@ -126,20 +138,19 @@ definition |
     """
     if implementation not in (None, "xla"):
         check_backend("implementation", implementation)
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
-    shape = query.shape
-    query, key, value = (_at_least_4d(x) for x in (query, key, value))
+    named = {"query": query, "key": key, "value": value}
+    arrays = [array_of(given, name, "an array") for name, given in named.items()]
+    shape = arrays[0].shape
+    query, key, value = map(_at_least_4d, arrays)
     B = key.shape[0]
     parts: list[Mask] = []
     if mask is not None:
         is_array = hasattr(mask, "dtype") and hasattr(mask, "shape")
-        parts.append(as_mask(_at_least_4d(jnp.asarray(mask)) if is_array else mask))
-    if is_causal:
+        parts.append(as_mask(_at_least_4d(_array("mask", mask, "booleans")) if is_array else mask))
+    if flag(is_causal, "is_causal"):
         parts.append(masks.causal())
     if local_window_size is not None:
-        window = local_window_size
-        left, right = (window, window) if isinstance(window, (int, np.integer)) else window
-        parts.append(masks.sliding_window(left, right))
+        parts.append(_window(local_window_size))
     for name, lengths, padding in (
         ("query_seq_lengths", query_seq_lengths, masks.query_padding),
         ("key_value_seq_lengths", key_value_seq_lengths, masks.key_padding),
@@ -152,7 +163,7 @@ definition |
     score = None
     if bias is not None:
         # Not scores.bias(), which refuses -inf: here -inf is common, and the definition takes it.
-        array = _at_least_4d(jnp.asarray(bias))
+        array = _at_least_4d(_array("bias", bias, "numbers"))
         array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
         score = scores.Bias(array)
     found = attention(
@@ -163,13 +174,36 @@ definition |
         score=score,
         scale=scale,
         backend="auto" if implementation in (None, "xla") else implementation,
-        return_lse=return_residual,
+        return_lse=flag(return_residual, "return_residual"),
     )
     whole = (*shape[:-1], value.shape[-1])
     if isinstance(found, tuple):
         out, lse = found
         return out.reshape(whole), lse.astype(key.dtype).reshape(shape[:-1])
     return found.reshape(whole)
+
+
+def _array(name: str, given: Any, expected: str) -> Array:
+    """A real array of at most four axes, of which the leading ones may be missing."""
+    array: Array = array_of(given, name, f"{expected} that broadcast to [B, N, T, S]")
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected {expected}")
+    if array.ndim > 4:
+        raise ValueError(
+            f"{name}: got shape {list(array.shape)}, expected one that broadcasts to [B, N, T, S]"
+        )
+    return array
+
+
+def _window(given: Any) -> Mask:
+    """The window of `local_window_size`: as far on both sides, or `(left, right)`."""
+    sides = given if isinstance(given, (tuple, list)) else (given, given)
+    if len(sides) != 2:
+        raise ValueError(
+            f"local_window_size: got {described(given)}, expected one integer, or (left, right)"
+        )
+    left, right = (integers(side, "local_window_size", ("[]",), 0) for side in sides)
+    return masks.sliding_window(left, right)
 
 
 def _at_least_4d(array: Array) -> Array:

@@ -15,6 +15,7 @@ from .arguments import checked_call, swapped
 from .attention import attention
 from .backends.base import Call, symbolic
 from .checks.foreign_names import unexpected
+from .checks.options import flag
 from .dispatch import BACKENDS, choose
 from .masks.positions import Positions
 from .stats import statistics
@@ -114,7 +115,7 @@ def explain(
     unknown = {name: given for name, given in options.items() if name not in _OPTIONS}
     if unknown:
         raise unexpected("explain", unknown, _OPTIONS)
-    options.pop("return_lse", None)
+    flag(options.pop("return_lse", False), "return_lse")
     call = checked_call(query, key, value, **options)
     choice = choose(call, backend)
     B, T, S, N, _, H, Hv = call.sizes

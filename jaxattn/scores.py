@@ -20,7 +20,8 @@ import numpy as np
 
 from .checks.arrays import array_of
 from .checks.foreign_names import unknown_attribute
-from .checks.integers import check_exact, concrete
+from .checks.integers import check_exact, concrete, plain
+from .checks.options import flag
 from .checks.user_functions import call_user, named, one_float, uncalled
 from .masks.conventions import removes
 from .masks.mask import Mask, Scalar, attributes, call_repr, leaf_repr
@@ -197,8 +198,7 @@ def alibi_slopes(heads: int) -> Float[Array, "heads"]:
     For other numbers, the slopes of the largest power of two below, then every other one of the
     next. Source: arXiv 2108.12409, section 3.
     """
-    if heads < 1:
-        raise ValueError(f"alibi_slopes(heads): got {heads}, expected at least 1")
+    heads = plain(heads, "alibi_slopes(heads)", 1)
     below = 2 ** (heads.bit_length() - 1)
 
     def slopes(n: int) -> list[float]:
@@ -306,19 +306,21 @@ def relative_bias(
     Source: T5, arXiv 1910.10683, section 2.1.
     """
     array = _parameter(table, "relative_bias(table)", {2: "[N, buckets]"})
-    least = 4 if bidirectional else 2
-    if array.shape[1] < least or (bidirectional and array.shape[1] % 2):
+    both = flag(bidirectional, "relative_bias(bidirectional)")
+    least = 4 if both else 2
+    if array.shape[1] < least or (both and array.shape[1] % 2):
         raise ValueError(
             f"relative_bias(table): got {array.shape[1]} buckets, expected at least {least}"
-            + (" and an even number" if bidirectional else "")
+            + (" and an even number" if both else "")
         )
-    exact = array.shape[1] // (4 if bidirectional else 2)
+    exact = array.shape[1] // (4 if both else 2)
+    max_distance = plain(max_distance, "relative_bias(max_distance)", 1)
     if max_distance <= exact:
         raise ValueError(
             f"relative_bias(max_distance): got {max_distance}, expected more than {exact}, the "
             "distances that have a bucket each"
         )
-    return RelativeBias(array, max_distance=float(max_distance), bidirectional=bool(bidirectional))
+    return RelativeBias(array, max_distance=float(max_distance), bidirectional=both)
 
 
 @pytree

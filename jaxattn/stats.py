@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks.arrays import described
 from .checks.foreign_names import unknown_attribute
 from .checks.user_functions import call_user, named
 from .masks import full
@@ -121,6 +122,20 @@ class Stat(ByStructure):
 def statistics(given: Any) -> list[Any]:
     """The statistics of a pytree, in order."""
     return jax.tree.leaves(given, is_leaf=lambda each: isinstance(each, Stat))
+
+
+def check_statistics(given: Any) -> None:
+    """Checks that the leaves of a pytree are statistics.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    for stat in statistics(given):
+        if not isinstance(stat, Stat):
+            raise TypeError(
+                f"stats: got {described(stat)}, expected a pytree of statistics, as "
+                '{"entropy": stats.entropy(), "far": stats.mean(lambda x, b, h, q, k: q - k)}'
+            )
 
 
 def results(given: Any, found: Iterable[Any]) -> Any:
@@ -307,7 +322,7 @@ def received(weight: Float[ArrayLike, "..."] | None = None) -> Stat:
         return Received()
     try:
         array = None if isinstance(weight, (str, bytes)) else jnp.asarray(weight)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = None
     if array is None or not any(jnp.issubdtype(array.dtype, kind) for kind in _REAL):
         got = getattr(array, "dtype", type(weight).__name__)

@@ -218,6 +218,22 @@ def test_what_a_key_receives_is_nan_of_the_queries_that_see_it() -> None:
         np.testing.assert_array_equal(np.isnan(found), felt)
 
 
+@pytest.mark.parametrize("low", [-1e4, -np.inf])
+def test_an_infinite_value_is_infinite_whatever_its_weight(backend: str, low: float) -> None:
+    """Also where its weight is 0, and 0 times infinity NaN; without a mask as with a full one."""
+    arrays = inputs(5)
+    arrays["value"][1, 7, 0, 2], arrays["value"][0, 9, 1, 1] = np.inf, -np.inf
+    expected = np.zeros((B, T, N, H))
+    expected[1, :, : N // K, 2], expected[0, :, N // K :, 1] = np.inf, -np.inf
+
+    def score(x: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return jnp.where(k % 2 == 1, jnp.asarray(low, x.dtype), x)
+
+    for mask in (None, masks.full(), MASKS["full"]):
+        found = np.asarray(attention(**arrays, mask=mask, score=score, backend=backend))
+        np.testing.assert_array_equal(np.where(np.isfinite(found), 0, found), expected)
+
+
 def test_hidden_values_of_any_size_change_no_bit(backend: str) -> None:
     """Finite numbers whose sum is not finite, and NaN; in gradients too."""
     arrays = {name: jnp.asarray(a) for name, a in inputs(6).items()}

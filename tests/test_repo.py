@@ -114,7 +114,7 @@ RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer.split()}
 # Within a room, what a file may import of it is written before it. Files on one line, and folders,
 # do not know each other.
 ROOMS = {
-    "checks": "arrays | foreign_names integers user_functions",
+    "checks": "arrays | foreign_names integers options user_functions",
     "masks": "results positions conventions | door | mask | by_position by_array | by_table by_function",
     "describing": "terms evaluate | closures cover | fits | search",
     "tracing": "hashing pointwise | program | recompilation_warning array_reads labels | canonical"

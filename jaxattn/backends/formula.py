@@ -320,13 +320,12 @@ def _weigh(
     products: Products, weights: Array, value: Array, key: Array, seen: Array | None
 ) -> Float[Array, "B ..."]:
     """`weights @ value` over visible pairs; `key` says which rows are not to be differentiated."""
-    if seen is None:
-        return _values(products, weights, value)
 
     def with_nonfinite() -> Array:
         # The product is that of the other branch, so that it rounds in the same way.
         by_head = products.layout.with_heads_first(value)
-        found = nonfinite_sums(seen, by_head, weights.shape[1], weights.dtype)
+        shown = jnp.ones((1, 1, *weights.shape[2:]), bool) if seen is None else seen
+        found = nonfinite_sums(shown, by_head, weights.shape[1], weights.dtype)
         found = products.layout.with_heads_first(found)
         return _values(products, weights, base.finite(value)) + found
 

@@ -31,9 +31,10 @@ import numpy as np
 
 from ..arguments import checked_call
 from ..backends import decode
-from ..checks.arrays import array_of
+from ..checks import options as checks
+from ..checks.arrays import array_of, described
 from ..checks.foreign_names import with_remedies
-from ..checks.integers import as_given, concrete, integers, is_integer, narrowed
+from ..checks.integers import MOST, as_given, concrete, integers, is_integer, narrowed, plain
 from ..dispatch import dispatch
 from ..masks.mask import BuiltInMask, Mask, as_mask, leaf_repr
 from ..masks.positions import Positions
@@ -62,8 +63,6 @@ def empty(shape: tuple[int, ...], dtype: Any) -> tuple[Array, ...]:
     held = jnp.zeros(shape, dtype)
     if held.dtype == jnp.int8:
         return held, jnp.zeros((*shape[:-1], 1), jnp.float32)
-    if not jnp.issubdtype(held.dtype, jnp.floating):
-        raise TypeError(f"cache: got stored={held.dtype}, expected a float dtype, or int8")
     return (held,)
 
 
@@ -135,8 +134,20 @@ def check_room(length: Array, room: Any) -> None:
 def check_sizes(where: str, sizes: dict[str, Any], least: int = 1) -> None:
     """Checks that sizes are integers of at least `least`."""
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < least:
-            raise ValueError(f"{where}({name}=): got {size!r}, expected an integer >= {least}")
+        number = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not number or not least <= size <= MOST:
+            raise ValueError(
+                f"{where}({name}=): got {described(size)}, expected an integer >= {least}, and "
+                "below 2**31"
+            )
+
+
+def check_dtypes(where: str, dtype: Any, stored: Any) -> Any:
+    """Checks the dtype in which a cache is read; returns the one in which it is stored."""
+    checks.dtype(dtype, f"{where}(dtype=)")
+    if stored is None:
+        return dtype
+    return checks.dtype(stored, f"{where}(stored=)", also=jnp.int8)
 
 
 def check_rows(rows: Any, B: int) -> Int[Array, "B"]:
@@ -260,6 +271,7 @@ class Cache(ByStructure, ABC):
 
     def upcoming(self, T: int) -> Int[Array, "B T"]:
         """The positions of the next `T` tokens of each row; call it before they are appended."""
+        T = plain(T, "cache.upcoming(T)", 0)
         return self.length[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
 
     def step(
@@ -350,7 +362,8 @@ class Cache(ByStructure, ABC):
 
     def _check_query(self, method: str, query: Any) -> int:
         """The number of queries of each row; raises for queries that do not fit the cache."""
-        shape, dtype = jnp.shape(query), jnp.result_type(query)
+        array = array_of(query, f"cache.{method}(query)", "an array [B, T, N, H]")
+        shape, dtype = array.shape, array.dtype
         B, (K, H) = self.length.shape[0], self.key[0].shape[1::2]
         if len(shape) != 4 or shape[0] != B or shape[2] % K or shape[3] != H:
             raise ValueError(
@@ -444,7 +457,7 @@ def over(
     _, T, N, _ = jnp.shape(query)
     few = T * (N // key.shape[2]) <= decode.MOST
     backend = options.pop("backend", "decode" if few else "auto")
-    with_lse = options.pop("return_lse", False)
+    with_lse = checks.flag(options.pop("return_lse", False), "return_lse")
     # As `attention` does, and with what it can't know: how the keys lie in memory.
     call = _checked(query, key, value, mask=held, positions=positions, **options)
     call = replace(call, heads_first=cache.heads_first)

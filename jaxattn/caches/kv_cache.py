@@ -14,7 +14,7 @@ from ..masks.mask import BuiltInMask, Mask, as_mask
 from ..masks.positions import Filled, over_grid
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayLike, Bool, Float, Int
-from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
+from .cache import Cache, check_dtypes, check_room, check_rows, check_sizes, empty, unpacked
 
 Own = TypeVar("Own", bound="KVCache")
 
@@ -91,11 +91,12 @@ class KVCache(Cache):
             with errors of at most 1/254 of that number.
         """
         sizes = {"batch": batch, "capacity": capacity, "heads": heads, "head_dim": head_dim}
-        check_sizes("KVCache.create", sizes)
-        hold = dtype if stored is None else stored
+        width = head_dim if value_dim is None else value_dim
+        check_sizes("KVCache.create", sizes | {"value_dim": width})
+        hold = check_dtypes("KVCache.create", dtype, stored)
         return cls(
             empty((batch, heads, capacity, head_dim), hold),
-            empty((batch, heads, capacity, value_dim or head_dim), hold),
+            empty((batch, heads, capacity, width), hold),
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
             jnp.full((batch, capacity), -1, jnp.int32),
@@ -131,7 +132,7 @@ class KVCache(Cache):
           batch, heads, head_dim, value_dim, dtype, stored: as in `create`.
         """
         check_sizes("KVCache.rolling", {"window": window, "first": first}, least=0)
-        check_sizes("KVCache.rolling", {"chunk": chunk})
+        check_sizes("KVCache.rolling", {"chunk": chunk, "batch": batch})
         options = {"value_dim": value_dim, "dtype": dtype, "stored": stored}
         made = cls.create(batch, first + window + chunk, heads, head_dim, **options)
         return replace(made, window=window, first=first)

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ..checks.arrays import array_of
 from ..checks.integers import integers
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayLike, Bool, Float, Int
-from .cache import Cache, check_room, check_rows, check_sizes, empty, unpacked
+from .cache import Cache, check_dtypes, check_room, check_rows, check_sizes, empty, unpacked
 
 
 @pytree
@@ -56,11 +57,12 @@ class PagedKVCache(Cache):
         columns = pages if pages_per_row is None else pages_per_row
         sizes = {"batch": batch, "pages": pages, "page": page, "heads": heads}
         sizes |= {"head_dim": head_dim, "pages_per_row": columns}
-        check_sizes("PagedKVCache.create", sizes)
-        hold = dtype if stored is None else stored
+        width = head_dim if value_dim is None else value_dim
+        check_sizes("PagedKVCache.create", sizes | {"value_dim": width})
+        hold = check_dtypes("PagedKVCache.create", dtype, stored)
         return cls(
             empty((pages, heads, page, head_dim), hold),
-            empty((pages, heads, page, value_dim or head_dim), hold),
+            empty((pages, heads, page, width), hold),
             jnp.full((batch, columns), -1, jnp.int32),
             jnp.zeros(batch, jnp.int32),
             jnp.zeros(batch, bool),
@@ -129,7 +131,7 @@ class PagedKVCache(Cache):
 
     def free(self, rows: Bool[ArrayLike, "B"]) -> PagedKVCache:
         """The cache with these rows emptied and their pages free."""
-        gone = jnp.asarray(rows)
+        gone = array_of(rows, "cache.free(rows)", f"booleans [B] = [{len(self.length)}]")
         if gone.dtype != jnp.bool_ or gone.shape != self.length.shape:
             raise ValueError(
                 f"cache.free(rows): got {gone.dtype}{list(gone.shape)}, expected booleans [B] = "

@@ -7,6 +7,7 @@ The files, in any order:
 
 - `arrays`: what is no array is an error.
 - `integers`: numbers that meet positions become int32, ids become arrays of one dtype; both exact.
+- `options`: flags are True or False, precisions are JAX's.
 - `user_functions`: errors inside a user's function, in the user's words, with file and line.
 - `foreign_names`: names of other libraries, and what to write here instead.
 

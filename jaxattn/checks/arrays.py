@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+
+# The longest repr in an error; of what is longer, the type is said.
+_LONGEST = 80
 
 
 def array_of(
@@ -28,3 +33,13 @@ def array_of(
         return convert(given)
     except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name}: got {type(given).__name__}, expected {expected}") from error
+
+
+def described(given: Any) -> str:
+    """What a user gave, for errors: the dtype and shape of an array, of anything else the repr."""
+    if isinstance(given, (jax.Array, np.ndarray)) and (
+        isinstance(given, jax.core.Tracer) or given.ndim
+    ):
+        return f"{given.dtype}{list(given.shape)}"
+    said = repr(given)
+    return said if len(said) <= _LONGEST else type(given).__name__

@@ -13,11 +13,14 @@ import jax.numpy as jnp
 from .. import masks, scores
 from ..arguments import checked_call
 from ..attention import attention_weights
-from ..dispatch import dispatch
+from ..checks import options as checks
+from ..checks.arrays import array_of, described
+from ..dispatch import check_backend, dispatch
 from ..masks.mask import Mask, as_mask
 from ..masks.positions import Positions
 from ..scores import as_score
 from ..shapes import Array
+from ..stats import check_statistics
 from .functional import both
 from .sowing import collects, sow
 
@@ -67,6 +70,9 @@ def attention_fn(
     """
     fixed = None if mask is None else as_mask(mask)
     own_score = None if score is None else as_score(score)
+    check_statistics(stats)
+    check_backend("attention_fn(backend)", backend)
+    decode = checks.optional_flag(decode, "attention_fn(decode)")
 
     def positions(flax_mask: Any, at: Any, B: int, T: int, S: int) -> Positions | None:
         if at is not None and T != 1:
@@ -130,7 +136,25 @@ def attention_fn(
                     f"attention_fn({name}): got {given!r}, expected None: the products are "
                     "jaxattn's own; for quantised products use Flax's own attention_fn"
                 )
-        query, key, value = (promote_dtype or _promoted)((query, key, value), dtype=dtype)
+        flags = {
+            "broadcast_dropout": broadcast_dropout,
+            "force_fp32_for_softmax": force_fp32_for_softmax,
+            "is_causal": is_causal,
+        }
+        for name, given in flags.items():
+            checks.flag(given, f"attention_fn({name})")
+        deterministic = checks.optional_flag(deterministic, "attention_fn(deterministic)") or False
+        if dtype is not None:
+            checks.dtype(dtype, "attention_fn(dtype)")
+        named = {"query": query, "key": key, "value": value}
+        query, key, value = (_heads(name, given) for name, given in named.items())
+        promoted = _promoted if promote_dtype is None else promote_dtype
+        if not callable(promoted):
+            raise TypeError(
+                f"attention_fn(promote_dtype): got {described(promoted)}, expected a function, or "
+                "None"
+            )
+        query, key, value = promoted((query, key, value), dtype=dtype)
         if force_fp32_for_softmax:
             # Flax's weights are then float32, and so are the values they are multiplied by.
             query, key, value = _promoted(
@@ -154,12 +178,11 @@ def attention_fn(
             "positions": positions(mask, input_positions, B, T, S),
             "precision": precision,
         }
-        off = deterministic or dropout_rate == 0
-        rate, seed = (0.0, None) if off else (dropout_rate, dropout_rng)
+        rate = 0.0 if deterministic else dropout_rate
         sows = module is not None and stats is not None
         asked = stats if sows and collects(module) else None
         call = checked_call(
-            query, key, value, dropout_rate=rate, dropout_seed=seed, stats=asked, **options
+            query, key, value, dropout_rate=rate, dropout_seed=dropout_rng, stats=asked, **options
         )
         if call.dropout is not None:
             dropout = dataclasses.replace(call.dropout, shared=broadcast_dropout)
@@ -182,6 +205,16 @@ def attention_fn(
     return attend
 
 
+def _heads(name: str, given: Any) -> Array:
+    array: Array = array_of(given, name, "an array [batch..., length, heads, head dimension]")
+    if array.ndim < 3:
+        raise ValueError(
+            f"{name}: got shape {list(array.shape)}, expected [batch..., length, heads, head "
+            "dimension]"
+        )
+    return array
+
+
 def _promoted(arrays: tuple[Array, ...], dtype: Any) -> tuple[Array, ...]:
     common = jnp.result_type(*arrays) if dtype is None else dtype
     return tuple(a.astype(common) for a in arrays)
@@ -196,7 +229,7 @@ def _mask(given: Any, lead: tuple[int, ...], N: int, T: int, S: int) -> Mask | N
 def _rank_4(name: str, array: Any, lead: tuple[int, ...], N: int, T: int, S: int) -> Array:
     """`[batch..., N|1, T|1, S|1]` as `[B|1, N|1, T|1, S|1]`."""
     full = (*lead, N, T, S)
-    values = jnp.asarray(array)
+    values = array_of(array, name, f"an array that broadcasts to {list(full)}")
     shape = (1,) * (len(full) - values.ndim) + values.shape
     fits = len(shape) == len(full) and all(n in (1, e) for n, e in zip(shape, full, strict=True))
     if not fits:

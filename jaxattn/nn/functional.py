@@ -8,17 +8,21 @@ from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..attention import attention, attention_weights
 from ..caches.cache import Cache, over
 from ..caches.kv_cache import KVCache
+from ..checks import options
+from ..checks.arrays import array_of, described
+from ..checks.integers import plain
 from ..checks.user_functions import named, uncalled
 from ..masks.mask import Mask, as_mask
 from ..masks.positions import Positions, as_positions
 from ..pytrees import ByStructure, pytree
 from ..scores import Score
 from ..shapes import Array, Float, Int
-from ..stats import statistics
+from ..stats import check_statistics, statistics
 
 C = TypeVar("C", bound=Cache)
 
@@ -52,42 +56,119 @@ def sizes(
     """Key heads and head dimension, checked.
 
     Raises:
+      TypeError: for what is no integer.
       ValueError: for sizes below 1, and head counts that do not divide.
     """
-    for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
-        if size is not None and size < 1:
-            raise ValueError(f"{module}({name}): got {size}, expected at least 1")
+    plain(num_heads, f"{module}(num_heads)", 1)
     kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    check_sizes(module, qkv_features=features, head_dim=head_dim, num_kv_heads=kv_heads)
     if head_dim is None and features % num_heads:
         raise ValueError(
             f"{module}(qkv_features): got {features}, expected a multiple of "
             f"num_heads={num_heads}; or give head_dim"
         )
-    if kv_heads < 1 or num_heads % kv_heads:
+    if num_heads % kv_heads:
         raise ValueError(
             f"{module}(num_kv_heads): got {kv_heads}, expected a divisor of num_heads={num_heads}"
         )
     return kv_heads, features // num_heads if head_dim is None else head_dim
 
 
+def check_rngs(name: str, rngs: Any, stream: str) -> None:
+    """Checks that what should be `nnx.Rngs` has a stream of random numbers."""
+    if not callable(getattr(rngs, stream, None)):
+        raise TypeError(f"{name}: got {described(rngs)}, expected nnx.Rngs, as nnx.Rngs(0)")
+
+
+def check_size(module: str, name: str, size: Any) -> None:
+    """Checks a number on which shapes depend."""
+    plain(size, f"{module}({name})", 1)
+
+
+def check_sizes(module: str, **sizes: int | None) -> None:
+    """Checks numbers on which shapes depend; None is left for others to fill in."""
+    for name, size in sizes.items():
+        if size is not None:
+            check_size(module, name, size)
+
+
 def check_rate(module: str, rate: float) -> None:
     """Checks a dropout rate, also where it is not used."""
-    if not 0 <= rate <= 1:
+    number = isinstance(rate, (int, float, np.integer, np.floating)) and not isinstance(rate, bool)
+    if not number or not 0 <= rate <= 1:
         raise ValueError(
-            f"{module}(dropout_rate): got {rate!r}, expected a probability from 0 to 1"
+            f"{module}(dropout_rate): got {described(rate)}, expected a probability from 0 to 1"
         )
+
+
+def check_types(module: str, dtype: Any, param_dtype: Any) -> None:
+    """Checks the dtypes of a module; that of the computation may be None."""
+    if dtype is not None:
+        options.dtype(dtype, f"{module}(dtype)")
+    options.dtype(param_dtype, f"{module}(param_dtype)")
+
+
+def check_attributes(module: str, rope: Any, precision: Any, flags: dict[str, Any]) -> Any:
+    """Checks attributes of attention that are read only where they are used.
+
+    Returns:
+      The precision, a name as what it names.
+    """
+    check_flags(module, flags)
+    named = options.precision(precision, f"{module}(precision)")
+    if rope is not None and (isinstance(rope, type) or not callable(rope)):
+        uncalled(rope, f"{module}(rope)")
+        raise TypeError(
+            f"{module}(rope): got {described(rope)}, expected a RoPE, or a function of "
+            "[B, T, N, H] and positions"
+        )
+    return named
+
+
+def check_flags(module: str, flags: dict[str, Any]) -> None:
+    """Checks attributes that are True or False; `deterministic` may be None too."""
+    for name, given in flags.items():
+        if name != "deterministic" or given is not None:
+            options.flag(given, f"{module}({name})")
+
+
+def check_functions(module: str, **functions: Any) -> None:
+    """Checks that attributes are functions, or what is called like one."""
+    for name, given in functions.items():
+        if not callable(given):
+            raise TypeError(f"{module}({name}): got {described(given)}, expected a function")
+
+
+def check_memory(memory: Any, mask: Any) -> None:
+    """Checks that no mask is given of a memory that is not there."""
+    if memory is None and mask is not None:
+        raise ValueError(
+            "memory_mask: got a value without a memory, expected None; the mask of self-attention "
+            "is mask="
+        )
+
+
+def check_call(deterministic: Any, sow_weights: Any, stats: Any) -> None:
+    """Checks arguments of a call that may not be used in it."""
+    options.optional_flag(deterministic, "deterministic")
+    options.flag(sow_weights, "sow_weights")
+    check_statistics(stats)
 
 
 def axes_of(module: str, sharding: Any) -> tuple[str | None, str | None, str | None]:
     """The mesh axes for features, heads and head dimension; without a sharding none."""
     if sharding is None:
         return None, None, None
-    if isinstance(sharding, str) or len(sharding) != 3:
+    try:
+        names = () if isinstance(sharding, (str, bytes, dict)) else tuple(sharding)
+    except TypeError:
+        names = ()
+    if len(names) != 3 or not all(each is None or isinstance(each, str | tuple) for each in names):
         raise ValueError(
             f"{module}(sharding): got {sharding!r}, expected mesh axes for (features, heads, head "
             'dimension), such as ("data", "model", None)'
         )
-    by_feature, by_head, by_dim = sharding
+    by_feature, by_head, by_dim = names
     return by_feature, by_head, by_dim
 
 
@@ -122,11 +203,19 @@ def made(module: str, name: str, attribute: Any) -> Any:
             f"or a function that makes it; the call takes it as {name}=, where its arrays are "
             "arguments of the program"
         )
-    return attribute.stats if isinstance(attribute, Asked) else attribute
+    found = attribute.stats if isinstance(attribute, Asked) else attribute
+    if name == "stats":
+        check_statistics(found)
+    return found
 
 
 def _check_is_factory(where: str, given: Callable[..., Any], wrapped: str) -> None:
-    taken = inspect.signature(given)
+    try:
+        taken = inspect.signature(given)
+    except ValueError:
+        # Those of some types of Python's own are not known.
+        uncalled(given, where)
+        return
     try:
         taken.bind()
     except TypeError:
@@ -265,6 +354,8 @@ def attend(
             f"{name}: got a value, and cache= a {type(cache).__name__}; expected only one of them: "
             "a cache has the positions of its keys"
         )
+    if rope_positions is not None:
+        rope_positions = _turning(rope_positions, query)
     if counts is not None and cache is None:
         raise ValueError(
             "counts: got a value without a cache, expected None: counts are the tokens that a "
@@ -293,7 +384,7 @@ def attend(
     given = given.checked(B, N, T, T if key is None else key.shape[-3])
     q_at = cache.upcoming(T) if cache is not None else _counted(given.q, query)
     if rope is not None:
-        query = rope(query, q_at if rope_positions is None else _turning(rope_positions, query))
+        query = rope(query, q_at if rope_positions is None else rope_positions)
         if key is not None:
             of_keys = q_at if cache is not None else _counted(given.k, key)
             key = rope(key, of_keys if rope_positions is None else _turning(rope_positions, key))
@@ -338,7 +429,9 @@ def _counted(positions: Any, x: Float[Array, "*B T N H"]) -> Int[Array, "..."]:
 
 def _turning(positions: Any, x: Float[Array, "*B T N H"]) -> Array:
     """`rope_positions`, checked: they would else broadcast to tokens that they do not belong to."""
-    found = jnp.asarray(positions)
+    found = array_of(positions, "rope_positions", "integers [T] or [B, T]")
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in (np.integer, np.floating)):
+        raise TypeError(f"rope_positions: got dtype {found.dtype}, expected integers")
     *batch, T = x.shape[:-2]
     fits = [(T,), *((n, T) for n in (*batch, 1) if batch)]
     if found.shape not in fits:

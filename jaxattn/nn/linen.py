@@ -152,6 +152,7 @@ class MultiHeadAttention(nn.Module):
         Raises:
           ValueError: for head counts that do not divide the features.
         """
+        functional.check_inputs("inputs_q", inputs_q, None)
         return self._all(
             inputs_q,
             inputs_kv,
@@ -180,11 +181,24 @@ class MultiHeadAttention(nn.Module):
             functional.check_inputs("inputs_q", inputs_q, _width(self, "query"))
         if not isinstance(inputs_kv, Cache):
             functional.check_inputs("inputs_kv", inputs_kv, _width(self, "key"))
-        features = self.qkv_features or (inputs_kv if inputs_q is None else inputs_q).shape[-1]
+        features = self.qkv_features
+        if features is None:
+            features = (inputs_kv if inputs_q is None else inputs_q).shape[-1]
         kv_heads, head_dim = functional.sizes(
             "MultiHeadAttention", features, self.num_heads, self.num_kv_heads, self.head_dim
         )
+        functional.check_sizes("MultiHeadAttention", out_features=self.out_features)
         functional.check_rate("MultiHeadAttention", self.dropout_rate)
+        functional.check_types("MultiHeadAttention", self.dtype, self.param_dtype)
+        flags: dict[str, Any] = {
+            "sinks": self.sinks,
+            "normalize_qk": self.normalize_qk,
+            "use_bias": self.use_bias,
+        }
+        flags["deterministic"] = self.deterministic
+        precision = functional.check_attributes(
+            "MultiHeadAttention", self.rope, self.precision, flags
+        )
         by_feature, by_head, by_dim = functional.axes_of("MultiHeadAttention", self.sharding)
 
         def placed(init: Any, *names: str | None) -> Any:
@@ -196,7 +210,7 @@ class MultiHeadAttention(nn.Module):
                 use_bias=self.use_bias,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                precision=self.precision,
+                precision=precision,
                 kernel_init=placed(self.kernel_init, by_feature, by_head, by_dim),
                 bias_init=placed(self.bias_init, by_head, by_dim),
                 name=name,
@@ -221,7 +235,8 @@ class MultiHeadAttention(nn.Module):
             return functional.remembered(key, value, self.rope)
         query = projected("query", self.num_heads, inputs_q)
 
-        deterministic = call.pop("deterministic")
+        deterministic, sow_weights = call.pop("deterministic"), call["sow_weights"]
+        functional.check_call(deterministic, sow_weights, call["stats"])
         rate, seed = 0.0, None
         if self.dropout_rate > 0:
             is_off = nn.merge_param("deterministic", self.deterministic, deterministic)
@@ -247,19 +262,19 @@ class MultiHeadAttention(nn.Module):
             sinks=sinks,
             dropout_rate=rate,
             dropout_seed=seed,
-            precision=self.precision,
+            precision=precision,
             backend=self.backend,
             sow=partial(sow, self),
             stats=stats if collects(self) else None,
             **call,
         )
         out = nn.DenseGeneral(
-            features=self.out_features or inputs_q.shape[-1],
+            features=inputs_q.shape[-1] if self.out_features is None else self.out_features,
             axis=(-2, -1),
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            precision=self.precision,
+            precision=precision,
             kernel_init=placed(
                 self.out_kernel_init or self.kernel_init, by_head, by_dim, by_feature
             ),
@@ -357,6 +372,7 @@ class TransformerBlock(nn.Module):
           deterministic: True turns dropout off.
           sow_weights: as in `MultiHeadAttention`, for both attentions.
         """
+        functional.check_inputs("x", x, None)
         deterministic = self.deterministic if deterministic is None else deterministic
         both = {"deterministic": deterministic, "sow_weights": sow_weights}
         own = {"mask": mask, "score": score, "stats": stats, "positions": positions}
@@ -370,10 +386,27 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def _all(self, x: Any, memory: Any, own: dict[str, Any], cross: dict[str, Any]) -> Any:
         functional.check_norm(self.norm)
+        functional.check_functions(
+            "TransformerBlock",
+            attention=self.attention,
+            norm_layer=self.norm_layer,
+            activation=self.activation,
+        )
         functional.check_rate("TransformerBlock", self.dropout_rate)
+        functional.check_size("TransformerBlock", "mlp_features", self.mlp_features)
+        functional.check_types("TransformerBlock", self.dtype, self.param_dtype)
+        flags = {
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "deterministic": self.deterministic,
+        }
+        functional.check_flags("TransformerBlock", flags)
         if x is None:
             return self.attention(name="cross_attention").remember(memory)
         functional.check_inputs("x", x, _width(self, "mlp_in"))
+        functional.check_memory(memory, cross["mask"])
+        if memory is not None and not isinstance(memory, Cache):
+            functional.check_inputs("memory", memory, None)
 
         def norm(name: str, x: Array) -> Array:
             return self.norm_layer(dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)

@@ -102,10 +102,19 @@ class MultiHeadAttention(nnx.Module):
         backend: str = "auto",
         rngs: nnx.Rngs,
     ) -> None:
+        sizes = {"in_kv_features": in_kv_features, "out_features": out_features}
+        functional.check_sizes("MultiHeadAttention", **sizes)
+        functional.check_size("MultiHeadAttention", "in_features", in_features)
+        functional.check_rngs("MultiHeadAttention(rngs)", rngs, "params")
+        width = in_features if qkv_features is None else qkv_features
         kv_heads, head_dim = functional.sizes(
-            "MultiHeadAttention", qkv_features or in_features, num_heads, num_kv_heads, head_dim
+            "MultiHeadAttention", width, num_heads, num_kv_heads, head_dim
         )
         functional.check_rate("MultiHeadAttention", dropout_rate)
+        functional.check_types("MultiHeadAttention", dtype, param_dtype)
+        flags: dict[str, Any] = {"sinks": sinks, "normalize_qk": normalize_qk, "use_bias": use_bias}
+        flags["deterministic"] = deterministic
+        precision = functional.check_attributes("MultiHeadAttention", rope, precision, flags)
         # Once here, so that a mask with arrays is refused where it is given.
         functional.made("MultiHeadAttention", "mask", mask)
         functional.made("MultiHeadAttention", "score", score)
@@ -225,6 +234,7 @@ class MultiHeadAttention(nnx.Module):
           ValueError: for dropout without `deterministic`.
         """
         functional.check_inputs("inputs_q", inputs_q, self.in_features)
+        functional.check_call(deterministic, sow_weights, stats)
         key = value = memory = None
         if isinstance(inputs_kv, Cache):
             memory = inputs_kv
@@ -241,6 +251,8 @@ class MultiHeadAttention(nnx.Module):
                     f"deterministic: got None with dropout_rate={self.dropout_rate}, expected True "
                     "or False, here or from module.train() and module.eval()"
                 )
+            if rngs is not None:
+                functional.check_rngs("rngs", rngs, "dropout")
             stream = self.rngs if rngs is None else rngs.dropout
             rate, seed = (0.0, None) if off else (self.dropout_rate, stream())
         own_score = functional.made("MultiHeadAttention", "score", self.score)
@@ -343,7 +355,20 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         functional.check_norm(norm)
+        functional.check_functions(
+            "TransformerBlock",
+            attention=attention,
+            norm_layer=norm_layer,
+            activation=activation,
+        )
         functional.check_rate("TransformerBlock", dropout_rate)
+        functional.check_types("TransformerBlock", dtype, param_dtype)
+        flags = {"gated": gated, "use_bias": use_bias, "deterministic": deterministic}
+        functional.check_flags("TransformerBlock", flags)
+        functional.check_size("TransformerBlock", "in_features", in_features)
+        functional.check_size("TransformerBlock", "mlp_features", mlp_features)
+        functional.check_sizes("TransformerBlock", memory_features=memory_features)
+        functional.check_rngs("TransformerBlock(rngs)", rngs, "params")
         options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm, self.activation = norm, activation
         self.deterministic = deterministic
@@ -419,6 +444,7 @@ class TransformerBlock(nnx.Module):
         if (memory is None) != (self.memory_features is None):
             got, said = ("one", "without") if memory is not None else ("None", "with")
             raise ValueError(f"memory: got {got} in a block {said} memory_features")
+        functional.check_memory(memory, memory_mask)
         if memory is not None and not isinstance(memory, Cache):
             functional.check_inputs("memory", memory, self.memory_features)
         off = self.deterministic if deterministic is None else deterministic

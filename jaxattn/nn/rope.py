@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
+from ..checks.arrays import array_of, described
 from ..shapes import Array, Float, Int
 
 
@@ -26,17 +28,38 @@ class RoPE:
     theta: float = 10_000.0
     fraction: float = 1.0
 
+    def __post_init__(self) -> None:
+        real = (int, float, np.integer, np.floating)
+        for name, most in (("theta", np.inf), ("fraction", 1)):
+            given = getattr(self, name)
+            number = isinstance(given, real) and not isinstance(given, bool)
+            if not number or not 0 < given <= most or given == np.inf:
+                raise ValueError(
+                    f"RoPE({name}): got {described(given)}, expected a number above 0"
+                    + " and at most 1" * (name == "fraction")
+                )
+
     def __call__(
         self, x: Float[Array, "*B T N H"], positions: Int[Array, "*Bp T"]
     ) -> Float[Array, "*B T N H"]:
         """`x` turned by `positions`, `[T]` or `[B, T]`; angles are float32."""
+        x = array_of(x, "x", "floats [B, T, N, H]")
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x: got shape {list(x.shape)}, expected [B, T, N, H] or [T, N, H]")
+        positions = array_of(positions, "positions", "integers [T] or [B, T]")
+        *batch, T = x.shape[:-2]
+        if positions.shape not in ((T,), (*batch, T), (1,) * len(batch) + (T,)):
+            raise ValueError(
+                f"positions: got shape {list(positions.shape)}, expected {[T]}"
+                + f" or {[*batch, T]}" * bool(batch)
+            )
         d = int(x.shape[-1] * self.fraction)
         if d % 2 or d < 2:
             raise ValueError(
                 f"RoPE(fraction): got {self.fraction}, {d} features of a head dimension of "
                 f"{x.shape[-1]}, expected an even number"
             )
-        rates = self.theta ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
+        rates = float(self.theta) ** (-jnp.arange(0, d, 2, dtype=jnp.float32) / d)
         # [(B,) T, 1, d / 2]
         at = positions.reshape(*(1,) * (x.ndim - 2 - positions.ndim), *positions.shape, 1, 1)
         angles = at.astype(jnp.float32) * rates.reshape(*(1,) * (at.ndim - 1), -1)

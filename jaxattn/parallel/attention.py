@@ -16,14 +16,16 @@ from jax import lax
 from ..arguments import Options, check_weights, checked_call
 from ..attention import attention as whole_attention
 from ..backends.base import Call
+from ..checks.arrays import array_of, described
 from ..checks.foreign_names import with_remedies
+from ..checks.options import flag
 from ..dispatch import choose, dispatch
 from ..masks import predicate
 from ..masks.mask import Mask
-from ..masks.positions import Positions
+from ..masks.positions import Positions, as_positions
 from ..mesh import varying
 from ..shapes import Array, ArrayLike, Float
-from ..stats import bare, with_queries
+from ..stats import bare, check_statistics, with_queries
 from ..tiles.tile_map import TileMap
 from . import plan
 from .known import plain
@@ -172,15 +174,16 @@ def attention(
     schedules = schedules_of(schedule, len(names))
     ranks = _ranks(names)
     _check_varying(names, query=query, key=key, value=value)
-    arrays = [jnp.asarray(a) for a in (query, key, value)]
-    lengths = _lengths(arrays, ranks)
+    parts = {"query": query, "key": key, "value": value}
+    arrays = [array_of(part, name, "an array") for name, part in parts.items()]
+    whole = lengths(arrays, ranks)
     if layout is not None:
-        check_layout(layout, ranks, lengths)
+        check_layout(layout, ranks, whole)
     in_order = layout is None or layout.contiguous
     if not in_order and isinstance(mask, TileMap):
         # Its tiles are those of another order.
         B, N = math.prod(arrays[0].shape[:-3]), arrays[0].shape[-2]
-        mask.check(B, N, *lengths, positions)
+        mask.check(B, N, *whole, positions)
         mask = mask.mask
     options: dict[str, Any] = {
         "mask": mask,
@@ -193,7 +196,8 @@ def attention(
         "precision": precision,
         "stats": stats,
     }
-    results = _over(arrays, names, schedules, options, (in_order, backend, return_lse))
+    settings = (in_order, backend, flag(return_lse, "return_lse"))
+    results = _over(arrays, names, schedules, options, settings)
     return results if len(results) > 1 else results[0]
 
 
@@ -261,6 +265,7 @@ def call_of(arrays: Sequence[Any], ranks: int, options: dict[str, Any]) -> Call:
     ]
     # Those of `received` are weights of this device's queries.
     stats = options.get("stats")
+    check_statistics(stats)
     try:
         told = options | {"stats": with_queries(stats, lambda _: jnp.ones((), jnp.float32))}
         call = checked_call(*whole, **told)
@@ -383,10 +388,10 @@ def _by_heads(
 
 
 def _axes(axis: Any) -> tuple[str, ...]:
-    names = (axis,) if isinstance(axis, str) else tuple(axis)
+    names = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for name in names:
-        if name not in manual:
+        if not isinstance(name, str) or name not in manual:
             there = ", ".join(map(repr, manual))
             remedy = (
                 f"expected one of this shard_map's axes, {there}"
@@ -395,7 +400,7 @@ def _axes(axis: Any) -> tuple[str, ...]:
                 "in_specs that split lengths over the axis; outside, jaxattn.attention takes "
                 "arrays of the whole sequence"
             )
-            raise ValueError(f"axis: got {name!r}, {remedy}")
+            raise ValueError(f"axis: got {described(name)}, {remedy}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"axis: got {axis!r}, expected one mesh axis or several different ones")
     return names
@@ -403,11 +408,11 @@ def _axes(axis: Any) -> tuple[str, ...]:
 
 def schedules_of(given: Any, axes: int) -> tuple[str, ...]:
     """The schedule of all axes together, or one for each of them, checked as far as their names."""
-    found = (given,) if isinstance(given, str) else tuple(given)
+    found = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     known = ", ".join(map(repr, ("auto", *plan.SCHEDULES)))
     for name in found:
-        if name not in ("auto", *plan.SCHEDULES):
-            raise ValueError(f"schedule: got {name!r}, expected one of {known}")
+        if not isinstance(name, str) or name not in ("auto", *plan.SCHEDULES):
+            raise ValueError(f"schedule: got {described(name)}, expected one of {known}")
     if len(found) != 1 and (len(found) != axes or set(found[1:]) != {"heads"}):
         raise ValueError(
             f"schedule: got {found} for {axes} mesh axes, expected one schedule, or one for each "
@@ -433,7 +438,7 @@ def _check_varying(axis: tuple[str, ...], **arrays: Any) -> None:
         )
 
 
-def _lengths(arrays: Sequence[Any], ranks: int) -> tuple[int, int]:
+def lengths(arrays: Sequence[Any], ranks: int) -> tuple[int, int]:
     """The numbers of queries and keys of the whole sequence; `checked_call` checks shapes."""
     query, key, _ = arrays
     T, S = (a.shape[-3] if a.ndim >= 3 else 0 for a in (query, key))
@@ -458,7 +463,7 @@ def check_layout(layout: Any, ranks: int, lengths: tuple[int, int]) -> None:
 def reordered(positions: Positions | None, layout: Layout | None) -> Positions:
     """The positions of queries and keys, in the order in which ranks hold them."""
     assert layout is not None
-    given = positions or Positions()
+    given = as_positions(positions)
     order = layout.positions
 
     def moved(array: Any) -> Any:

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 from ..checks import integers
+from ..checks.arrays import array_of
 from ..checks.foreign_names import unexpected
+from ..checks.options import flag
 from ..dispatch import choose
 from ..masks import full
 from ..masks.positions import Positions
@@ -25,6 +27,7 @@ from .attention import (
     by_heads,
     call_of,
     check_layout,
+    lengths,
     met,
     reordered,
     schedules_of,
@@ -129,14 +132,14 @@ def explain(
     unknown = {name: given for name, given in options.items() if name not in _OPTIONS}
     if unknown:
         raise unexpected("parallel.explain", unknown, _OPTIONS)
-    options.pop("return_lse", None)
+    flag(options.pop("return_lse", False), "return_lse")
     sizes = _sizes(ranks)
     schedules = schedules_of(schedule, len(sizes))
     total = math.prod(sizes)
     arrays = zip(("query", "key", "value"), (query, key, value), strict=True)
     parts = [_part(name, array, total) for name, array in arrays]
     if layout is not None:
-        check_layout(layout, total, (query.shape[-3], key.shape[-3]))
+        check_layout(layout, total, lengths(parts, total))
     in_order = layout is None or layout.contiguous
     positions = options.pop("positions", None)
     at = positions if in_order else reordered(positions, layout)
@@ -189,7 +192,9 @@ def _sum(a: Sent, b: Sent) -> Sent:
 
 def _part(name: str, array: Any, ranks: int) -> Any:
     """The shape of one rank's part."""
-    shape = tuple(getattr(array, "shape", ()))
+    if not isinstance(array, jax.ShapeDtypeStruct):
+        array = array_of(array, name, "an array, or a jax.ShapeDtypeStruct")
+    shape = tuple(array.shape)
     if len(shape) not in (3, 4):
         # Left for the check of arguments, which says what is expected.
         return array

@@ -8,6 +8,7 @@ door of a model, and `parallel.attention(layout=...)` is told of it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checks import integers
+from ..checks.arrays import array_of, described
 from ..masks.mask import MaskLike
 from ..mesh import evaluated
 from ..tiles.tile_map import EMPTY, tile_map
@@ -67,8 +69,15 @@ class Layout:
     length: int
 
     def __post_init__(self) -> None:
-        rows = tuple(tuple(map(int, row)) for row in self.blocks)
+        try:
+            rows = tuple(tuple(map(operator.index, row)) for row in self.blocks)
+        except TypeError:
+            raise TypeError(
+                f"Layout.blocks: got {described(self.blocks)}, expected a row of block numbers for "
+                "each rank"
+            ) from None
         object.__setattr__(self, "blocks", rows)
+        object.__setattr__(self, "length", integers.plain(self.length, "Layout.length", 1))
         numbers = sorted(number for row in rows for number in row)
         even = len({len(row) for row in rows}) == 1
         if not numbers or not even or numbers != list(range(len(numbers))):
@@ -76,7 +85,7 @@ class Layout:
                 f"Layout.blocks: got {_short(rows)}, expected a row of equal length for each rank, "
                 "and in them every number from 0 on once"
             )
-        if self.length <= 0 or self.length % len(numbers):
+        if self.length % len(numbers):
             raise ValueError(
                 f"Layout.length: got {self.length}, expected a multiple of the {len(numbers)} "
                 "blocks: pad the sequence, and mask the padding"
@@ -125,7 +134,8 @@ class Layout:
         return jax.tree.map(lambda a: self._moved(a, np.argsort(self._order), axis), tree)
 
     def _moved(self, array: Any, order: np.ndarray, axis: int) -> Any:
-        array = jnp.asarray(array)
+        array = array_of(array, "Layout(tree)", "arrays with an axis of tokens")
+        axis = integers.plain(axis, "Layout(axis)", -array.ndim)
         if not -array.ndim <= axis < array.ndim or array.shape[axis] != self.length:
             raise ValueError(
                 f"Layout: got an array of shape {list(array.shape)} and axis={axis}, expected "
@@ -152,6 +162,7 @@ def contiguous(length: int, ranks: int) -> Layout:
       length: of the sequence, in tokens.
       ranks: their number.
     """
+    length = integers.plain(length, "parallel.contiguous(length)", 1)
     ranks = integers.plain(ranks, "parallel.contiguous(ranks)", 1)
     return Layout(tuple((rank,) for rank in range(ranks)), length)
 
@@ -165,6 +176,7 @@ def zigzag(length: int, ranks: int) -> Layout:
 
     Source: Zhu 2024, github.com/zhuzilin/ring-flash-attention.
     """
+    length = integers.plain(length, "parallel.zigzag(length)", 1)
     ranks = integers.plain(ranks, "parallel.zigzag(ranks)", 1)
     return Layout(tuple((rank, 2 * ranks - 1 - rank) for rank in range(ranks)), length)
 
@@ -178,7 +190,11 @@ def cyclic(length: int, ranks: int, blocks: int | None = None) -> Layout:
       blocks: of a rank; by default the largest divisor of the length of its part up to 32.
     """
     ranks = integers.plain(ranks, "parallel.cyclic(ranks)", 1)
-    count = _divisor(length, ranks, _CYCLIC) if blocks is None else blocks
+    length = integers.plain(length, "parallel.cyclic(length)", 1)
+    if blocks is None:
+        count = _divisor(length, ranks, _CYCLIC)
+    else:
+        count = _blocks(blocks, length, ranks, "parallel.cyclic(blocks)")
     rows = tuple(tuple(rank + n * ranks for n in range(count)) for rank in range(ranks))
     return Layout(rows, length)
 
@@ -193,6 +209,7 @@ def striped(length: int, ranks: int) -> Layout:
     Source: Brandon et al. 2023, arXiv 2311.09431.
     """
     ranks = integers.plain(ranks, "parallel.striped(ranks)", 1)
+    length = integers.plain(length, "parallel.striped(length)", ranks)
     return cyclic(length, ranks, blocks=length // ranks)
 
 
@@ -231,7 +248,13 @@ def layout(
     ranks = integers.plain(ranks, "parallel.layout(ranks)", 1)
     given = list(masks) if isinstance(masks, (list, tuple)) else [masks]
     whole = [mask for mask in map(plain, given) if mask is not None]
-    count = _divisor(length, ranks, _BLOCKS) if blocks is None else blocks
+    length = integers.plain(length, "parallel.layout(length)", 1)
+    batch = integers.plain(batch, "parallel.layout(batch)", 1)
+    heads = integers.plain(heads, "parallel.layout(heads)", 1)
+    if blocks is None:
+        count = _divisor(length, ranks, _BLOCKS)
+    else:
+        count = _blocks(blocks, length, ranks, "parallel.layout(blocks)")
     # Checks the length, too.
     block = Layout(tuple((n,) for n in range(ranks * count)), length).block
     parts = [known_part(mask) for mask in whole]
@@ -268,6 +291,17 @@ def _dealt(work: np.ndarray, ranks: int, length: int) -> Layout:
         rows[rank].append(int(block))
         loads[rank] += work[block]
     return Layout(tuple(tuple(sorted(row)) for row in rows), length)
+
+
+def _blocks(given: Any, length: int, ranks: int, name: str) -> int:
+    """The number of blocks of a rank, checked before as many are listed."""
+    count = integers.plain(given, name, 1)
+    if length % (count * ranks):
+        raise ValueError(
+            f"{name}: got {count}, expected a number of blocks of each of the {ranks} ranks that "
+            f"divides the {length} tokens"
+        )
+    return count
 
 
 def _divisor(length: int, ranks: int, most: int) -> int:

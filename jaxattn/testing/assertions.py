@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks.arrays import array_of, described
+from ..checks.integers import plain
+from ..checks.options import flag
 from ..masks.mask import as_mask
 from ..shapes import Array, ArrayLike, Int, Shaped
-from .changes import Model, Probe, same
+from .changes import Model, Probe, check_function, same
 from .depth import power
 
 
@@ -59,7 +62,10 @@ def assert_respects_mask(
       ...
       AssertionError: output 0 depends on input 1, which no path of the mask allows (batch row 0)
     """
-    array = jnp.asarray(inputs)
+    check_function(fn, "fn(inputs)")
+    layers, heads = plain(layers, "layers", 1), plain(heads, "heads", 1)
+    nonfinite, seed = flag(nonfinite, "nonfinite"), plain(seed, "seed", 0)
+    array = array_of(inputs, "inputs", "floats or integers [B, S, ...]")
     run = jax.jit(fn)
     probe = Probe(run, array, run(array), np.random.default_rng(seed))
     S, T, B = probe.S, probe.T, len(probe.clean)
@@ -80,8 +86,6 @@ def assert_respects_mask(
 
 def _reach(sees: np.ndarray, layers: int) -> np.ndarray:
     """On which inputs an output may depend, `[B, T, S]`: paths of at most `layers` steps."""
-    if layers < 1:
-        raise ValueError(f"layers: got {layers}, expected at least 1")
     _, T, S = sees.shape
     if T != S:
         if layers > 1:
@@ -189,8 +193,15 @@ def assert_padding_invariant(
     Raises:
       AssertionError: for the first difference, with its row and position.
     """
-    array, sizes = jnp.asarray(inputs), np.asarray(lengths)
+    check_function(fn, "fn(inputs, lengths)")
+    extra, seed = plain(extra, "extra", 0), plain(seed, "seed", 0)
+    array = array_of(inputs, "inputs", "an array [B, S, ...]")
+    if array.ndim < 2:
+        raise ValueError(f"inputs: got shape {list(array.shape)}, expected [B, S, ...]")
     B, S = array.shape[:2]
+    sizes = array_of(lengths, "lengths", f"integers [B] = [{B}]", np.asarray)
+    if not np.issubdtype(sizes.dtype, np.integer):
+        raise TypeError(f"lengths: got dtype {sizes.dtype}, expected integers [B] = [{B}]")
     if sizes.shape != (B,) or not (sizes < S).any() or (sizes > S).any() or (sizes < 0).any():
         raise ValueError(
             f"lengths: got {sizes.tolist()}, expected [B] = [{B}] lengths from 0 to S = {S}, at "
@@ -247,7 +258,13 @@ def assert_packing_invariant(
     Raises:
       AssertionError: for the first difference, with its document and position.
     """
-    parts = [np.asarray(document) for document in documents]
+    check_function(fn, "fn(inputs, segment_ids, positions)")
+    if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
+        raise TypeError(f"documents: got {described(documents)}, expected a list of arrays")
+    parts = [
+        array_of(document, f"documents[{i}]", "an array [S, ...]", np.asarray)
+        for i, document in enumerate(documents)
+    ]
     if len(parts) < 2:
         raise ValueError(f"documents: got {len(parts)}, expected at least 2 to pack")
     ids = np.repeat(np.arange(len(parts)), [len(part) for part in parts])

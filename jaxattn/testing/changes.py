@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks.arrays import described
 from ..shapes import Bool
 
 Model = Callable[..., Any]
+
+
+def check_function(fn: Any, called: str) -> None:
+    """Checks that the model under test is a function, that is called so."""
+    if not callable(fn):
+        raise TypeError(f"fn: got {described(fn)}, expected a function, called as {called}")
 
 
 class Probe:

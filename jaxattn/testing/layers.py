@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from ..checks.arrays import described
 from .changes import Model
 
 
@@ -21,6 +22,10 @@ class Layer:
 
     def __init__(self, fn: Model, where: Any, inputs: Any) -> None:
         """Finds the layer at `where`: a path in linen or in `fn`, or the module itself."""
+        if not isinstance(where, str) and not callable(where):
+            raise TypeError(
+                f"where: got {described(where)}, expected the path of a layer, or the module itself"
+            )
         self._fn, self._where, self._model_inputs = fn, where, inputs
         self._module = _within(fn, where) if isinstance(where, str) else where
         self.inputs, _ = self._called(None)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..checks.arrays import array_of, described
+from ..checks.integers import plain
 from ..shapes import ArrayLike, Shaped
-from .changes import Model, Probe, same
+from .changes import Model, Probe, check_function, same
 from .depth import OneLayer, one_layer
 from .findings import Visible
 from .layers import Layer
@@ -93,10 +95,19 @@ def visible(
     """
     numbers = {"layers": layers, "stride": stride, "tries": tries}
     for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: got {number}, expected at least 1")
+        if number is not None or name in ("layers", "stride"):
+            plain(number, name, 1)
+    plain(seed, "seed", 0)
+    if outputs is not None:
+        plain(outputs, "outputs", 1)
     _check_call(fn, inputs)
-    given: Any = inputs if isinstance(inputs, jax.Array) else np.asarray(inputs)
+    given: Any = inputs
+    if not isinstance(inputs, jax.Array):
+        given = array_of(inputs, "inputs", "floats or integers [B, S, ...]", np.asarray)
+    if given.ndim == 0 or given.dtype.kind in "OSU":
+        raise ValueError(
+            f"inputs: got {described(inputs)}, expected floats or integers [B, S, ...]"
+        )
     if where is not None:
         fn = Layer(fn, where, given)
         given = fn.inputs
@@ -135,6 +146,7 @@ def visible(
 
 def _check_call(fn: Model, inputs: Any) -> None:
     """Checks that a function can be called with the inputs alone."""
+    check_function(fn, "fn(inputs)")
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # a function without one, as some of NumPy's
@@ -204,7 +216,7 @@ def _check_length(probe: Probe, outputs: int | None) -> None:
 
 def _real(padding: Any, B: int, S: int) -> np.ndarray:
     """Which inputs are not padding, `[B, S]`."""
-    given = np.asarray(padding)
+    given = array_of(padding, "padding", f"bool [B, S] = [{B}, {S}] or int [B]", np.asarray)
     if given.dtype == bool and given.shape in ((B, S), (1, S)):
         return np.broadcast_to(given, (B, S))
     if np.issubdtype(given.dtype, np.integer) and given.shape == (B,):

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..checks import integers
+from ..checks.arrays import described
 from ..checks.integers import concrete
+from ..checks.options import flag
 from ..masks.mask import Mask, MaskLike, Scalar, as_mask, check_tokens
-from ..masks.positions import Positions
+from ..masks.positions import Positions, as_positions
 from ..mesh import automatic
 from ..pytrees import pytree, static
 from ..shapes import Array, ArrayOrStruct, Bool, Int, Shaped
@@ -195,25 +198,34 @@ def tile_map(
     keys, S, _ = _extents("key_shape", key_shape)
     if keys != B:
         raise ValueError(f"key_shape: got {keys} batch rows, expected {B}, those of query_shape")
-    tiles = (tile, tile) if isinstance(tile, int) else tuple(tile)
-    if len(tiles) != 2 or any(not isinstance(n, int) or n < 1 for n in tiles):
+    exact = flag(exact, "exact")
+    sides = tile if isinstance(tile, (tuple, list)) else (tile, tile)
+    if len(sides) != 2:
         raise ValueError(f"tile: got {tile!r}, expected one integer or two, at least 1")
-    given = (positions or Positions()).checked(B, N, T, S)
-    stand = jax.tree.map(jnp.asarray, positions or Positions())
+    rows, columns = (integers.plain(side, "tile", 1) for side in sides)
+    stand = as_positions(positions)
+    given = stand.checked(B, N, T, S)
+    stand = jax.tree.map(jnp.asarray, stand)
     plain = as_mask(mask.mask if isinstance(mask, TileMap) else mask)
     check_tokens(plain, given, T, S)
     canonical = guarded(canonicalize(plain), stand, (B, N, T, S))
-    found = _states(split(canonical, given), given, (B, N, T, S), tiles, exact)
-    return TileMap(canonical, found, tiles, (B, N, T, S), counts(given), stand)
+    found = _states(split(canonical, given), given, (B, N, T, S), (rows, columns), exact)
+    return TileMap(canonical, found, (rows, columns), (B, N, T, S), counts(given), stand)
 
 
 def _extents(name: str, given: Any) -> tuple[int, int, int]:
     # An array of queries or of keys stands for its shape.
     shape = given.shape if getattr(given, "ndim", 1) != 1 else given
+    if not isinstance(shape, (Sequence, np.ndarray, jax.Array)) or isinstance(shape, (str, bytes)):
+        raise TypeError(
+            f"{name}: got {described(shape)}, expected [B, length, heads, H] or without B, or the "
+            "array itself"
+        )
     if len(shape) not in (3, 4):
         raise ValueError(f"{name}: got {tuple(shape)}, expected [B, length, heads, H] or without B")
-    length, heads, _ = shape[-3:]
-    return (int(shape[0]) if len(shape) == 4 else 1), int(length), int(heads)
+    sizes = [integers.plain(n, f"{name}[{i}]", 0) for i, n in enumerate(shape)]
+    *batch, length, heads, _ = sizes
+    return (*batch, 1)[0], length, heads
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))

@@ -273,9 +273,18 @@ def split(given: G, positions: Positions | None = None, *, logit: Any = False) -
         from 0 need no gather.
       logit: for a score, the dtype of the logits; True is float32.
     """
-    given = canonicalize(given, np.float32 if isinstance(logit, bool) else logit)
-    signature = signature_of(given, positions or Positions(), logit)
-    return Split(split_plan(signature), given)
+    try:
+        given = canonicalize(given, np.float32 if isinstance(logit, bool) else logit)
+        signature = signature_of(given, positions or Positions(), logit)
+        return Split(split_plan(signature), given)
+    except IndexError as error:
+        # JAX reads nothing from an array without entries, not even while it traces.
+        if "with size 0" not in str(error):
+            raise
+        raise ValueError(
+            f"{given!r}: got an array without entries, expected one for each position that it is "
+            "read at"
+        ) from error
 
 
 def _counted(positions: Positions) -> tuple[bool, ...]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ..checks.arrays import described
+from ..checks.integers import MOST
 from ..masks.mask import Mask, check_tokens
-from ..masks.positions import Positions, over_grid
+from ..masks.positions import Positions, as_positions, over_grid
 from ..shapes import Array, Bool
 from ..tracing.out_of_range import guarded
 from ..tracing.split import split
@@ -18,9 +20,13 @@ def dense(
 ) -> Bool[Array, "batch heads T S"]:
     """What `Mask.dense` returns; its docstring has the arguments."""
     for name, size in {"T": T, "S": S, "batch": batch, "heads": heads}.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
-            raise ValueError(f"Mask.dense({name}=): got {size!r}, expected an integer >= 0")
-    given: Any = positions or Positions()
+        number = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not number or not 0 <= size <= MOST:
+            raise ValueError(
+                f"Mask.dense({name}=): got {described(size)}, expected an integer >= 0, and below "
+                "2**31"
+            )
+    given: Any = as_positions(positions)
     check_tokens(mask, given, T, S)
     parts = split(mask, given)
     parts.check_extents(batch, heads, T, S)

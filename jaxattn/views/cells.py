@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checks.integers import concrete
+from ..checks.arrays import described
+from ..checks.integers import MOST, concrete
 from ..masks.mask import And, Mask, Not, Or, PerHead, Xor, tokens_of
 from ..masks.positions import Positions
 from ..shapes import Int
@@ -110,6 +111,28 @@ def cells(
     return Cells(np.asarray(found.states)[0, 0], tile, T, S, b, h)
 
 
+def words(labels: Any, T: int, S: int, name: str) -> tuple[list[str], list[str]] | None:
+    """A word for each query and for each key, checked; None without.
+
+    Raises:
+      TypeError: for what is no two lists.
+      ValueError: for other numbers of words.
+    """
+    if labels is None:
+        return None
+    pair = isinstance(labels, (tuple, list)) and len(labels) == 2
+    if not pair or not all(isinstance(each, (Sequence, np.ndarray)) for each in labels):
+        raise TypeError(
+            f"{name}(labels): got {described(labels)}, expected two lists of words, for the "
+            "queries and for the keys"
+        )
+    for whose, given, count in zip(("queries", "keys"), labels, (T, S), strict=True):
+        if len(given) != count:
+            raise ValueError(f"{name}(labels): got {len(given)} for the {whose}, expected {count}")
+    queries, keys = (list(map(str, each)) for each in labels)
+    return queries, keys
+
+
 def tile_of(T: int, S: int, most: int, grid: tuple[int, int]) -> tuple[int, int]:
     """Queries and keys of a cell; see `cells`."""
     if max(T, S) <= most:
@@ -134,8 +157,11 @@ def sizes(mask: Mask, T: int | None, S: int | None, name: str) -> tuple[int, int
         T = _default_length(mask, _plan(mask)) if T is None else T
         S = known.get("k", T) if S is None else S
     for letter, size in (("T", T), ("S", S)):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name}({letter}): got {size!r}, expected an integer >= 1")
+        number = isinstance(size, (int, np.integer)) and not isinstance(size, bool)
+        if not number or not 1 <= size <= MOST:
+            raise ValueError(
+                f"{name}({letter}): got {described(size)}, expected an integer >= 1, below 2**31"
+            )
     return int(T), int(S)
 
 
@@ -148,9 +174,9 @@ def check_row_and_head(mask: Mask, b: int, h: int, name: str) -> None:
     """Checks that the batch row and the head exist; raises as `cells` does."""
     for letter, at in (("b", b), ("h", h)):
         if isinstance(at, (bool, np.bool_)) or not isinstance(at, (int, np.integer)):
-            raise TypeError(f"{name}({letter}): got {at!r}, expected an integer")
-        if at < 0:
-            raise ValueError(f"{name}({letter}): got {at}, expected an integer >= 0")
+            raise TypeError(f"{name}({letter}): got {described(at)}, expected an integer")
+        if not 0 <= at <= MOST:
+            raise ValueError(f"{name}({letter}): got {at}, expected an integer >= 0, below 2**31")
     if (b, h) == (0, 0):
         return
     asked = {"b": (b, "batch rows"), "h": (h, "heads")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checks.integers import concrete
+from ..checks.integers import concrete, plain
 from ..describing.evaluate import cells_of, evaluated
 from ..describing.search import described, nearest
 from ..masks.mask import Mask, MaskLike, PerHead, as_mask, dense, parts_of
@@ -59,6 +59,9 @@ def _observed(
 ) -> Bool[np.ndarray, "B N T S"]:
     """What is described, as an array."""
     mask = as_mask(given, "describe(observed)")
+    for name, size in (("batch", batch), ("heads", heads)):
+        if size is not None:
+            plain(size, f"describe({name})", 1)
     if isinstance(given, Mask) or not hasattr(given, "shape"):
         T, S = sizes(mask, T, S, "describe")
         B = extents(mask).get("b", 1) if batch is None else batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..masks.results import Html
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
-from .cells import COLORS, Cells, cells, parts
+from .cells import COLORS, Cells, cells, parts, words
 from .why import Asked
 
 # With at most this many queries and keys every pair is a cell; a megabyte of text at most.
@@ -21,6 +22,9 @@ _CELLS, _GRID = 64, (64, 64)
 _SIDE, _CELL = 320, 24
 
 _NAMES = {EMPTY: "none may be seen", PARTIAL: "some may be seen", FULL: "all may be seen"}
+
+
+Labels: TypeAlias = tuple[Sequence[str], Sequence[str]] | None
 
 
 @with_remedies(VIEWS, "html")
@@ -60,6 +64,7 @@ def html(
     """
     whole = as_mask(mask)
     found = _cells(whole, T, S, b, h)
+    labels = words(labels, found.T, found.S, "html")
     sign, pieces = parts(whole, h)
     figures = [
         _figure(f"{sign if n or sign == '~' else ''} {piece!r}".strip(), piece, shown, labels)
@@ -83,14 +88,14 @@ def _cells(mask: Mask, T: int | None, S: int | None, b: int, h: int) -> Cells:
     return cells(mask, T, S, b, h, most=_CELLS, grid=_GRID, name="html")
 
 
-def _figure(title: str, mask: Mask, found: Cells, labels: object) -> str:
+def _figure(title: str, mask: Mask, found: Cells, labels: Labels) -> str:
     lines, columns = found.states.shape
     side = min(_CELL, max(2, _SIDE // max(lines, columns)))
-    words = _words(mask, found)
+    said = _words(mask, found)
     gap = 1 if side > 6 else 0
     cells = "".join(
         f'<rect x="{j * side}" y="{i * side}" width="{side - gap}" height="{side - gap}" '
-        f'fill="{COLORS[int(state)]}"><title>{escape(words[i][j])}</title></rect>'
+        f'fill="{COLORS[int(state)]}"><title>{escape(said[i][j])}</title></rect>'
         for (i, j), state in np.ndenumerate(found.states)
     )
     left, top, marks = _marks(found, labels, side)
@@ -124,14 +129,11 @@ def _words(mask: Mask, found: Cells) -> list[list[str]]:
     ]
 
 
-def _marks(found: Cells, labels: object, side: int) -> tuple[int, int, str]:
+def _marks(found: Cells, labels: Labels, side: int) -> tuple[int, int, str]:
     """The space for labels on the left and on top, and their SVG."""
-    if not isinstance(labels, tuple) or not found.exact:
+    if labels is None or not found.exact:
         return 0, 0, ""
-    for name, given, count in zip(("queries", "keys"), labels, (found.T, found.S), strict=True):
-        if len(given) != count:
-            raise ValueError(f"html(labels): got {len(given)} for the {name}, expected {count}")
-    left, top = (7 * max(map(len, words)) + 6 for words in labels)
+    left, top = (7 * max(map(len, each)) + 6 for each in labels)
     queries = "".join(
         f'<text x="{left - 4}" y="{top + side * (n + 0.7)}" text-anchor="end">{escape(w)}</text>'
         for n, w in enumerate(labels[0])

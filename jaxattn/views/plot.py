@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from ..checks.arrays import described
 from ..checks.foreign_names import VIEWS, with_remedies
 from ..masks.mask import Mask, MaskLike, as_mask
 from ..shapes import Array, Float
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL, TileMap, tile_map
-from .cells import COLORS, Cells, cells, parts
+from .cells import COLORS, Cells, cells, parts, words
 
 # With at most this many queries and keys every pair is a cell: as many as a figure can show.
 _CELLS, _GRID = 256, (128, 128)
@@ -65,8 +66,11 @@ def plot(
     """
     whole = as_mask(mask)
     found = _cells(whole, T, S, b, h)
+    labels = words(labels, found.T, found.S, "plot")
     if weights is not None:
         weights = _weights(weights, found)
+    if ax is not None and not hasattr(ax, "imshow"):
+        raise TypeError(f"plot(ax): got {described(ax)}, expected axes of matplotlib, or None")
     if ax is None:
         ax = _panels(whole, found, labels)
     _draw(ax, found, labels)
@@ -139,15 +143,17 @@ def _draw(ax: Any, found: Cells, labels: tuple[Sequence[str], Sequence[str]] | N
     ax.tick_params(which="both", length=0, labelsize=8)
     if labels is None or not found.exact:
         return
-    for name, given, count in zip(("queries", "keys"), labels, (found.T, found.S), strict=True):
-        if len(given) != count:
-            raise ValueError(f"plot(labels): got {len(given)} for the {name}, expected {count}")
     ax.set_yticks(range(found.T), labels[0])
     ax.set_xticks(range(found.S), labels[1], rotation=90)
 
 
 def _weights(given: Any, found: Cells) -> np.ndarray:
-    array = np.asarray(given, np.float64)
+    try:
+        array = np.asarray(given, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"plot(weights): got {described(given)}, expected numbers [T, S]"
+        ) from error
     if array.ndim == 4 and found.b < array.shape[0]:
         array = array[found.b]
     if array.ndim == 3 and found.h < array.shape[0]:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..checks.foreign_names import VIEWS, with_remedies
+from ..checks.options import optional_flag
 from ..masks.mask import MaskLike, as_mask
 from ..tiles.tile_map import EMPTY, FULL, PARTIAL
-from .cells import cells
+from .cells import cells, words
 
 # With at most this many queries and keys every pair is a cell; beyond, a cell is a tile.
 CELLS = 64
@@ -69,6 +70,7 @@ def text(
     """
     whole = as_mask(mask)
     found = cells(whole, T, S, b, h, most=CELLS, grid=GRID, name="show")
+    labels = words(labels, found.T, found.S, "show")
     title = f"{whole!r}, {found.caption()}"
     signs = np.vectorize(_SIGNS.get)(found.states)
     return "\n".join([title, *grid_of(signs, labels if found.exact else None, color)])
@@ -78,6 +80,7 @@ def grid_of(
     signs: np.ndarray, labels: tuple[Sequence[str], Sequence[str]] | None, color: bool | None
 ) -> list[str]:
     """Lines of cells; two characters a cell, as a character is twice as high as wide."""
+    color = optional_flag(color, "color")
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     states = {sign: state for state, sign in _SIGNS.items()}
@@ -90,9 +93,6 @@ def grid_of(
     lines = ["".join(map(cell, line)) for line in signs]
     if labels is None:
         return lines
-    for name, given, count in zip(("queries", "keys"), labels, signs.shape, strict=True):
-        if len(given) != count:
-            raise ValueError(f"show(labels): got {len(given)} for the {name}, expected {count}")
     width = max(map(len, labels[0]))
     height = max(map(len, labels[1]))
     # The keys' words stand upright above their columns.
