@@ -8,13 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 # Before jax is imported: tests of sharding want devices to shard over, and all of them compile far
-# longer than they run. Where XLA still has its older code generator, that compiles twice as fast,
-# and programs this small again by a third where they are not split, for threads to compile parts.
+# longer than they run. Where XLA still has its older code generator, that compiles twice as fast.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    * metadata.version("jaxlib").startswith("0.10."),
+    + " --xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Processes share what they compile, and later runs find it again: JAX keeps a program under a hash
