@@ -406,7 +406,7 @@ def test_what_no_place_holds_is_not_felt() -> None:
         (lambda: ja.KVCache.rolling(1, 2, 1, 1, first=-1), r"rolling\(first=\): got -1"),
         (lambda: contiguous().accept(0, jnp.zeros((1, 2), jnp.int32)), r"accept\(positions\): got shape \[1, 2\], expected \[2, M\]"),
         (lambda: ja.PagedKVCache.create(1, 1, 2.0, 1, 1), r"create\(page=\): got 2.0"),
-        (lambda: ja.KVCache.create(1, 1, 1, 1, stored=jnp.int16), "stored=int16, expected a float"),
+        (lambda: ja.KVCache.create(1, 1, 1, 1, stored=jnp.int16), r"create\(stored=\): got int16, expected a float"),
         (lambda: contiguous().append(jnp.ones((B, 1, K, 3)), jnp.ones((B, 1, K, H))), r"append\(key\): got shape"),
         (lambda: contiguous().append(jnp.ones((B, 1, K, H)), jnp.ones((1, 1, K, H))), r"append\(value\): got shape"),
         (lambda: contiguous().append(jnp.ones((B, 1, K, H)), jnp.ones((B, 2, K, H))), "got 2 tokens, expected the 1"),

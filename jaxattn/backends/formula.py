@@ -324,8 +324,7 @@ def _weigh(
     def with_nonfinite() -> Array:
         # The product is that of the other branch, so that it rounds in the same way.
         by_head = products.layout.with_heads_first(value)
-        shown = jnp.ones((1, 1, *weights.shape[2:]), bool) if seen is None else seen
-        found = nonfinite_sums(shown, by_head, weights.shape[1], weights.dtype)
+        found = nonfinite_sums(seen, by_head, weights.shape[1], weights.dtype)
         found = products.layout.with_heads_first(found)
         return _values(products, weights, base.finite(value)) + found
 
@@ -438,9 +437,12 @@ def _counted(layout: str, a: Array, b: Array) -> Bool[Array, "..."]:
 
 
 def nonfinite_sums(
-    seen: Bool[Array, "#B #N T S"], value: Float[Array, "B K S Hv"], N: int, dtype: Any
-) -> Float[Array, "B N T Hv"]:
+    seen: Bool[Array, "#B #N T S"] | None, value: Float[Array, "B K S Hv"], N: int, dtype: Any
+) -> Float[Array, "B N #T Hv"]:
     """What visible values that are not finite add to the sums of queries: 0, NaN, inf or -inf."""
+    if seen is None:
+        same = added(kinds(value).any(2, keepdims=True), dtype)
+        return jnp.repeat(same, N // value.shape[1], 1)
 
     def some(value: Array) -> Array:
         return added(reach(seen, kinds(value), N), dtype)

@@ -89,4 +89,6 @@ def dtype(given: Any, name: str, also: Any = None) -> Any:
     if found is not None and (jnp.issubdtype(found, jnp.floating) or found == also):
         return given
     expected = "a float dtype, as jnp.float32" + (f", or {also.__name__}" if also else "")
-    raise TypeError(f"{name}: got {described(given)}, expected {expected}")
+    raise TypeError(
+        f"{name}: got {described(given) if found is None else found.name}, expected {expected}"
+    )
