@@ -219,6 +219,7 @@ def _from_weights(
     nan, delta = lax.optimization_barrier((nan[..., None], delta[..., None]))
     zero = jnp.zeros((), far.dtype)
     shown = visible(config, x) if mask is None else mask
+    # The barriers keep XLA from computing weights and ds once for each order that is read below.
     p = lax.optimization_barrier(where(shown, p + nan, 0))
     query, given = queries(config, scaled(config, x)), queries(config, d_out)
     key, value = keys(config, x.key), keys(config, x.value)
