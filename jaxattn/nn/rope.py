@@ -44,14 +44,16 @@ class RoPE:
     ) -> Float[Array, "*B T N H"]:
         """`x` turned by `positions`, `[T]` or `[B, T]`; angles are float32."""
         x = array_of(x, "x", "floats [B, T, N, H]")
-        if x.ndim not in (3, 4):
+        if x.ndim < 3:
             raise ValueError(f"x: got shape {list(x.shape)}, expected [B, T, N, H] or [T, N, H]")
         positions = array_of(positions, "positions", "integers [T] or [B, T]")
-        *batch, T = x.shape[:-2]
-        if positions.shape not in ((T,), (*batch, T), (1,) * len(batch) + (T,)):
+        shape, lead = positions.shape, x.shape[:-2]
+        pairs = zip(shape[-2::-1], lead[-2::-1], strict=False)
+        shared = len(shape) <= len(lead) and all(n in (1, size) for n, size in pairs)
+        if shape[-1:] != lead[-1:] or not shared:
             raise ValueError(
-                f"positions: got shape {list(positions.shape)}, expected {[T]}"
-                + f" or {[*batch, T]}" * bool(batch)
+                f"positions: got shape {list(shape)}, expected {list(lead[-1:])}"
+                + f" or {list(lead)}" * (len(lead) > 1)
             )
         d = int(x.shape[-1] * self.fraction)
         if d % 2 or d < 2:
