@@ -214,6 +214,16 @@ def test_rope_is_that_of_nnx() -> None:
         ja.nn.RoPE(fraction=0.3)(x, at)
 
 
+@pytest.mark.parametrize("lead", [(4,), (1, 4), (3, 4), (2, 3, 4), (2, 1, 4)])
+def test_rope_takes_any_number_of_batch_axes(lead: tuple[int, ...]) -> None:
+    """And positions that broadcast to them."""
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 2, 6))
+    at = jax.random.randint(jax.random.key(1), lead, 0, 100)
+    full = jnp.broadcast_to(at, x.shape[:3])
+    want = [ja.nn.RoPE()(a, p) for a, p in zip(x, full, strict=True)]
+    np.testing.assert_array_equal(ja.nn.RoPE()(x, at), want)
+
+
 def test_dropout_of_nnx() -> None:
     x = inputs()
     module = ours.MultiHeadAttention(N, F, dropout_rate=0.5, rngs=nnx.Rngs(0, dropout=1))
