@@ -269,7 +269,8 @@ def test_arrays_of_64_bits_for_functions() -> None:
 def test_lengths_and_counts_elsewhere() -> None:
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 1, 4)), jnp.float32)
     got = ja.dot_product_attention(x, x, x, key_value_seq_lengths=np.array([2**32]))
-    np.testing.assert_array_equal(got, ja.dot_product_attention(x, x, x))
+    # A mask of all keys may round in another way than no mask.
+    np.testing.assert_allclose(got, ja.dot_product_attention(x, x, x), rtol=1e-5)
     cache = ja.KVCache.create(batch=1, capacity=4, heads=1, head_dim=4).append(x, x)
     assert cache.truncate(2**40).length.tolist() == [3]
     assert cache.truncate(np.array([2**32 + 1])).length.tolist() == [3]
