@@ -191,10 +191,7 @@ def cyclic(length: int, ranks: int, blocks: int | None = None) -> Layout:
     """
     ranks = integers.plain(ranks, "parallel.cyclic(ranks)", 1)
     length = integers.plain(length, "parallel.cyclic(length)", 1)
-    if blocks is None:
-        count = _divisor(length, ranks, _CYCLIC)
-    else:
-        count = _blocks(blocks, length, ranks, "parallel.cyclic(blocks)")
+    count = _blocks(blocks, length, ranks, "parallel.cyclic(blocks)", _CYCLIC)
     rows = tuple(tuple(rank + n * ranks for n in range(count)) for rank in range(ranks))
     return Layout(rows, length)
 
@@ -251,10 +248,7 @@ def layout(
     length = integers.plain(length, "parallel.layout(length)", 1)
     batch = integers.plain(batch, "parallel.layout(batch)", 1)
     heads = integers.plain(heads, "parallel.layout(heads)", 1)
-    if blocks is None:
-        count = _divisor(length, ranks, _BLOCKS)
-    else:
-        count = _blocks(blocks, length, ranks, "parallel.layout(blocks)")
+    count = _blocks(blocks, length, ranks, "parallel.layout(blocks)", _BLOCKS)
     # Checks the length, too.
     block = Layout(tuple((n,) for n in range(ranks * count)), length).block
     parts = [known_part(mask) for mask in whole]
@@ -293,8 +287,10 @@ def _dealt(work: np.ndarray, ranks: int, length: int) -> Layout:
     return Layout(tuple(tuple(sorted(row)) for row in rows), length)
 
 
-def _blocks(given: Any, length: int, ranks: int, name: str) -> int:
-    """The number of blocks of a rank, checked before as many are listed."""
+def _blocks(given: Any, length: int, ranks: int, name: str, most: int) -> int:
+    """The number of blocks of a rank, by default at most `most`, checked before they are listed."""
+    if given is None:
+        return _divisor(length, ranks, most)
     count = integers.plain(given, name, 1)
     if length % (count * ranks):
         raise ValueError(
