@@ -106,6 +106,7 @@ def narrow(config: Config, x: Inputs) -> bool:
 
 
 def queries(config: Config, array: Float[Array, "B T K G width"]) -> Float[Array, "B K GT width"]:
+    """Queries, or cotangents, as a factor of a product: heads in front."""
     B, T, K, G, width = array.shape
     return array.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, width).astype(config.dtype)
 
@@ -127,6 +128,7 @@ def factor(config: Config, array: Float[Array, "B K G T S"]) -> Float[Array, "B 
 
 
 def factor_across(config: Config, array: Float[Array, "B K S G T"]) -> Float[Array, "B K S GT"]:
+    """The same of weights with keys on rows."""
     B, K, S, G, T = array.shape
     return array.reshape(B, K, S, G * T).astype(config.dtype)
 
